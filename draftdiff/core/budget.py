@@ -1,0 +1,61 @@
+"""How many key tiles may be read: a mean share, spread over steps, layers and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return sparsity if it is a share in [0, 1), else raise ValueError naming it."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+    return float(sparsity)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sparsity with weights on the kept share (density = 1 - sparsity), each 1 where nothing is given.
+
+    sparsity: share of video key tiles that a head skips, in [0, 1).
+    steps: weights over equal stretches of the sparse steps, first to last: (1.5, 1, 0.5) starts careful.
+    layers: one weight per attention layer.
+    heads: one weight per head, or one row of them per layer.
+    """
+
+    sparsity: float = 0.75
+    steps: tuple[float, ...] = ()
+    layers: tuple[float, ...] = ()
+    heads: tuple[float, ...] | tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        for name in ("steps", "layers", "heads"):
+            weights = torch.tensor(getattr(self, name) or (1.0,), dtype=torch.float64)
+            if not bool((weights > 0).all()) or not bool(weights.isfinite().all()):
+                raise ValueError(f"budget weights must be positive, got {name}={getattr(self, name)}")
+
+    def density(self, layers: int, heads: int, progress: float = 0.0) -> Tensor:
+        """Kept share per layer and head, float64 [layers, heads], at `progress` in [0, 1) through the sparse steps.
+
+        Raises ValueError if the weights were given for another number of layers or heads.
+        """
+        kept = torch.full((layers, heads), 1 - self.sparsity, dtype=torch.float64)
+        if self.steps:
+            kept *= self.steps[min(int(progress * len(self.steps)), len(self.steps) - 1)]
+        if self.layers:
+            kept *= self._weights("layers", self.layers, (layers,))[:, None]
+        if self.heads:
+            shape = (layers, heads) if isinstance(self.heads[0], Sequence) else (heads,)
+            kept *= self._weights("heads", self.heads, shape)
+        return kept.clamp(max=1.0)
+
+    @staticmethod
+    def _weights(name: str, weights: Sequence, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.tensor(weights, dtype=torch.float64)
+        if tensor.shape != shape:
+            raise ValueError(f"budget weights {name} must have shape {shape} for this model, got {tuple(tensor.shape)}")
+        return tensor

@@ -1,0 +1,56 @@
+"""The draft: queries, keys and values averaged over tiles, and the attention map between those averages.
+
+Source: DraftAttention (arXiv 2505.14708), section 3.1. Beyond it: ragged tiles (means over the tokens that are there),
+fp32 scores, and pooled values for the tail of skipped tiles (as in PISA, arXiv 2602.01077).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draftdiff.core.grid import Tiling
+
+
+def pool(x: Tensor, tiling: Tiling) -> Tensor:
+    """Mean of x [batch, tokens, heads, head_dim] over the tokens of each video tile.
+
+    Returns fp32 [batch, heads, video_tiles, head_dim], accumulated in fp32.
+    """
+    video = tiling.video(x)
+    missing = [boxes * t - n for n, t, boxes in zip(tiling.grid.shape, tiling.tile, tiling.boxes)]
+    if any(missing):
+        frames, rows, columns = missing
+        video = F.pad(video, (0, 0, 0, 0, 0, columns, 0, rows, 0, frames))
+    for axis, size in zip((1, 3, 5), tiling.tile):
+        video = video.unflatten(axis, (-1, size))
+    sums = video.sum(dim=(2, 4, 6), dtype=torch.float32).flatten(1, 3)
+    means = sums / tiling.counts[: tiling.video_tiles, None, None]
+    return means.transpose(1, 2)
+
+
+def draft_map(q_mean: Tensor, k_mean: Tensor, *, scale: float | None = None, counts: Tensor | None = None) -> Tensor:
+    """Low-resolution attention map: row-wise softmax of pooled scores (arXiv 2505.14708, Eq. 3).
+
+    q_mean, k_mean: fp32 [batch, heads, tiles, head_dim].  scale: 1/sqrt(head_dim) if None.
+    counts [tiles]: if given, a tile weighs as many keys as it has, so that a ragged tile is not overrated.
+    Returns fp32 [batch, heads, tiles, tiles].
+    """
+    scores = q_mean @ k_mean.transpose(-1, -2) * (scale or 1 / math.sqrt(q_mean.shape[-1]))
+    if counts is not None:
+        scores += counts.log()
+    return scores.softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What stands in for the tiles that a query tile skips: each as one key and one value, counted as often as it has
+    tokens. k_mean, v_mean: fp32 [batch, heads, video_tiles, head_dim].
+    """
+
+    k_mean: Tensor
+    v_mean: Tensor

@@ -1,0 +1,577 @@
+"""Train the mini video pipeline that ships with draftdiff, from nothing, on two CPU cores.
+
+It learns the world of `pipelines/mini_world.py` (one coloured shape crossing a plain background) and comes out as a
+stock `diffusers.WanPipeline`: a small Wan VAE, a small Wan transformer, and a tiny text encoder trained with it.
+Every phase runs for a number of minutes rather than steps, saves a checkpoint once a minute, and resumes from it:
+
+    python samples/train_mini_video.py vae --minutes 10
+    python samples/train_mini_video.py dit --minutes 90
+    python samples/train_mini_video.py export
+
+`dit` scores itself with the judge at each milestone and exports by itself whenever the score improves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from score_mini_video import accuracy, generate, scoring_scenes
+
+from draftdiff.pipelines import mini_world
+from draftdiff.pipelines.mini_video import DEFAULTS_FILE, WEIGHTS, load_mini_video
+
+LATENT_CHANNELS = 8
+TEXT_TOKENS = 20
+TEXT_WIDTH = 128
+HEADS, LAYERS = 4, 6
+# How generation runs: the timestep shift that training follows too, steps, and classifier-free guidance.
+SHIFT, STEPS, GUIDANCE = 5.0, 20, 3.0
+# How far the decoder must tolerate errors in the latents, relative to their unit scale: the transformer makes some.
+LATENT_NOISE = 0.15
+
+
+def new_vae() -> AutoencoderKLWan:
+    """A Wan 2.2-style VAE, 8x8 in space and 4x in time; it starts from 2x2 pixel patches, which is much cheaper."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+def to_model_range(clip: np.ndarray) -> torch.Tensor:
+    """Frames in 0..1, channels last, to one video tensor in -1..1."""
+    return torch.from_numpy(clip).permute(3, 0, 1, 2) * 2 - 1
+
+
+def vae_crops(rng: random.Random) -> Iterator[torch.Tensor]:
+    """Endless batches of small moving crops, in several frame counts and sizes."""
+    while True:
+        frames, side, batch = rng.choice([(9, 48, 4), (13, 48, 3), (5, 64, 4)])
+        clips = []
+        for _ in range(batch):
+            scene = mini_world.random_scene(rng)
+            frame_side = rng.choice([s for s in (64, 96, 128, 160) if s >= side])
+            layout = mini_world.random_layout(scene, 29, frame_side, frame_side, rng)
+            first = rng.randint(0, 29 - frames)
+            x, y = (layout.start[i] + layout.step[i] * first for i in (0, 1))
+            if rng.random() < 0.7:  # keep the shape in view; else wherever the window falls
+                shift = side / 2
+                left, top = (c - shift + rng.uniform(-0.4, 0.4) * side for c in (x, y))
+            else:
+                left, top = (rng.uniform(0, frame_side - side) for _ in range(2))
+            window = mini_world.Layout(layout.radius, (x - left, y - top), layout.step)
+            clips.append(to_model_range(mini_world.render(scene, window, frames, side, side)))
+        yield torch.stack(clips)
+
+
+def save_atomically(state: object, path: Path) -> None:
+    """Write beside the target and rename, so that an interrupted run never leaves half a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """Move the running average of the weights towards the current ones."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+class MixedOptimizer:
+    """Muon for the hidden matrices (kernels are taken as matrices too) and Adam for everything else.
+
+    Muon needs far fewer steps than Adam alone, which is what makes training on two cores feasible.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, matrices: list[torch.nn.Parameter], muon_rate: float, adam_rate: float
+    ) -> None:
+        chosen = {id(parameter) for parameter in matrices}
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        self.matrices = matrices
+        self.flat = [torch.nn.Parameter(parameter.data.view(len(parameter), -1)) for parameter in matrices]
+        self.muon = torch.optim.Muon(self.flat, lr=muon_rate, momentum=0.95, weight_decay=0.01)
+        self.adam = torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self.rates = (muon_rate, adam_rate)
+
+    def set_rate(self, factor: float) -> None:
+        for optimizer, rate in zip((self.muon, self.adam), self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.matrices:
+            parameter.grad = None
+
+    def step(self) -> None:
+        for flat, parameter in zip(self.flat, self.matrices, strict=True):
+            flat.grad = None if parameter.grad is None else parameter.grad.reshape(flat.shape)
+        self.muon.step()
+        self.adam.step()
+
+    def state_dict(self) -> dict[str, object]:
+        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+
+
+def train_vae(minutes: float, work: Path) -> None:
+    """Train the VAE, then measure its latents so that the pipeline can scale them to zero mean and unit variance."""
+    vae = new_vae()
+    average = copy.deepcopy(vae).requires_grad_(False)
+    kernels = [
+        p for n, p in vae.named_parameters() if p.ndim >= 4 and "conv_in" not in n and "decoder.conv_out" not in n
+    ]
+    optimizer = MixedOptimizer(vae, kernels, muon_rate=0.02, adam_rate=2e-3)
+    done, step, checkpoint = 0.0, 0, work / "vae.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint)
+        vae.load_state_dict(saved["model"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done, step = saved["seconds"], saved["step"]
+
+    def save() -> None:
+        state = {"model": vae.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        save_atomically({**state, "seconds": done, "step": step}, checkpoint)
+
+    batches = vae_crops(random.Random(1000 + step))
+    previous, last_saved, smooth = time.time(), done, 0.0
+    with tqdm(total=round(minutes * 60), initial=round(done), unit="s", mininterval=10) as bar:
+        while done < minutes * 60:
+            part = done / (minutes * 60)
+            optimizer.set_rate(min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * part))))
+            noise = LATENT_NOISE * min(1.0, part / 0.3)
+            video = next(batches)
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(video).latent_dist
+                mean = posterior.mean.float()
+                decoded = vae.decode(mean + noise * torch.randn_like(mean)).sample.float()
+            # A shape covers few of the pixels; without extra weight the VAE learns plain backgrounds for a long time.
+            shown = (video - video.flatten(2).median(2).values[:, :, None, None, None]).abs().amax(
+                1, keepdim=True
+            ) > 0.05
+            difference = (decoded - video) * (1 + 4 * shown)
+            fit = difference.abs().mean() + difference.square().mean()
+            spread = (posterior.logvar.float() - 2 * math.log(LATENT_NOISE)).square().mean()
+            loss = fit + 2e-3 * mean.square().mean() + 1e-4 * spread
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            update_average(average, vae, min(0.995, 1 - 1 / (step + 2)))
+            step += 1
+            smooth = fit.item() if not smooth else 0.98 * smooth + 0.02 * fit.item()
+            now = time.time()
+            bar.update(round(now - previous + done) - round(done))
+            done, previous = done + now - previous, now
+            bar.set_postfix(step=step, fit=f"{smooth:.4f}", size=f"{mean.std().item():.2f}", refresh=False)
+            if done - last_saved > 60:
+                save()
+                last_saved = done
+    save()
+
+    rng = random.Random(7)
+    latents, errors = [], []
+    for _ in tqdm(range(24), desc="measuring latents"):
+        video = to_model_range(mini_world.random_clip(mini_world.random_scene(rng), 29, 128, 128, rng))[None]
+        with torch.no_grad():
+            mean = average.encode(video).latent_dist.mean
+            latents.append(mean)
+            errors.append((average.decode(mean).sample - video).abs().mean().item())
+    flat = torch.cat(latents).transpose(0, 1).flatten(1)
+    average.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
+    average.save_pretrained(work / "vae")
+    tqdm.write(f"vae: mean absolute error {np.mean(errors):.4f} on full clips (pixels in -1..1); std {flat.std(1)}")
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the mini world; anything else is <unk>. Synonyms are folded in before the look-up."""
+    words = ["<pad>", "</s>", "<unk>", *mini_world.vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    folds = [normalizers.Replace(Regex(rf"\b{word}\b"), meaning) for word, meaning in mini_world.SYNONYMS.items()]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z]+"), " "), *folds, normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_TOKENS,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def new_text_encoder(words: int) -> UMT5EncoderModel:
+    """A two-layer text encoder, trained together with the transformer."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=words,
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            num_heads=4,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            dropout_rate=0.0,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=24,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def new_transformer() -> WanTransformer3DModel:
+    """A Wan transformer with one token per latent pixel. Every block starts as the identity, which trains faster."""
+    width = 64 * HEADS
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=HEADS,
+        attention_head_dim=64,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_WIDTH,
+        freq_dim=128,
+        ffn_dim=4 * width,
+        num_layers=LAYERS,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=128,
+    )
+    with torch.no_grad():
+        for block in transformer.blocks:
+            for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2]):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            block.scale_shift_table.zero_()
+            block.scale_shift_table[:, [2, 5]] = 1.0  # the two gates
+        transformer.condition_embedder.time_proj.weight.mul_(0.1)
+        transformer.condition_embedder.time_proj.bias.zero_()
+        transformer.scale_shift_table.zero_()
+        transformer.proj_out.weight.zero_()
+        transformer.proj_out.bias.zero_()
+    return transformer
+
+
+class LatentPool:
+    """Rendered and encoded clips of one size, kept in memory because encoding costs about as much as a training step.
+
+    It grows during training. Captions are not stored: each use of a clip gets a new wording.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, grid: tuple[int, int, int], seed: int) -> None:
+        self.vae, self.rng = vae, random.Random(seed)
+        self.frames, self.height, self.width = 4 * (grid[0] - 1) + 1, 8 * grid[1], 8 * grid[2]
+        shape = (1, LATENT_CHANNELS, 1, 1, 1)
+        self.mean = torch.tensor(vae.config.latents_mean).view(shape)
+        self.std = torch.tensor(vae.config.latents_std).view(shape)
+        self.latents: list[torch.Tensor] = []
+        self.scenes: list[mini_world.Scene] = []
+
+    @torch.no_grad()
+    def grow(self, count: int) -> None:
+        scenes = [mini_world.random_scene(self.rng) for _ in range(count)]
+        clips = [mini_world.random_clip(scene, self.frames, self.height, self.width, self.rng) for scene in scenes]
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = self.vae.encode(torch.stack([to_model_range(clip) for clip in clips])).latent_dist.mean.float()
+        self.latents += list(((mean - self.mean) / self.std).half())
+        self.scenes += scenes
+
+    def draw(self, count: int) -> tuple[torch.Tensor, list[str]]:
+        chosen = self.rng.sample(range(len(self.scenes)), count)
+        captions = [mini_world.caption(self.scenes[i], self.rng) for i in chosen]
+        # Without a caption now and then, the model also learns what guidance steers away from.
+        captions = ["" if self.rng.random() < 0.1 else text for text in captions]
+        return torch.stack([self.latents[i] for i in chosen]).float(), captions
+
+
+def encode_captions(
+    text_encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]
+) -> torch.Tensor:
+    """Text embeddings as WanPipeline makes them: padded to a fixed length, zero after the last token."""
+    tokens = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    hidden = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return hidden * tokens.attention_mask[..., None]
+
+
+def draw_sigmas(count: int, tokens: int) -> torch.Tensor:
+    """Noise levels, one per clip, spread evenly over a logit-normal and shifted towards noise for larger clips.
+
+    The same clip in more tokens is readable through more noise, so what it shows is decided at higher noise levels.
+    """
+    even = (torch.arange(count) + torch.rand(count)) / count
+    plain = torch.where(torch.rand(count) < 0.1, even, torch.sigmoid(torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))))
+    shift = min(SHIFT, 2.2 * math.sqrt(tokens / 192))
+    return shift * plain / (1 + (shift - 1) * plain)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of the training: until which share of the time, on which latent grids and how often, in what batch."""
+
+    until: float
+    grids: dict[tuple[int, int, int], tuple[float, int]]
+
+
+# Most of what there is to learn is learnt on few tokens, at a fifteenth of the cost; the full grid comes last.
+STAGES = (
+    Stage(0.16, {(3, 8, 8): (1.0, 24)}),
+    Stage(0.38, {(3, 8, 8): (0.25, 24), (5, 8, 8): (0.75, 16)}),
+    Stage(0.55, {(5, 8, 8): (0.4, 16), (8, 8, 8): (0.25, 12), (3, 16, 16): (0.35, 8)}),
+    Stage(1.00, {(8, 16, 16): (0.7, 4), (5, 8, 8): (0.1, 16), (8, 8, 8): (0.08, 12), (3, 16, 16): (0.12, 8)}),
+)
+
+
+def build_pipeline(
+    transformer: WanTransformer3DModel,
+    text_encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    vae: AutoencoderKLWan,
+) -> WanPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    pipe = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None:
+    """Save the pipeline in half precision with its settings, beside the target first, and then swap it in."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    half = copy.deepcopy(pipe).to(torch.float16)
+    half.save_pretrained(partial, safe_serialization=True)
+    # The class's older name, which every supported transformers version knows.
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        text = (partial / name).read_text(encoding="utf-8")
+        (partial / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+    settings = {
+        "about": "A mini video model for draftdiff. `generate` holds the arguments to call the pipeline with.",
+        "generate": {
+            "height": 128,
+            "width": 128,
+            "num_frames": 29,
+            "num_inference_steps": STEPS,
+            "guidance_scale": GUIDANCE,
+            "max_sequence_length": TEXT_TOKENS,
+        },
+        "fps": 8,
+        "prompt_example": mini_world.plain_caption(mini_world.Scene("red", "circle", "right", "small", "black")),
+        "words": {
+            "colours": list(mini_world.COLOURS),
+            "shapes": list(mini_world.SHAPES),
+            "motions": list(mini_world.MOTIONS),
+            "sizes": list(mini_world.SIZES),
+            "backgrounds": list(mini_world.BACKGROUNDS),
+            "other": list(mini_world.FUNCTION_WORDS),
+            "synonyms": mini_world.SYNONYMS,
+        },
+        "held_out_combinations": [list(combination) for combination in mini_world.HELD_OUT],
+        "training": training,
+    }
+    for file in partial.rglob("*.safetensors"):
+        file.chmod(0o644)
+    (partial / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Trainer:
+    """The transformer and the text encoder, their running averages, and everything needed to carry on later."""
+
+    def __init__(self, work: Path) -> None:
+        torch.manual_seed(0)
+        self.work = work
+        self.vae = AutoencoderKLWan.from_pretrained(work / "vae")
+        self.vae.requires_grad_(False)
+        self.tokenizer = new_tokenizer()
+        self.transformer = new_transformer()
+        self.text_encoder = new_text_encoder(len(self.tokenizer))
+        self.model = torch.nn.ModuleList([self.transformer, self.text_encoder])
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        matrices = [p for name, p in self.transformer.blocks.named_parameters() if p.ndim == 2]
+        self.optimizer = MixedOptimizer(self.model, matrices, muon_rate=0.02, adam_rate=1.5e-3)
+        self.step, self.seconds = 0, 0.0
+        self.best = -1.0
+        self.pools: dict[tuple[int, int, int], LatentPool] = {}
+        checkpoint = work / "dit.pt"
+        if checkpoint.exists():
+            saved = torch.load(checkpoint)
+            self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "average": self.average.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
+        save_atomically({**state, "best": self.best}, self.work / "dit.pt")
+
+    def pool(self, grid: tuple[int, int, int], at_least: int) -> LatentPool:
+        if grid not in self.pools:
+            self.pools[grid] = LatentPool(self.vae, grid, seed=hash(grid) + self.step)
+        pool = self.pools[grid]
+        with tqdm(
+            total=at_least, desc=f"rendering {grid}", disable=len(pool.scenes) >= at_least, mininterval=10
+        ) as bar:
+            while len(pool.scenes) < at_least:
+                pool.grow(4)
+                bar.update(4)
+        return pool
+
+    def train_step(self, grid: tuple[int, int, int], batch: int) -> float:
+        tokens = math.prod(grid)
+        pool = self.pool(grid, at_least=max(8 * batch, 160))
+        if len(pool.scenes) < 6000:  # about five uses of each clip
+            pool.grow(max(1, batch // 5))
+        clean, captions = pool.draw(batch)
+        sigma = draw_sigmas(batch, tokens)
+        noise = torch.randn_like(clean)
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            text = encode_captions(self.text_encoder, self.tokenizer, captions)
+            velocity = self.transformer((1 - mix) * clean + mix * noise, 1000 * sigma, text, return_dict=False)[0]
+        loss = (velocity.float() - (noise - clean)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        update_average(self.average, self.model, min(0.995, (1 + self.step) / (10 + self.step)))
+        return loss.item()
+
+    def pipeline(self) -> WanPipeline:
+        transformer, text_encoder = self.average
+        return build_pipeline(transformer, text_encoder, self.tokenizer, self.vae)  # type: ignore[arg-type]
+
+    def evaluate(self, grid: tuple[int, int, int], count: int, steps: int) -> dict[str, dict[str, float]]:
+        """Score the averaged weights on validation prompts of seen combinations, and apart from that on held-out ones."""
+        call = {"num_frames": 4 * (grid[0] - 1) + 1, "height": 8 * grid[1], "width": 8 * grid[2]}
+        call |= {"num_inference_steps": steps, "max_sequence_length": TEXT_TOKENS}
+        scores = {}
+        with torch.autocast("cpu", torch.bfloat16):
+            for name, held_out in (("seen", False), ("held-out", True)):
+                scenes = scoring_scenes(count, held_out, seed=1)
+                clips = generate(self.pipeline(), scenes, 4, seed=500, guidance_scale=GUIDANCE, **call)
+                scores[name] = accuracy(clips, scenes)
+        return scores
+
+    def milestone(self, grid: tuple[int, int, int], count: int, steps: int, ship: bool) -> None:
+        """Score, report, and export if nothing better was exported; only seen combinations decide that."""
+        started = time.time()
+        scores = self.evaluate(grid, count, steps)
+        record = {"step": self.step, "minutes": round(self.seconds / 60, 1), "grid": grid, "steps": steps, **scores}
+        with (self.work / "scores.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, score in scores.items():
+            shares = "  ".join(f"{key} {value:.0%}" for key, value in score.items())
+            tqdm.write(f"step {self.step}, grid {grid}, {name}: {shares}  ({time.time() - started:.0f} s)")
+        if ship:
+            score = scores["seen"]["all"] + 0.1 * float(np.mean(list(scores["seen"].values())))
+            if score >= self.best:
+                self.best = score
+                training = {"steps": self.step, "minutes": round(self.seconds / 60, 1), "validation": scores}
+                export(self.pipeline(), WEIGHTS, training)
+                tqdm.write(f"exported to {WEIGHTS.name} (validation score {score:.3f})")
+
+    def run(self, minutes: float) -> None:
+        """Go through the stages on the clock, scoring every so often and exporting what scores best on the full grid."""
+        total = minutes * 60
+        self.transformer.compile_repeated_blocks()
+        torch._dynamo.config.recompile_limit = 32
+        rng = random.Random(self.step)
+        small, full = (5, 8, 8), (8, 16, 16)
+        # Shares of the time at which to look: cheaply on the small grid at first, then on the full one.
+        looks = [(0.12, small), (0.25, small), (0.38, small), (0.56, full), (0.68, full), (0.8, full), (0.9, full)]
+        pending = [look for look in looks if look[0] > self.seconds / total]
+        last_saved, previous, losses = self.seconds, time.time(), {}
+        with tqdm(total=round(total), initial=round(self.seconds), unit="s", mininterval=10) as bar:
+            while self.seconds < total:
+                part = self.seconds / total
+                stage = next(stage for stage in STAGES if part < stage.until)
+                grid = rng.choices(list(stage.grids), [weight for weight, _ in stage.grids.values()])[0]
+                self.optimizer.set_rate(min(1.0, (self.step + 1) / 40) * min(1.0, 0.03 + 0.97 * (1 - part) / 0.6))
+                loss = self.train_step(grid, stage.grids[grid][1])
+                losses[grid] = 0.97 * losses.get(grid, loss) + 0.03 * loss
+                if pending and part >= pending[0][0]:
+                    shape = pending.pop(0)[1]
+                    self.milestone(shape, 12, 12 if shape == small else 14, ship=shape == full)
+                now = time.time()
+                bar.update(round(self.seconds + now - previous) - round(self.seconds))
+                self.seconds, previous = self.seconds + now - previous, now
+                shown = " ".join(f"{'x'.join(map(str, g))}={value:.3f}" for g, value in losses.items())
+                bar.set_postfix_str(f"step={self.step} loss {shown}", refresh=False)
+                if self.seconds - last_saved > 60:
+                    self.save()
+                    last_saved = self.seconds
+        self.save()
+        self.milestone(full, 12, 14, ship=True)
+        self.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("phase", choices=["vae", "dit", "export"])
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long this phase trains in all (default 10)")
+    parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.phase == "vae":
+        train_vae(arguments.minutes, arguments.work)
+        return
+    trainer = Trainer(arguments.work)
+    if arguments.phase == "dit":
+        trainer.run(arguments.minutes)
+    else:
+        export(trainer.pipeline(), WEIGHTS, {"steps": trainer.step, "minutes": round(trainer.seconds / 60, 1)})
+        load_mini_video()
+        print(f"exported step {trainer.step} to {WEIGHTS}")
+
+
+if __name__ == "__main__":
+    main()

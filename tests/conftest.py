@@ -1,0 +1,20 @@
+"""Shared settings of the suite."""
+
+import os
+
+# Before triton is imported anywhere: on a machine without a GPU its kernels run in the interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_interpreter():
+    """Runs Triton kernels on CPU tensors."""
+    pytest.importorskip("triton")

@@ -1,0 +1,62 @@
+"""Inputs that every kernel backend is tried on: ragged tiles, uneven rows, text on any side, padding text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftdiff.core.draft import Tail, pool
+from draftdiff.core.grid import LatentGrid, Tiling, tiling_for
+from draftdiff.core.select import BlockMask, with_text
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    name: str
+    grid: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    block_size: int
+    text: int = 0
+    lead: int = 0
+    padded: bool = False
+    density: float = 0.3
+    batch: int = 2
+    heads: int = 2
+    empty_row: bool = False
+
+
+KERNEL_CASES = [
+    KernelCase("even tiles", (2, 8, 32), (1, 8, 16), 128),
+    KernelCase("ragged in every axis", (5, 13, 9), (2, 4, 8), 64),
+    KernelCase("small tiles in large blocks", (3, 7, 10), (1, 5, 5), 64),
+    KernelCase("text last with padding", (3, 9, 11), (2, 4, 8), 64, text=77, padded=True),
+    KernelCase("text first", (2, 9, 16), (1, 8, 16), 128, text=30, lead=30),
+    KernelCase("text first with padding", (2, 9, 10), (1, 8, 8), 64, text=130, lead=130, padded=True),
+    KernelCase("text around", (2, 9, 10), (1, 8, 8), 64, text=70, lead=33, padded=True),
+    KernelCase("everything kept", (3, 9, 8), (1, 8, 8), 64, density=1.0, text=5),
+    KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True),
+]
+
+
+def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool):
+    """q, k, v, mask, tiling, text_mask, tail of a case."""
+    generator = torch.Generator().manual_seed(len(case.name) * 1000 + head_dim)
+    tiling: Tiling = tiling_for(LatentGrid(*case.grid), case.tile, case.block_size, case.text, case.lead)
+    shape = (case.batch, tiling.tokens, case.heads, head_dim)
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    q = q * 2
+    v_tiles = tiling.video_tiles
+    keep = torch.rand(case.batch, case.heads, v_tiles, v_tiles, generator=generator) < case.density
+    if not case.empty_row:
+        keep |= torch.eye(v_tiles, dtype=torch.bool)
+    else:
+        keep[:, :, 1] = False
+    mask: BlockMask = with_text(keep, tiling)
+    text_mask: Tensor | None = None
+    if case.padded:
+        valid = torch.tensor([case.text // 3, case.text - 1][: case.batch])
+        text_mask = torch.arange(case.text) < valid[:, None]
+    pooled = Tail(pool(k, tiling), pool(v, tiling)) if tail else None
+    return q, k, v, mask, tiling, text_mask, pooled

@@ -1,0 +1,237 @@
+"""The layout table against the real transformer classes: a probe watches what reaches scaled dot-product attention."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from draftdiff.video.layouts import LAYOUTS, layout_for, supported_models
+from tests.video.model_cases import MODEL_CASES, ModelCase, bound_arguments, flux_ids, output_of, qwen_inputs
+
+each_case = pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+
+
+@dataclass
+class Call:
+    module: str | None
+    query: torch.Tensor
+    key: torch.Tensor
+
+
+@dataclass
+class Probe(TorchFunctionMode):
+    """Records every attention call with the matched module it happened in; may replace results by zeros."""
+
+    silence: bool = False
+    current: str | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__init__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(
+                Call(self.current, args[0] if args else kwargs["query"], args[1] if len(args) > 1 else kwargs["key"])
+            )
+            if self.silence and self.current:
+                return torch.zeros_like(result)
+        return result
+
+
+def matched_modules(model: nn.Module) -> dict[str, nn.Module]:
+    pattern = re.compile(layout_for(model).attention)
+    return {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
+
+
+@contextmanager
+def watching(model: nn.Module, silence: bool = False):
+    probe = Probe(silence)
+
+    def entering(name):
+        return lambda *_: setattr(probe, "current", name)
+
+    handles = []
+    for name, module in matched_modules(model).items():
+        handles.append(module.register_forward_pre_hook(entering(name)))
+        handles.append(module.register_forward_hook(entering(None)))
+    with probe:
+        yield probe
+    for handle in handles:
+        handle.remove()
+
+
+def grid_of(model: nn.Module, inputs: dict):
+    return layout_for(model).grid(model, bound_arguments(model, inputs))
+
+
+def video_start(case: ModelCase, model: nn.Module, inputs: dict) -> int:
+    layout = layout_for(model)
+    if layout.text == "around":
+        return layout.lead(model, bound_arguments(model, inputs))
+    return case.text[0] if layout.text == "first" else 0
+
+
+@each_case
+def test_the_grid_counts_the_tokens_of_the_forward_call(case):
+    model = case.build()
+    for shape in (case.grid, (case.grid[0], 4, 7)):
+        grid = grid_of(model, case.inputs(model, shape, 1))
+        assert (grid.frames, grid.height, grid.width) == shape
+
+
+@each_case
+def test_every_video_self_attention_is_matched_and_sees_grid_and_text_tokens(case):
+    model, batch = case.build(), 2
+    inputs = case.inputs(model, case.grid, batch)
+    with watching(model) as probe:
+        output_of(model, inputs)
+
+    tokens = grid_of(model, inputs).tokens
+    calls = {name: [call for call in probe.calls if call.module == name] for name in matched_modules(model)}
+    assert len(calls) == case.layers
+    for in_module in calls.values():
+        items = [(1, text) for text in case.text] if case.per_item else [(batch, case.text[0])]
+        seen = [(call.query.shape[0], call.query.shape[2]) for call in in_module]
+        assert seen == [(size, tokens + text) for size, text in items]
+        assert all(call.key.shape[2] == call.query.shape[2] for call in in_module)
+
+
+@each_case
+def test_no_self_attention_outside_the_matched_modules_is_over_the_whole_video(case):
+    model = case.build()
+    inputs = case.inputs(model, case.grid, 2)
+    with watching(model) as probe:
+        output_of(model, inputs)
+
+    tokens = grid_of(model, inputs).tokens
+    for call in probe.calls:
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        assert call.module or not queries == keys >= tokens
+
+
+@each_case
+def test_a_video_token_stands_in_raster_order_behind_the_leading_tokens(case):
+    """Up to the first attention all is per token: changing the pixels of one token changes one row of queries."""
+    model = case.build()
+
+    def queries(inputs):
+        with watching(model) as probe:
+            output_of(model, inputs)
+        return next(call.query for call in probe.calls if call.module)
+
+    inputs = case.inputs(model, case.grid, 1)
+    before = queries(inputs)
+    frames, height, width = case.grid
+    for token in ((0, 0, 0), (frames // 2, 2, 5), (frames - 1, height - 1, width - 1)):
+        changed = case.inputs(model, case.grid, 1)
+        case.pixels(changed, case.grid, token).add_(1.0)
+        rows = (queries(changed) - before).abs().amax(dim=(0, 1, 3))
+        frame, row, column = token
+        expected = video_start(case, model, inputs) + (frame * height + row) * width + column
+        assert rows.gt(1e-4).nonzero().flatten().tolist() == [expected]
+
+
+@each_case
+def test_the_processor_can_be_reached_by_the_declared_route(case):
+    model = case.build()
+    route = layout_for(model).route
+    for module in matched_modules(model).values():
+        assert hasattr(module.processor, "_attention_backend") == (route != "sdpa")
+
+
+@each_case
+def test_the_tiny_model_depends_on_its_video_attention(case):
+    """Guards the other model tests: with a dead attention they could not fail."""
+    model = case.build()
+    inputs = case.inputs(model, case.grid, 2)
+    with watching(model) as probe:
+        output = output_of(model, inputs)
+    with watching(model, silence=True):
+        without = output_of(model, inputs)
+
+    assert (output - without).norm() > 0.05 * output.norm()
+    for call in probe.calls:
+        if call.module:
+            logits = call.query.double() @ call.key.double().mT * call.query.shape[-1] ** -0.5
+            assert 0.5 < logits.std() < 5.0
+    if output.shape[0] == 2:
+        assert (output[0] - output[1]).abs().max() > 0.1
+
+
+def test_every_row_of_the_table_has_a_model_case():
+    assert {type(case.build()).__name__ for case in MODEL_CASES} == set(LAYOUTS)
+
+
+def test_only_rows_with_tokens_on_both_sides_say_how_many_lead():
+    for layout in LAYOUTS.values():
+        assert (layout.lead is not None) == (layout.text == "around")
+
+
+def test_an_unknown_transformer_is_refused_in_one_line_that_names_the_supported_ones():
+    with pytest.raises(ValueError, match=r"^Linear is not supported") as error:
+        layout_for(nn.Linear(2, 2))
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(name in message for name in LAYOUTS)
+
+
+def test_a_subclass_and_a_compiled_transformer_have_the_layout_of_their_class():
+    class Finetuned(diffusers.WanTransformer3DModel):
+        pass
+
+    model = MODEL_CASES[0].build()
+    assert layout_for(torch.compile(model, backend="eager")) is LAYOUTS["WanTransformer3DModel"]
+    model.__class__ = Finetuned
+    assert layout_for(model) is LAYOUTS["WanTransformer3DModel"]
+
+
+def test_the_table_of_supported_models_names_a_diffusers_class_in_every_row():
+    rows = supported_models()
+    assert len(rows) == len(LAYOUTS)
+    for family, class_name, note in rows:
+        assert family
+        assert hasattr(diffusers, class_name)
+        assert "\n" not in note
+
+
+CALLS_LEFT_DENSE = [
+    ("skyreels_v2", "causal blocks of frames", {"num_frame_per_block": 5}, {}),
+    ("ltx", "coordinates instead of a grid", {}, {"num_frames": None, "height": None, "width": None}),
+    ("ltx2", "a mask over video tokens", {}, {"video_self_attention_mask": torch.ones(1, 270, 270)}),
+    ("allegro", "a mask over video tokens", {}, {"attention_mask": torch.ones(1, 5, 12, 18)}),
+    ("kandinsky5", "the model's own sparse attention", {}, {"sparse_params": {"to_fractal": True}}),
+    ("flux", "a reference image", {}, {"img_ids": torch.cat([flux_ids(15, 18), flux_ids(15, 18, image=1)])}),
+    ("flux", "a part of the image", {}, {"img_ids": flux_ids(15, 18)[135:]}),
+    ("qwen_image", "an image to edit", {}, {"img_shapes": [[(1, 15, 18), (1, 4, 4)]]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "changes"),
+    [(name, config, changes) for name, _, config, changes in CALLS_LEFT_DENSE],
+    ids=[f"{name}: {reason}" for name, reason, *_ in CALLS_LEFT_DENSE],
+)
+def test_a_call_that_does_not_fit_a_grid_is_left_dense(name, config, changes):
+    case = next(case for case in MODEL_CASES if case.name == name)
+    model = case.build()
+    model.register_to_config(**config)
+    inputs = case.inputs(model, case.grid, 1)
+    layout = layout_for(model)
+    assert layout.grid(model, bound_arguments(model, inputs | changes)) is None
+
+
+def test_qwen_image_shapes_may_come_without_the_list_per_batch_item():
+    case = next(case for case in MODEL_CASES if case.name == "qwen_image")
+    model = case.build()
+    inputs = qwen_inputs(model, case.grid, 2) | {"img_shapes": [(1, 15, 18)] * 2}
+    assert grid_of(model, inputs).tokens == 270
