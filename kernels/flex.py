@@ -49,11 +49,10 @@ def run(
     block, tiles, video = tiling.block_size, tiling.tiles, tiling.video_tiles
     q_tiles, k_tiles, v_tiles = (to_tiles(x, tiling).flatten(2, 3) for x in (q, k, v))
 
-    readable = (tiling.slots >= 0).flatten().expand(batch, -1).clone()
-    if text_mask is not None:
-        readable[:, video * block : video * block + tiling.text] &= text_mask
+    readable = tiling.readable(text_mask).expand(batch, -1, -1)
     keep, tile_keys = mask.keep, tiles * block
-    whole = readable.unflatten(1, (tiles, block)).all(-1)[:, None, None]
+    whole = readable.all(-1)[:, None, None]
+    readable = readable.flatten(1)
     full, partial = keep & whole, keep & ~whole
     log_counts = torch.zeros(1, device=q.device)
     if tail is not None:

@@ -24,15 +24,11 @@ def to_tiles(x: Tensor, tiling: Tiling) -> Tensor:
 
 
 def slot_bias(tiling: Tiling, text_mask: Tensor | None, batch: int) -> Tensor | None:
-    """0 for slots with a token that may be read, -inf for others, fp32 [batch, tiles, block_size]; None if all may."""
-    readable = tiling.slots >= 0
-    if text_mask is None and tiling.tokens == readable.numel():
+    """0 for slots that may be read, -inf for others, fp32 [batch, tiles, block_size]; None if all may."""
+    if text_mask is None and tiling.tokens == tiling.slots.numel():
         return None
-    readable = readable.expand(batch, -1, -1).clone()
-    if text_mask is not None:
-        text_slots = readable[:, tiling.video_tiles :]
-        text_slots.flatten(1)[:, : tiling.text] &= text_mask
-    return torch.zeros(readable.shape, device=readable.device).masked_fill_(~readable, float("-inf"))
+    hidden = ~tiling.readable(text_mask).expand(batch, -1, -1)
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def run(

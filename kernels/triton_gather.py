@@ -163,12 +163,7 @@ def run(
     batch, tokens, heads, head_dim = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     query_slots = tiling.slots.to(torch.int32)
-    key_slots = query_slots[None]
-    if text_mask is not None:
-        key_slots = query_slots.repeat(batch, 1, 1)
-        text_slots = key_slots[:, tiling.video_tiles :].flatten(1)
-        text_slots[:, : tiling.text].masked_fill_(~text_mask, -1)
-        key_slots[:, tiling.video_tiles :] = text_slots.unflatten(1, (-1, tiling.block_size))
+    key_slots = query_slots.where(tiling.readable(text_mask), -1)
     counts, indices = mask.lists()
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, tokens, heads), dtype=torch.float32, device=q.device)

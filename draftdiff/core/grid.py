@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_SIZES = (64, 128)
@@ -85,6 +86,18 @@ class Tiling:
     @property
     def tokens(self) -> int:
         return self.grid.tokens + self.text
+
+    def readable(self, text_mask: Tensor | None = None) -> Tensor:
+        """Slots with a token that may be read as a key, bool [batch, tiles, block_size], batch 1 without text_mask.
+
+        text_mask: bool [batch, text], False for padding.
+        """
+        filled = (self.slots >= 0)[None]
+        if text_mask is None:
+            return filled
+        video, text = filled.expand(len(text_mask), -1, -1).tensor_split([self.video_tiles], dim=1)
+        padded = F.pad(text_mask, (0, text[0].numel() - self.text))
+        return torch.cat([video, padded.view(text.shape)], dim=1)
 
     def video(self, x: Tensor) -> Tensor:
         """The video tokens of x [B, tokens, ...] as a view [B, frames, height, width, ...]."""

@@ -52,7 +52,8 @@ def select_draft(probabilities: Tensor, density: Tensor, *, row_floor: float = 0
     probabilities: draft map [batch, heads, tiles, tiles].  density: kept share, float64 [heads].
     row_floor: share of the budget that is dealt evenly to the rows (1: plain top-k, 0: plain top-p); each row keeps
     its own tile in any case. The rest goes to rows until all have covered the same mass.
-    Returns bool [batch, heads, tiles, tiles], without an empty row, at most max(density * tiles, 1) per row on average.
+    Returns bool [batch, heads, tiles, tiles], without an empty row: at most max(density * tiles, 1) per row on average,
+    less where the tiles left carry no mass.
     """
     tiles = probabilities.shape[-1]
     budget = (density.to(probabilities.device) * tiles**2).clamp(min=tiles)[:, None, None]

@@ -1,0 +1,39 @@
+"""Budgets multiply their weights and refuse what they cannot be."""
+
+import pytest
+import torch
+
+from draftdiff.core.budget import Budget
+
+
+def test_a_plain_budget_is_the_same_everywhere():
+    assert torch.equal(Budget(0.75).density(3, 2), torch.full((3, 2), 0.25, dtype=torch.float64))
+
+
+def test_weights_of_steps_layers_and_heads_multiply():
+    budget = Budget(0.8, steps=(2.0, 1.0), layers=(1.0, 1.5), heads=(1.0, 0.5))
+    expected = 0.2 * torch.tensor([[2.0, 1.0], [3.0, 1.5]], dtype=torch.float64)
+    torch.testing.assert_close(budget.density(2, 2, progress=0.0), expected)
+    torch.testing.assert_close(budget.density(2, 2, progress=0.6), expected / 2)
+
+
+def test_heads_may_be_given_per_layer_and_density_stops_at_one():
+    budget = Budget(0.5, heads=((1.0, 4.0), (0.5, 1.0)))
+    assert budget.density(2, 2).tolist() == [[0.5, 1.0], [0.25, 0.5]]
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_sparsity_out_of_range_is_named(sparsity):
+    with pytest.raises(ValueError, match=f"sparsity must be at least 0 and below 1, got {sparsity}"):
+        Budget(sparsity)
+
+
+@pytest.mark.parametrize("weights", [(0.0,), (-1.0, 1.0), (float("inf"),)])
+def test_a_weight_that_is_not_positive_is_named(weights):
+    with pytest.raises(ValueError, match="budget weights must be positive, got layers="):
+        Budget(0.5, layers=weights)
+
+
+def test_weights_for_another_model_are_refused():
+    with pytest.raises(ValueError, match=r"budget weights layers must have shape \(4,\) for this model, got \(2,\)"):
+        Budget(0.5, layers=(1.0, 1.0)).density(4, 2)

@@ -1,0 +1,81 @@
+"""Tilings: a partition of the grid, text where the model put it, tiles that fit."""
+
+import math
+
+import pytest
+import torch
+
+from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, choose_tile, tiling_for
+
+GRIDS = [(1, 1, 1), (5, 13, 9), (21, 30, 52), (3, 8, 16), (1, 45, 80)]
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_token_is_in_one_tile_and_every_tile_has_tokens(grid, block_size):
+    grid = LatentGrid(*grid)
+    tiling = tiling_for(grid, choose_tile(grid, block_size), block_size, text=70, lead=20)
+    slots = tiling.slots[tiling.slots >= 0]
+    assert torch.equal(slots.sort().values, torch.arange(tiling.tokens))
+    assert torch.equal((tiling.slots >= 0).sum(1), tiling.counts)
+    assert int(tiling.counts.min()) > 0
+    assert torch.equal(tiling.order[tiling.restore], torch.arange(tiling.tokens))
+
+
+def test_a_tile_is_a_box_of_neighbours():
+    grid = LatentGrid(5, 13, 9)
+    tiling = tiling_for(grid, (2, 4, 8), 64)
+    for slots in tiling.slots:
+        tokens = slots[slots >= 0]
+        frame, row, column = tokens // (13 * 9), tokens // 9 % 13, tokens % 9
+        extents = [int(axis.max() - axis.min()) + 1 for axis in (frame, row, column)]
+        assert all(extent <= size for extent, size in zip(extents, (2, 4, 8)))
+        assert math.prod(extents) == len(tokens)
+
+
+def test_text_stands_around_the_video_and_follows_it_in_tile_order():
+    tiling = tiling_for(LatentGrid(1, 2, 3), (1, 2, 3), 64, text=5, lead=2)
+    assert tiling.order.tolist() == [2, 3, 4, 5, 6, 7, 0, 1, 8, 9, 10]
+    x = torch.arange(11)[None, :, None]
+    assert tiling.video(x).flatten().tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_padding_text_and_empty_slots_are_not_readable():
+    tiling = tiling_for(LatentGrid(1, 8, 9), (1, 8, 8), 64, text=3)
+    text_mask = torch.tensor([[True, True, False], [True, False, False]])
+    readable = tiling.readable(text_mask)
+    assert readable.sum((1, 2)).tolist() == [74, 73]
+    assert readable[:, -1, :3].tolist() == text_mask.tolist()
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_chosen_tile_fills_a_block(grid, block_size):
+    assert math.prod(choose_tile(LatentGrid(*grid), block_size)) == block_size
+
+
+def test_the_chosen_tile_wastes_less_than_the_papers_on_480p():
+    grid = LatentGrid(21, 30, 52)
+
+    def slots(tile):
+        return math.prod(math.ceil(n / t) * t for n, t in zip(grid.shape, tile))
+
+    assert slots(choose_tile(grid, 128)) < 0.9 * slots((1, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("tile", "block_size", "message"),
+    [
+        ((2, 8, 8), 64, "tile must be .* at most 64 tokens, got \\(2, 8, 8\\)"),
+        ((0, 8, 8), 64, "tile must be"),
+        ((1, 8, 8), 96, "block_size must be one of \\(64, 128\\), got 96"),
+    ],
+)
+def test_a_tile_that_does_not_fit_is_named(tile, block_size, message):
+    with pytest.raises(ValueError, match=message):
+        tiling_for(LatentGrid(2, 8, 8), tile, block_size)
+
+
+def test_an_empty_grid_is_refused():
+    with pytest.raises(ValueError, match="grid sizes must be positive"):
+        LatentGrid(0, 8, 8)

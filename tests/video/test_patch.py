@@ -1,0 +1,177 @@
+"""enable, disable and report on a tiny random instance of every supported model."""
+
+import copy
+
+import pytest
+import torch
+
+import draftdiff
+from draftdiff import DraftAttentionConfig
+from tests.video.model_cases import MODEL_CASES, output_of
+
+ALWAYS = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
+SPARSE = DraftAttentionConfig(sparsity=0.7, **ALWAYS)
+models = pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+
+
+@pytest.fixture
+def model(case):
+    return case.build()
+
+
+@models
+@pytest.mark.parametrize("tail", [True, False], ids=["tail", "drop"])
+def test_a_full_budget_equals_dense_attention(case, model, tail):
+    inputs = case.inputs(model, case.grid, 2)
+    dense = output_of(model, inputs)
+    draftdiff.enable(model, DraftAttentionConfig(selection="full", tail=tail, **ALWAYS))
+    torch.testing.assert_close(output_of(model, inputs), dense, atol=case.tolerance, rtol=1e-5)
+
+
+@models
+def test_sparse_output_is_the_reference_backends_and_not_dense(case, model):
+    inputs = case.inputs(model, case.grid, 2)
+    dense = output_of(model, inputs)
+    outputs = {}
+    for backend in ("torch", "reference"):
+        config = DraftAttentionConfig(sparsity=0.7, backend=backend, **ALWAYS)
+        outputs[backend] = output_of(draftdiff.enable(model, config), inputs)
+    torch.testing.assert_close(outputs["torch"], outputs["reference"], atol=case.tolerance, rtol=1e-5)
+    assert float((outputs["torch"] - dense).abs().max()) > 1e-3
+
+
+@models
+def test_disable_restores_the_model_exactly(case, model):
+    inputs = case.inputs(model, case.grid, 2)
+    attributes = {name: set(m.__dict__) for name, m in model.named_modules()}
+    processors = {name: m.processor for name, m in model.named_modules() if hasattr(m, "processor")}
+    dense = output_of(model, inputs)
+    draftdiff.enable(model, SPARSE)
+    output_of(model, inputs)
+    draftdiff.disable(model)
+    assert torch.equal(output_of(model, inputs), dense)
+    assert {name: set(m.__dict__) for name, m in model.named_modules()} == attributes
+    assert all(m.processor is processors[name] for name, m in model.named_modules() if name in processors)
+
+
+@models
+def test_a_batch_equals_its_items_one_by_one(case, model):
+    draftdiff.enable(model, SPARSE)
+    inputs = case.inputs(model, case.grid, 2)
+    both = output_of(model, inputs)
+    for i in range(2):
+        one = {name: item_of(name, value, i) for name, value in inputs.items()}
+        torch.testing.assert_close(output_of(model, one), both[i : i + 1], atol=case.tolerance, rtol=1e-4)
+
+
+def item_of(name, value, i):
+    """Batch item i of a forward argument; what is not per item stays."""
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == 2 and not name.startswith("indices"):
+        return value[i : i + 1]
+    if isinstance(value, list) and len(value) == 2:
+        return value[i : i + 1]
+    return value
+
+
+@models
+@pytest.mark.parametrize("grid", [(5, 13, 9), (3, 7, 11)], ids=str)
+def test_odd_grids_read_no_padding(case, model, grid):
+    if case.name in ("flux", "qwen_image"):
+        grid = (1, *grid[1:])
+    inputs = case.inputs(model, grid, 1)
+    dense = output_of(model, inputs)
+    draftdiff.enable(model, DraftAttentionConfig(selection="full", **ALWAYS))
+    torch.testing.assert_close(output_of(model, inputs), dense, atol=case.tolerance, rtol=1e-5)
+    draftdiff.enable(model, SPARSE)
+    assert output_of(model, inputs).isfinite().all()
+
+
+@models
+def test_report_tells_what_was_done(case, model):
+    draftdiff.enable(model, DraftAttentionConfig(sparsity=0.7, **{**ALWAYS, "dense_layers": 1}))
+    inputs = case.inputs(model, case.grid, 2)
+    output_of(model, inputs)
+    told = draftdiff.report(model).transformers[0]
+    assert (told.sparse_steps, told.dense_steps) == (1, 0)
+    assert len(told.layers) == case.layers
+    density = told.density[0]
+    assert density[0] == 1
+    assert bool((density[1:] < 0.8).all())
+    assert bool((told.missed_mass[0, 1:] > 0).all())
+    assert {"draft", "select", "kernel", "dense attention", "sparse forward"} <= set(told.seconds)
+    assert case.build().__class__.__name__ in str(draftdiff.report(model))
+
+
+@models
+def test_few_tokens_are_left_alone(case, model):
+    inputs = case.inputs(model, case.grid, 1)
+    dense = output_of(model, inputs)
+    draftdiff.enable(model, DraftAttentionConfig(dense_steps=0, dense_layers=0, min_tokens=10_000))
+    assert torch.equal(output_of(model, inputs), dense)
+
+
+@models
+def test_nan_in_the_latents_is_reported(case, model):
+    draftdiff.enable(model, SPARSE)
+    inputs = case.inputs(model, case.grid, 1)
+    inputs["hidden_states"] = inputs["hidden_states"].clone()
+    inputs["hidden_states"].view(-1)[3] = float("nan")
+    with pytest.raises(ValueError, match="hold NaN or inf at step 0"):
+        output_of(model, inputs)
+
+
+def test_nan_inside_the_model_names_the_layer():
+    case = MODEL_CASES[0]
+    model = draftdiff.enable(case.build(), SPARSE)
+    model.blocks[1].attn1.to_k.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"query or key of blocks\.1\.attn1 hold NaN at step 0"):
+        output_of(model, case.inputs(model, case.grid, 1))
+
+
+def test_enabling_twice_applies_the_new_config():
+    case = MODEL_CASES[0]
+    model = case.build()
+    inputs = case.inputs(model, case.grid, 1)
+    once = output_of(draftdiff.enable(copy.deepcopy(model), SPARSE), inputs)
+    draftdiff.enable(model, DraftAttentionConfig(sparsity=0.2, **ALWAYS))
+    draftdiff.enable(model, SPARSE)
+    assert torch.equal(output_of(model, inputs), once)
+    draftdiff.disable(model)
+    assert "forward" not in model.__dict__
+
+
+def test_disabling_twice_does_nothing():
+    model = MODEL_CASES[0].build()
+    draftdiff.disable(draftdiff.disable(draftdiff.enable(model)))
+    assert not hasattr(model, "_diffusers_hook")
+
+
+def test_backends_of_two_models_do_not_mix():
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    before = list(AttentionBackendName)
+    case = MODEL_CASES[0]
+    first, second = case.build(), case.build()
+    inputs = case.inputs(first, case.grid, 1)
+    dense = output_of(first, inputs)
+    draftdiff.enable(first, SPARSE)
+    draftdiff.enable(second, DraftAttentionConfig(selection="full", **ALWAYS))
+    torch.testing.assert_close(output_of(second, inputs), dense, atol=case.tolerance, rtol=1e-5)
+    sparse = output_of(first, inputs)
+    assert float((sparse - dense).abs().max()) > 1e-3
+    draftdiff.disable(second)
+    assert torch.equal(output_of(first, inputs), sparse)
+    draftdiff.disable(first)
+    assert list(AttentionBackendName) == before
+
+
+def test_a_model_outside_the_table_is_named_with_those_inside():
+    with pytest.raises(ValueError, match=r"Linear is not supported; supported transformers: WanTransformer3DModel, "):
+        draftdiff.enable(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected a diffusers pipeline or transformer, got int"):
+        draftdiff.enable(3)
+
+
+def test_a_report_needs_enable():
+    with pytest.raises(ValueError, match="draftdiff is not enabled on this WanTransformer3DModel"):
+        draftdiff.report(MODEL_CASES[0].build())
