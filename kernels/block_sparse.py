@@ -75,7 +75,8 @@ def block_sparse_attention(
     q, k, v: [batch, tokens, heads, head_dim] in the model's order, fp32, bf16 or fp16.
     mask: kept tiles, [batch, heads, tiles, tiles].  text_mask: bool [batch, text], False for padding, which none reads.
     tail: pooled keys and values of the video tiles, or None to drop what is skipped.  scale: 1/sqrt(head_dim) if None.
-    Returns out like q in the same order; with return_lse also the natural log-sum-exp, fp32 [batch, tokens, heads].
+    Returns out like q in the same order, contiguous; with return_lse also the natural log-sum-exp, fp32
+    [batch, tokens, heads].
     A row with no key at all gives 0. Raises ValueError for shapes that do not fit the tiling.
     """
     batch, tokens, heads, head_dim = q.shape

@@ -95,4 +95,4 @@ def from_tiles(x: Tensor, tiling: Tiling) -> Tensor:
     position = torch.empty_like(tiling.order)
     filled = (tiling.slots >= 0).flatten().nonzero()[:, 0]
     position[tiling.slots.flatten()[filled]] = filled
-    return x.flatten(2, 3)[:, :, position].transpose(1, 2)
+    return x.flatten(2, 3)[:, :, position].transpose(1, 2).contiguous()

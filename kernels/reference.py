@@ -45,4 +45,4 @@ def run(
         values = torch.cat([v32, tail.v_mean], dim=2)
     # A row without any key gives 0, as a kernel's empty loop does.
     out = scores.softmax(-1).nan_to_num(0.0) @ values
-    return out.transpose(1, 2).to(q.dtype), scores.logsumexp(-1).transpose(1, 2) if want_lse else None
+    return out.transpose(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1).transpose(1, 2) if want_lse else None

@@ -75,6 +75,7 @@ if triton is not None:
         TAIL: tl.constexpr,
         TAIL_BLOCK: tl.constexpr,
         PRECISION: tl.constexpr,
+        WIDEN: tl.constexpr,
     ):
         tile = tl.program_id(0)
         b = (tl.program_id(1) // heads).to(tl.int64)
@@ -91,6 +92,8 @@ if triton is not None:
             mask=filled[:, None] & real_dim[None, :],
             other=0.0,
         )
+        if WIDEN:
+            q = q.to(tl.float32)
         row_max = tl.full([BLOCK], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK], tl.float32)
         acc = tl.zeros([BLOCK, D_PAD], tl.float32)
@@ -107,6 +110,9 @@ if triton is not None:
             loaded = readable[:, None] & real_dim[None, :]
             k = tl.load(k_base + keys[:, None] * k_token + dim[None, :], mask=loaded, other=0.0)
             v = tl.load(v_base + keys[:, None] * v_token + dim[None, :], mask=loaded, other=0.0)
+            if WIDEN:
+                k = k.to(tl.float32)
+                v = v.to(tl.float32)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
             s = tl.where(readable[None, :], s, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -194,6 +200,8 @@ def run(
         TAIL=tail is not None,
         TAIL_BLOCK=_TAIL_BLOCK,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        # The interpreter would multiply the bit patterns of bf16.
+        WIDEN=q.dtype == torch.bfloat16 and q.device.type == "cpu",
         num_warps=8 if tiling.block_size == 128 else 4,
         num_stages=2,
     )

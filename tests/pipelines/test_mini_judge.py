@@ -1,4 +1,4 @@
-"""The judge: always right on clean renders, still right when they are noisy, and unsure when there is nothing to see."""
+"""The judge: right on clean renders, still right on noisy ones, and unsure when there is nothing to see."""
 
 from __future__ import annotations
 

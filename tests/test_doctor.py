@@ -1,0 +1,79 @@
+"""The doctor tries what it reports."""
+
+import json
+
+import pytest
+import torch
+
+from draftdiff.cli import main
+from draftdiff.doctor import examine, is_healthy, to_text, try_backend
+from draftdiff.kernels import gather
+from draftdiff.kernels.block_sparse import BACKENDS
+from draftdiff.video.layouts import supported_models
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return examine()
+
+
+def test_every_backend_and_model_is_listed_and_nothing_is_broken(findings):
+    assert set(findings["backends"]["cpu"]) == set(BACKENDS)
+    assert findings["backends"]["cpu"]["reference"] == findings["backends"]["cpu"]["torch"] == "ok"
+    assert len(findings["models"]) == len(supported_models())
+    assert is_healthy(findings)
+
+
+def test_the_text_names_each_finding(findings):
+    text = to_text(findings)
+    for name in (*BACKENDS, torch.__version__, "libvmaf", "extra metrics", "mini-video", "WanTransformer3DModel"):
+        assert name in text
+
+
+def test_json_and_exit_code(findings, capsys, monkeypatch):
+    monkeypatch.setattr("draftdiff.doctor.examine", lambda: findings)
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == findings
+    broken = {**findings, "embedded_model": {"status": "mini video weights are missing", "bytes": 0}}
+    monkeypatch.setattr("draftdiff.doctor.examine", lambda: broken)
+    assert main(["doctor"]) == 1
+    assert "weights are missing" in capsys.readouterr().out
+
+
+def test_a_backend_that_fails_is_broken_with_its_reason(monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("no compiler\nin sight")
+
+    monkeypatch.setattr(gather, "run", fail)
+    assert try_backend("torch", CPU) == "broken: RuntimeError: no compiler in sight"
+
+
+def test_a_backend_that_is_wrong_is_broken(monkeypatch, findings):
+    stock = gather.run
+
+    def wrong(*args):
+        out, lse = stock(*args)
+        return out * 1.1, lse
+
+    monkeypatch.setattr(gather, "run", wrong)
+    assert try_backend("torch", CPU).startswith("broken: differs from the reference by")
+    states = {"cpu": {**findings["backends"]["cpu"], "torch": try_backend("torch", CPU)}}
+    assert not is_healthy({**findings, "backends": states})
+
+
+def test_a_backend_without_its_machine_is_unavailable_but_not_broken(monkeypatch, findings):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    state = try_backend("triton", CPU)
+    assert state.startswith("unavailable: needs")
+    assert is_healthy({**findings, "backends": {"cpu": {"triton": state}}})
+
+
+def test_missing_weights_are_told(monkeypatch):
+    def missing(*_args):
+        raise FileNotFoundError("mini video weights are missing: transformer")
+
+    monkeypatch.setattr("draftdiff.pipelines.mini_video.load_mini_video", missing)
+    findings = examine()
+    assert "weights are missing" in findings["embedded_model"]["status"] and not is_healthy(findings)

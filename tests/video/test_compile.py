@@ -1,0 +1,95 @@
+"""Compiled repeated blocks: one graph for dense and one for sparse per kind of block, never broken, never growing."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import draftdiff
+from draftdiff import DraftAttentionConfig
+from draftdiff.core.budget import Budget
+from tests.video.model_cases import MODEL_CASES, output_of, tiny
+
+# One case per class. Mochi selects valid text by its content, which no full graph can, with us or without.
+COMPILABLE = list({type(case.build()): case for case in reversed(MODEL_CASES) if case.name != "mochi"}.values())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compile_blocks(model, backend="eager"):
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    else:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, backend=backend)
+
+
+def at(inputs, share):
+    """The same call at a later timestep."""
+    return inputs | {"timestep": inputs["timestep"] * share}
+
+
+@pytest.mark.parametrize("case", COMPILABLE, ids=str)
+def test_compiled_blocks_do_what_eager_ones_do_in_as_many_graphs_as_need_be(case):
+    config = DraftAttentionConfig(sparsity=0.7, dense_steps=1, dense_layers=0, min_tokens=0)
+    model = draftdiff.enable(case.build(), config)
+    inputs = case.inputs(model, case.grid, 1)
+    expected = [output_of(model, at(inputs, share)) for share in (1.0, 0.5)]
+    draftdiff.disable(model)
+
+    compile_blocks(model)
+    draftdiff.enable(model, config)
+    for share, output in zip((1.0, 0.5), expected):
+        torch.testing.assert_close(output_of(model, at(inputs, share)), output, atol=case.tolerance, rtol=1e-5)
+    graphs = counters["stats"]["unique_graphs"]
+    for share in (0.4, 0.3, 1.0, 0.2):  # a second run begins at 1.0
+        output_of(model, at(inputs, share))
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    density = draftdiff.report(model).transformers[0].sparse_mean(0)
+    assert density is not None
+    assert 0 < density < 0.8
+
+
+def test_twelve_layers_with_budgets_of_their_own_share_two_graphs():
+    from diffusers import WanTransformer3DModel
+
+    build = tiny(
+        WanTransformer3DModel,
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=12,
+    )
+    case = MODEL_CASES[0]
+    weights = tuple(0.5 + 0.1 * i for i in range(12))
+    config = DraftAttentionConfig(Budget(0.7, layers=weights), dense_steps=1, dense_layers=3, min_tokens=0)
+    model = draftdiff.enable(build(), config)
+    inputs = case.inputs(model, case.grid, 2)
+    expected = [output_of(model, at(inputs, share)) for share in (1.0, 0.5, 0.3)]
+    draftdiff.disable(model)
+    compile_blocks(model, backend="aot_eager")
+    draftdiff.enable(model, config)
+    for share, output in zip((1.0, 0.5, 0.3), expected):
+        torch.testing.assert_close(output_of(model, at(inputs, share)), output, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+def test_the_fake_of_the_custom_op_tells_shape_and_type():
+    from draftdiff.video.attention import attend_op
+
+    q, k, v = (torch.randn(1, 70, 2, 32, dtype=torch.bfloat16) for _ in range(3))
+    density = torch.full((2,), 0.5, dtype=torch.float64)
+    call = (q, k, v, density, None, [1, 8, 8], 6, None, "draft", 0.5, True, [1, 4, 4], 64, "torch")
+    torch.library.opcheck(attend_op, call, test_utils=("test_schema", "test_faketensor"))
