@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from draftdiff.core.draft import Tail
@@ -20,7 +21,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 def to_tiles(x: Tensor, tiling: Tiling) -> Tensor:
     """[batch, tokens, heads, head_dim] in model order -> [batch, heads, tiles, block_size, head_dim]. Slots without a
     token repeat some token and must be masked."""
-    return x[:, tiling.slots.clamp(min=0)].permute(0, 3, 1, 2, 4).contiguous()
+    return rearrange(x[:, tiling.slots.clamp(min=0)], "b t s h d -> b h t s d").contiguous()
 
 
 def slot_bias(tiling: Tiling, text_mask: Tensor | None, batch: int) -> Tensor | None:
@@ -95,4 +96,4 @@ def from_tiles(x: Tensor, tiling: Tiling) -> Tensor:
     position = torch.empty_like(tiling.order)
     filled = (tiling.slots >= 0).flatten().nonzero()[:, 0]
     position[tiling.slots.flatten()[filled]] = filled
-    return x.flatten(2, 3)[:, :, position].transpose(1, 2).contiguous()
+    return rearrange(rearrange(x, "b h t s d -> b h (t s) d")[:, :, position], "b h n d -> b n h d").contiguous()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
@@ -26,11 +27,10 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
     if any(missing):
         frames, rows, columns = missing
         video = F.pad(video, (0, 0, 0, 0, 0, columns, 0, rows, 0, frames))
-    for axis, size in zip((1, 3, 5), tiling.tile):
-        video = video.unflatten(axis, (-1, size))
-    sums = video.sum(dim=(2, 4, 6), dtype=torch.float32).flatten(1, 3)
-    means = sums / tiling.counts[: tiling.video_tiles, None, None]
-    return means.transpose(1, 2)
+    t, r, c = tiling.tile
+    tiles = rearrange(video, "b (f t) (h r) (w c) n d -> b f t h r w c n d", t=t, r=r, c=c)
+    sums = rearrange(tiles.sum(dim=(2, 4, 6), dtype=torch.float32), "b f h w n d -> b n (f h w) d")
+    return sums / tiling.counts[: tiling.video_tiles, None]
 
 
 def draft_map(q_mean: Tensor, k_mean: Tensor, *, scale: float | None = None, counts: Tensor | None = None) -> Tensor:

@@ -57,6 +57,9 @@ def register_backend(name: str, attend: Attend, current: Any) -> AttentionBacken
 
             return attend(layer, query, key, value, attn_mask, scale, dense)
 
+        if (_parallel_config.context_parallel_config.ring_degree or 1) > 1:
+            raise ValueError("ring context parallelism is not supported by draft attention; use ulysses_degree")
+
         # Under Ulysses each process sees all tokens and a share of the heads.
         def local(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
             def dense() -> Tensor:

@@ -1,0 +1,73 @@
+"""Two processes that share the heads of one model (Ulysses) give what one process gives."""
+
+import socket
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import WanTransformer3DModel
+
+import draftdiff
+from draftdiff import DraftAttentionConfig
+from tests.video.model_cases import MODEL_CASES, output_of, tiny
+
+SPARSE = DraftAttentionConfig(sparsity=0.7, dense_steps=0, dense_layers=0, min_tokens=0)
+build = tiny(
+    WanTransformer3DModel,
+    patch_size=(1, 2, 2),
+    num_attention_heads=4,
+    attention_head_dim=32,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    ffn_dim=64,
+    num_layers=2,
+)
+
+
+def inputs_of(model):
+    return MODEL_CASES[0].inputs(model, (4, 6, 9), 1)
+
+
+def share_heads(rank, port, folder, ring):
+    from diffusers import ContextParallelConfig
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = build()
+    degrees = {"ring_degree": 2} if ring else {"ulysses_degree": 2}
+    # diffusers counts accelerators to place a process; a CPU has none.
+    with mock.patch("torch.accelerator.device_count", return_value=1):
+        model.enable_parallelism(config=ContextParallelConfig(**degrees))
+    draftdiff.enable(model, SPARSE)
+    try:
+        result = output_of(model, inputs_of(model))
+    except ValueError as error:
+        result = str(error)
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_two(tmp_path, ring):
+    pytest.importorskip("diffusers", minversion="0.36")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(share_heads, args=(port, str(tmp_path), ring), nprocs=2)
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+
+def test_ulysses_equals_one_process(tmp_path):
+    model = draftdiff.enable(build(), SPARSE)
+    expected = output_of(model, inputs_of(model))
+    for result in run_two(tmp_path, ring=False):
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ring_is_refused_in_one_line(tmp_path):
+    for result in run_two(tmp_path, ring=True):
+        assert "ring context parallelism is not supported" in result
+        assert "\n" not in result
