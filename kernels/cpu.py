@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -68,6 +69,7 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
+    logging.getLogger("draftdiff").warning("compiling the CPU kernel, once, into %s", path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         product, built = Path(folder) / "kernel.o", Path(folder) / "kernel.so"

@@ -315,7 +315,6 @@ def enable(target: Any, config: DraftAttentionConfig | None = None, *, num_steps
         hook = _DraftHook(transformer, layout, config, progress, pipeline, num_steps)
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         registry.register_hook(hook, _HOOK)
-        registry.invalidate_child_registries_cache()
     return target
 
 
