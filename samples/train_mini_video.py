@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -356,9 +357,9 @@ class Stage:
 
 # Most of what there is to learn is learnt on few tokens, at a fifteenth of the cost; the full grid comes last.
 STAGES = (
-    Stage(0.16, {(3, 8, 8): (1.0, 24)}),
-    Stage(0.38, {(3, 8, 8): (0.25, 24), (5, 8, 8): (0.75, 16)}),
-    Stage(0.55, {(5, 8, 8): (0.4, 16), (8, 8, 8): (0.25, 12), (3, 16, 16): (0.35, 8)}),
+    Stage(0.14, {(3, 8, 8): (1.0, 24)}),
+    Stage(0.26, {(3, 8, 8): (0.15, 24), (5, 8, 8): (0.85, 16)}),
+    Stage(0.40, {(5, 8, 8): (0.35, 16), (8, 8, 8): (0.25, 12), (3, 16, 16): (0.4, 8)}),
     Stage(1.00, {(8, 16, 16): (0.7, 4), (5, 8, 8): (0.1, 16), (8, 8, 8): (0.08, 12), (3, 16, 16): (0.12, 8)}),
 )
 
@@ -385,6 +386,10 @@ def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
         text = (partial / name).read_text(encoding="utf-8")
         (partial / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+    digests = {}
+    for file in sorted(partial.rglob("*.safetensors")):
+        file.chmod(0o644)
+        digests[file.relative_to(partial).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
     settings = {
         "about": "A mini video model for draftdiff. `generate` holds the arguments to call the pipeline with.",
         "generate": {
@@ -408,9 +413,8 @@ def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None
         },
         "held_out_combinations": [list(combination) for combination in mini_world.HELD_OUT],
         "training": training,
+        "sha256": digests,
     }
-    for file in partial.rglob("*.safetensors"):
-        file.chmod(0o644)
     (partial / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -488,10 +492,10 @@ class Trainer:
         transformer, text_encoder = self.average
         return build_pipeline(transformer, text_encoder, self.tokenizer, self.vae)  # type: ignore[arg-type]
 
-    def evaluate(self, grid: tuple[int, int, int], count: int, steps: int) -> dict[str, dict[str, float]]:
-        """Score the averaged weights on validation prompts of seen combinations, and apart from that on held-out ones."""
+    def evaluate(self, grid: tuple[int, int, int], count: int) -> dict[str, dict[str, float]]:
+        """Score the averaged weights on prompts of seen combinations, and apart from that on held-out ones."""
         call = {"num_frames": 4 * (grid[0] - 1) + 1, "height": 8 * grid[1], "width": 8 * grid[2]}
-        call |= {"num_inference_steps": steps, "max_sequence_length": TEXT_TOKENS}
+        call |= {"num_inference_steps": 12, "max_sequence_length": TEXT_TOKENS}
         scores = {}
         with torch.autocast("cpu", torch.bfloat16):
             for name, held_out in (("seen", False), ("held-out", True)):
@@ -500,11 +504,11 @@ class Trainer:
                 scores[name] = accuracy(clips, scenes)
         return scores
 
-    def milestone(self, grid: tuple[int, int, int], count: int, steps: int, ship: bool) -> None:
+    def milestone(self, grid: tuple[int, int, int], count: int, ship: bool) -> None:
         """Score, report, and export if nothing better was exported; only seen combinations decide that."""
         started = time.time()
-        scores = self.evaluate(grid, count, steps)
-        record = {"step": self.step, "minutes": round(self.seconds / 60, 1), "grid": grid, "steps": steps, **scores}
+        scores = self.evaluate(grid, count)
+        record = {"step": self.step, "minutes": round(self.seconds / 60, 1), "grid": grid, **scores}
         with (self.work / "scores.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, score in scores.items():
@@ -519,14 +523,14 @@ class Trainer:
                 tqdm.write(f"exported to {WEIGHTS.name} (validation score {score:.3f})")
 
     def run(self, minutes: float) -> None:
-        """Go through the stages on the clock, scoring every so often and exporting what scores best on the full grid."""
+        """Go through the stages on the clock, scoring now and then and exporting what scores best on the full grid."""
         total = minutes * 60
         self.transformer.compile_repeated_blocks()
         torch._dynamo.config.recompile_limit = 32
         rng = random.Random(self.step)
         small, full = (5, 8, 8), (8, 16, 16)
         # Shares of the time at which to look: cheaply on the small grid at first, then on the full one.
-        looks = [(0.12, small), (0.25, small), (0.38, small), (0.56, full), (0.68, full), (0.8, full), (0.9, full)]
+        looks = [(0.12, small), (0.25, small), (0.42, full), (0.62, full), (0.82, full)]
         pending = [look for look in looks if look[0] > self.seconds / total]
         last_saved, previous, losses = self.seconds, time.time(), {}
         with tqdm(total=round(total), initial=round(self.seconds), unit="s", mininterval=10) as bar:
@@ -539,7 +543,7 @@ class Trainer:
                 losses[grid] = 0.97 * losses.get(grid, loss) + 0.03 * loss
                 if pending and part >= pending[0][0]:
                     shape = pending.pop(0)[1]
-                    self.milestone(shape, 12, 12 if shape == small else 14, ship=shape == full)
+                    self.milestone(shape, 12 if shape == small else 6, ship=shape == full)
                 now = time.time()
                 bar.update(round(self.seconds + now - previous) - round(self.seconds))
                 self.seconds, previous = self.seconds + now - previous, now
@@ -549,7 +553,7 @@ class Trainer:
                     self.save()
                     last_saved = self.seconds
         self.save()
-        self.milestone(full, 12, 14, ship=True)
+        self.milestone(full, 6, ship=True)
         self.save()
 
 

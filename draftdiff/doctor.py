@@ -1,0 +1,157 @@
+"""What works here: devices, versions, backends (each tried on a tiny call), ffmpeg, extras, weights, models."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import warnings
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftdiff import __version__
+from draftdiff.core.draft import Tail, pool
+from draftdiff.core.grid import LatentGrid, tiling_for
+from draftdiff.core.select import BlockMask
+from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
+# Import names of what each extra of the package installs.
+_EXTRAS = {"metrics": ("stlpips_pytorch", "IPython", "torchsummary", "torchvision"), "plots": ("matplotlib",)}
+# Largest error of a tiny call, by dtype: products of the half-precision types round at 2**-11 and 2**-8.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
+
+
+def versions() -> dict[str, str | None]:
+    """draftdiff, Python and the packages it stands on; None for one that is not installed."""
+    found: dict[str, str | None] = {"draftdiff": __version__, "python": platform.python_version()}
+    installed = packages_distributions()
+    return found | {name: version(name) if name in installed else None for name in _PACKAGES}
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return device.type
+
+
+def _processor() -> str:
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def examine() -> dict[str, Any]:
+    """All findings, ready for JSON. A value of None or "ok" is fine; other strings in `backends` are reasons."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    tried = devices[:2]  # the CPU and the first GPU
+    from draftdiff.video.layouts import supported_models
+
+    return {
+        "versions": versions(),
+        "devices": {str(device): device_name(device) for device in devices},
+        "backends": {str(device): {name: try_backend(name, device) for name in BACKENDS} for device in tried},
+        "ffmpeg": _ffmpeg(),
+        "extras": {extra: _missing(names) for extra, names in _EXTRAS.items()},
+        "embedded_model": _embedded_model(),
+        "models": [{"family": family, "class": name, "note": note} for family, name, note in supported_models()],
+    }
+
+
+def try_backend(name: str, device: torch.device) -> str:
+    """ "ok", "unavailable: ..." or "broken: ...", after a tiny call checked against the reference."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    reason = unavailable(name, device, dtype, 64)
+    if reason:
+        return f"unavailable: {reason}"
+    generator = torch.Generator().manual_seed(0)
+    tiling = tiling_for(LatentGrid(3, 8, 10), (1, 8, 8), 64, text=5, device=device)
+    q, k, v = torch.randn(3, 1, tiling.tokens, 2, 64, generator=generator).to(device, dtype)
+    keep = torch.rand(1, 2, tiling.tiles, tiling.tiles, generator=generator) < 0.5
+    mask = BlockMask((keep | torch.eye(tiling.tiles, dtype=torch.bool)).to(device))
+    tail = Tail(pool(k, tiling), pool(v, tiling))
+
+    def run(backend: str) -> torch.Tensor:
+        out = block_sparse_attention(q, k, v, mask, tiling=tiling, tail=tail, backend=backend)
+        assert isinstance(out, torch.Tensor)
+        return out.float()
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as flex's, that it is slow on a CPU
+            error = float((run(name) - run("reference")).abs().max())
+    except Exception as failure:  # a compiler or driver that fails is a finding, whatever it raises
+        return f"broken: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+    if not error <= _TOLERANCE[dtype]:
+        return f"broken: differs from the reference by {error:.2g}"
+    return "ok"
+
+
+def _ffmpeg() -> dict[str, Any]:
+    from draftdiff.compare.metrics import ffmpeg, has_libvmaf
+
+    try:
+        executable = ffmpeg()
+    except RuntimeError as error:
+        return {"found": False, "libvmaf": False, "reason": str(error).splitlines()[0]}
+    return {"found": True, "libvmaf": has_libvmaf(executable), "path": executable}
+
+
+def _missing(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def _embedded_model() -> dict[str, Any]:
+    from draftdiff.pipelines.mini_video import WEIGHTS, load_mini_video
+
+    size = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
+    try:
+        load_mini_video()
+    except (OSError, ValueError) as error:
+        return {"status": str(error), "bytes": size}
+    return {"status": "ok", "bytes": size}
+
+
+def is_healthy(findings: dict[str, Any]) -> bool:
+    """Whether nothing that should work is broken; what is merely not there does not count."""
+    backends = [state for states in findings["backends"].values() for state in states.values()]
+    return not any(state.startswith("broken") for state in backends) and findings["embedded_model"]["status"] == "ok"
+
+
+def to_text(findings: dict[str, Any]) -> str:
+    """The findings for a terminal."""
+    sections = {
+        "versions": {name: value or "not installed" for name, value in findings["versions"].items()},
+        "devices": findings["devices"],
+    }
+    for device, states in findings["backends"].items():
+        sections[f"backends on {device}"] = states
+    ffmpeg, model = findings["ffmpeg"], findings["embedded_model"]
+    sections["tools"] = {
+        "ffmpeg": ffmpeg["path"] if ffmpeg["found"] else f"missing: {ffmpeg['reason']}",
+        "libvmaf": "ok" if ffmpeg["libvmaf"] else "missing: no VMAF scores",
+    }
+    for extra, missing in findings["extras"].items():
+        hint = f"missing {', '.join(missing)}: pip install 'draftdiff[{extra}]'"
+        sections["tools"][f"extra {extra}"] = hint if missing else "ok"
+    sections["embedded model"] = {"mini-video": f"{model['status']}, {model['bytes'] / 1e6:.1f} MB"}
+    sections["supported transformers"] = {
+        entry["class"]: entry["family"] + (f" ({entry['note']})" if entry["note"] else "")
+        for entry in findings["models"]
+    }
+    lines = []
+    for title, entries in sections.items():
+        width = max(map(len, entries))
+        lines += [title, *(f"  {name:<{width}}  {value}" for name, value in entries.items())]
+    return "\n".join(lines)

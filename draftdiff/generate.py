@@ -1,0 +1,200 @@
+"""From a model's name and the user's sizes to a loaded pipeline and the arguments of its call, checked beforehand."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from packaging.version import Version
+
+EMBEDDED = "mini-video"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What the options of a call are named in the pipelines, first match first.
+_SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+_FPS = ("frame_rate", "fps")
+_DEFAULT_FPS = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded pipeline. defaults: arguments of its call that are not the pipeline's own defaults."""
+
+    name: str
+    pipeline: Any
+    defaults: dict[str, Any]
+    fps: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; with offload the weights are elsewhere."""
+        return self.pipeline._execution_device
+
+    @property
+    def makes_video(self) -> bool:
+        return "num_frames" in self.parameters
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(type(self.pipeline).__call__).parameters)
+
+
+def load(name: str | None, *, dtype: str | None = None, device: str | None = None, offload: str | None = None) -> Model:
+    """Load a pipeline and put it on its device.
+
+    name: folder or Hugging Face Hub id; None is the embedded mini model.  dtype: float32, float16 or bfloat16; None is
+    bfloat16 on a GPU, and float32 on a CPU and for the embedded model.  device: as in torch; None is CUDA if there is.
+    offload: "model" or "sequential" keep weights in main memory until they are needed.
+    Raises ValueError, in one line, for what cannot be loaded.
+    """
+    place = _device(device)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if offload is not None and place.type == "cpu":
+        raise ValueError("--offload needs a GPU")
+    if name is None:
+        model = _embedded(_DTYPES[dtype or "float32"])
+    else:
+        model = _pretrained(name, _DTYPES[dtype or ("float32" if place.type == "cpu" else "bfloat16")])
+    if offload == "model":
+        model.pipeline.enable_model_cpu_offload(device=place)
+    elif offload == "sequential":
+        model.pipeline.enable_sequential_cpu_offload(device=place)
+    else:
+        model.pipeline.to(place)
+    return model
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises a different class for every kind of device that is not there
+        raise ValueError(f"device {name!r} cannot be used: {_one_line(error)}") from None
+    return device
+
+
+def _embedded(dtype: torch.dtype) -> Model:
+    from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
+
+    defaults = mini_video_defaults()
+    return Model(EMBEDDED, load_mini_video(dtype), dict(defaults["generate"]), defaults["fps"])
+
+
+def _pretrained(name: str, dtype: torch.dtype) -> Model:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"model folder {name!r} holds no diffusers pipeline (model_index.json)")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
+    argument = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what fails is said once, below
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{argument: dtype})
+    except Exception as error:  # hub, transformers and safetensors each have their own
+        raise ValueError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    fps = next((parameters[p].default for p in _FPS if p in parameters), None)
+    return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def call_arguments(
+    model: Model,
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    fps: float | None = None,
+    negative_prompt: str | None = None,
+    image: Any = None,
+) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's call, prompt and generator excepted; None leaves the model's default.
+
+    Raises ValueError for an argument that the pipeline does not take, or a size that its VAE and patches cannot do.
+    """
+    named = {
+        "frames": ("num_frames", frames),
+        "height": ("height", height),
+        "width": ("width", width),
+        "steps": ("num_inference_steps", steps),
+        "guidance": ("guidance_scale", guidance),
+        "negative-prompt": ("negative_prompt", negative_prompt),
+        "image": ("image", image),
+    }
+    kind = type(model.pipeline).__name__
+    arguments = dict(model.defaults)
+    for option, (argument, value) in named.items():
+        if value is None:
+            continue
+        if argument not in model.parameters:
+            raise ValueError(f"{kind} takes no --{option}")
+        arguments[argument] = value
+    if fps is not None and fps <= 0:
+        raise ValueError(f"--fps must be above 0, got {fps:g}")
+    if fps is not None:
+        arguments |= {name: fps for name in _FPS if name in model.parameters}
+    if "image" in model.parameters and image is None and model.parameters["image"].default is inspect.Parameter.empty:
+        raise ValueError(f"{kind} needs an --image to start from")
+    check_sizes(model, arguments)
+    return arguments
+
+
+def check_sizes(model: Model, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for sizes that the pipeline would round or fail on."""
+    for name, option in (("num_inference_steps", "steps"), ("num_frames", "frames")):
+        if arguments.get(name) is not None and arguments[name] < 1:
+            raise ValueError(f"--{option} must be at least 1, got {arguments[name]}")
+    unit = _spatial_unit(model)
+    for name in ("height", "width"):
+        size = arguments.get(name)
+        if size is not None and (size < 1 or size % unit):
+            nearest = max(unit, round(size / unit) * unit)
+            raise ValueError(f"--{name} must be a multiple of {unit} for this model, got {size} (nearest: {nearest})")
+    frames, stride = arguments.get("num_frames"), _temporal_stride(model)
+    if frames is not None and stride and (frames - 1) % stride:
+        nearest = round((frames - 1) / stride) * stride + 1
+        raise ValueError(
+            f"--frames must be a multiple of {stride} plus 1 for this model, got {frames} (nearest: {nearest})"
+        )
+
+
+def _transformer_config(pipeline: Any) -> Any:
+    transformer = getattr(pipeline, "transformer", None) or getattr(pipeline, "transformer_2", None)
+    return getattr(transformer, "config", {})
+
+
+def _spatial_unit(model: Model) -> int:
+    """Pixels per token along a side: the VAE's scale times the transformer's patch; 1 where that is not known."""
+    scale = next((getattr(model.pipeline, name) for name in _SPATIAL if hasattr(model.pipeline, name)), 1)
+    patch = _transformer_config(model.pipeline).get("patch_size") or 1
+    patch = patch[-1] if isinstance(patch, (tuple, list)) else patch
+    # Flux and Qwen-Image pack 2x2 latents in the pipeline, whatever the transformer says.
+    return int(scale * (patch if model.makes_video else max(patch, 2)))
+
+
+def _temporal_stride(model: Model) -> int | None:
+    """Frames per latent frame after the first, None where the pipeline's own default does not follow that rule."""
+    stride = next((getattr(model.pipeline, name) for name in _TEMPORAL if hasattr(model.pipeline, name)), None)
+    default = model.parameters["num_frames"].default if model.makes_video else None
+    follows = isinstance(default, int) and stride and (default - 1) % stride == 0
+    return int(stride) if follows and stride else None
