@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from draftdiff.compare.run import Comparison
 
 SIDE_BY_SIDE = "side by side"
+STRIP = 34  # height of the names above the clips, in pixels
 
 
 def _with_spread(unit: str, digits: int) -> Callable[[dict[str, float]], str]:
@@ -79,13 +80,15 @@ def shown_columns(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
 
 
 def write_videos(comparison: Comparison, folder: Path) -> None:
-    """One file per prompt and setting, and one per prompt with all settings side by side."""
+    """One file per prompt and setting, and per prompt all settings side by side, as a video and as a picture."""
     folder.mkdir()
     for index, prompt_clips in enumerate(_clips_by_prompt(comparison)):
         for name, frames in prompt_clips.items():
             write_frames(folder / file_name(index, name, len(frames)), frames, comparison.fps)
         together = side_by_side(prompt_clips)
         write_frames(folder / file_name(index, SIDE_BY_SIDE, len(together)), together, comparison.fps)
+        if len(together) > 1:
+            write_frames(folder / file_name(index, SIDE_BY_SIDE, 1), contact_sheet(together)[None], comparison.fps)
 
 
 def file_name(prompt: int, setting: str, frames: int) -> str:
@@ -110,17 +113,22 @@ def side_by_side(clips: dict[str, np.ndarray], widest: int = 3840) -> np.ndarray
     if scale * width * len(clips) > widest:
         scale = widest / (width * len(clips))
     size = (round(width * scale) // 2 * 2, round(height * scale) // 2 * 2)
-    strip = 34
     font = ImageFont.load_default(size=max(10, min(20, size[0] // max(map(len, clips)) * 1.6)))
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
 
     columns = []
     for name, frames in clips.items():
-        label = Image.new("RGB", (size[0], strip), (24, 26, 30))
-        ImageDraw.Draw(label).text((size[0] / 2, strip / 2), name, font=font, anchor="mm", fill=(240, 240, 240))
+        label = Image.new("RGB", (size[0], STRIP), (24, 26, 30))
+        ImageDraw.Draw(label).text((size[0] / 2, STRIP / 2), name, font=font, anchor="mm", fill=(240, 240, 240))
         scaled = [np.asarray(Image.fromarray(frame).resize(size, resample)) for frame in frames]
         columns.append(np.stack([np.concatenate([np.asarray(label), frame]) for frame in scaled]))
     return np.concatenate(columns, axis=2)
+
+
+def contact_sheet(together: np.ndarray, moments: int = 3) -> np.ndarray:
+    """Some frames of `side_by_side` below one another, the names on top only: uint8 [height, width, 3]."""
+    chosen = together[np.linspace(0, len(together) - 1, moments).round().astype(int)]
+    return np.concatenate([chosen[0], *chosen[1:, STRIP:]])
 
 
 def write_page(comparison: Comparison, videos: Path, path: Path) -> None:

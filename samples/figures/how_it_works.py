@@ -55,9 +55,8 @@ def main() -> None:
     for i in range(3):  # three frames, cut into tiles
         x, y = 20 + 18 * (2 - i), TOP + 18 * i
         parts.append(box(x, y, 112, 112, "white", INK))
-        for a in range(2):
-            for b in range(2):
-                parts.append(box(x + 56 * b + 2, y + 56 * a + 2, 52, 52, PALE if (a + b + i) % 2 else TAIL))
+        cells = [(a, b) for a in range(2) for b in range(2)]
+        parts += [box(x + 56 * b + 2, y + 56 * a + 2, 52, 52, PALE if (a + b + i) % 2 else TAIL) for a, b in cells]
     columns = [230, 470, 710]
     for row in range(SIDE):
         for column in range(SIDE):

@@ -12,7 +12,7 @@ from PIL import Image
 from draftdiff import DraftAttentionConfig
 from draftdiff.compare.charts import bars, heat_map, scatter, ticks
 from draftdiff.compare.metrics import Quality
-from draftdiff.compare.page import file_name, page, side_by_side, write_videos
+from draftdiff.compare.page import STRIP, contact_sheet, file_name, page, side_by_side, write_videos
 from draftdiff.compare.run import Clip, Comparison, SettingResult, Timing
 
 PROMPT = "a <b>bold</b> circle & a square"
@@ -151,3 +151,13 @@ def test_the_heat_map_has_a_pixel_per_step_and_layer():
     assert image.shape == (2, 3, 3)
     assert image[0, 0].sum() < image[1, 0].sum() < image[0, 1].sum()  # denser is darker
     assert len(set(image[0, 2])) == 1 and (image[1] == image[1, 0]).all()
+
+
+def test_a_contact_sheet_shows_the_first_and_the_last_frame_under_one_row_of_names():
+    clips = {name: np.random.default_rng(i).integers(0, 255, (5, 64, 64, 3), np.uint8) for i, name in enumerate("ab")}
+    together = side_by_side(clips)
+    sheet = contact_sheet(together, moments=2)
+    height = together.shape[1]
+    assert sheet.shape == (2 * height - STRIP, together.shape[2], 3)
+    assert np.array_equal(sheet[:height], together[0])
+    assert np.array_equal(sheet[height:], together[-1, STRIP:])
