@@ -27,10 +27,10 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
     if any(missing):
         frames, rows, columns = missing
         video = F.pad(video, (0, 0, 0, 0, 0, columns, 0, rows, 0, frames))
-    t, r, c = tiling.tile
-    tiles = rearrange(video, "b (f t) (h r) (w c) n d -> b f t h r w c n d", t=t, r=r, c=c)
-    sums = rearrange(tiles.sum(dim=(2, 4, 6), dtype=torch.float32), "b f h w n d -> b n (f h w) d")
-    return sums / tiling.counts[: tiling.video_tiles, None]
+    sums = video
+    for axis in (3, 2, 1):  # columns first: one pass over the tokens, the others over ever fewer sums
+        sums = sums.unflatten(axis, (-1, tiling.tile[axis - 1])).sum(axis + 1, dtype=torch.float32)
+    return rearrange(sums, "b f h w n d -> b n (f h w) d") / tiling.counts[: tiling.video_tiles, None]
 
 
 def draft_map(q_mean: Tensor, k_mean: Tensor, *, scale: float | None = None, counts: Tensor | None = None) -> Tensor:
