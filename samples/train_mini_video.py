@@ -451,9 +451,15 @@ class Trainer:
             self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "average": self.average.state_dict()}
-        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
-        save_atomically({**state, "best": self.best}, self.work / "dit.pt")
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+        }
+        save_atomically(state, self.work / "dit.pt")
 
     def pool(self, grid: tuple[int, int, int], at_least: int) -> LatentPool:
         if grid not in self.pools:
@@ -515,12 +521,12 @@ class Trainer:
             shares = "  ".join(f"{key} {value:.0%}" for key, value in score.items())
             tqdm.write(f"step {self.step}, grid {grid}, {name}: {shares}  ({time.time() - started:.0f} s)")
         if ship:
-            score = scores["seen"]["all"] + 0.1 * float(np.mean(list(scores["seen"].values())))
-            if score >= self.best:
-                self.best = score
+            validation = scores["seen"]["all"] + 0.1 * float(np.mean(list(scores["seen"].values())))
+            if validation >= self.best:
+                self.best = validation
                 training = {"steps": self.step, "minutes": round(self.seconds / 60, 1), "validation": scores}
                 export(self.pipeline(), WEIGHTS, training)
-                tqdm.write(f"exported to {WEIGHTS.name} (validation score {score:.3f})")
+                tqdm.write(f"exported to {WEIGHTS.name} (validation score {validation:.3f})")
 
     def run(self, minutes: float) -> None:
         """Go through the stages on the clock, scoring now and then and exporting what scores best on the full grid."""
@@ -532,7 +538,8 @@ class Trainer:
         # Shares of the time at which to look: cheaply on the small grid at first, then on the full one.
         looks = [(0.12, small), (0.25, small), (0.42, full), (0.62, full), (0.82, full)]
         pending = [look for look in looks if look[0] > self.seconds / total]
-        last_saved, previous, losses = self.seconds, time.time(), {}
+        losses: dict[tuple[int, int, int], float] = {}
+        last_saved, previous = self.seconds, time.time()
         with tqdm(total=round(total), initial=round(self.seconds), unit="s", mininterval=10) as bar:
             while self.seconds < total:
                 part = self.seconds / total
