@@ -75,6 +75,7 @@ def test_the_embedded_model_is_the_default(tmp_path, capsys):
     assert main([*argv, "--steps", "2", "--frames", "5", "--height", "64", "--width", "64"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["model"] == "mini-video" and result["shape"] == [5, 64, 64, 3]
+    assert result["report"]["transformers"][0]["sparse_steps"] == 2  # few tokens, sparse all the same
 
 
 def test_a_prompt_outside_the_embedded_models_world_is_noted(tmp_path, capsys):

@@ -66,7 +66,12 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         with zipfile.ZipFile(wheel) as archive:
             tops = {name.split("/")[0] for name in archive.namelist()}
             assert {top for top in tops if not top.endswith(".dist-info")} == {"draftdiff"}
+            packed = set(archive.namelist())
             archive.extractall(target)
+        assert {"draftdiff/py.typed", "draftdiff/kernels/cpu.cpp"} <= packed
+        weights = ROOT / "pipelines" / "mini_video_weights"
+        files = {str(file.relative_to(ROOT)) for file in weights.rglob("*") if file.is_file()}
+        assert {f"draftdiff/{name}" for name in files} <= packed
         install = f"import sys; sys.path.append({str(target)!r})\n"
     else:
         prefix = tmp_path / "prefix"
