@@ -36,14 +36,14 @@ _MIN_TOKENS_ELSEWHERE = 8192
 
 @dataclass(eq=False)
 class _Layer:
-    """One video self-attention: what it was, and what the next call shall do."""
+    """One video self-attention: what it would be without us, and what the next call shall do."""
 
     index: int
     name: str
     module: nn.Module
-    stock: Any  # its processor before us
-    dense_backend: Any
     state: _State
+    stock: Any = None  # the processor that ours stands for
+    dense_backend: Any = None
     sparse: bool = False
     density: Tensor | None = None  # float64 [heads]
     stats: Tensor | None = None  # fp32, see attention.STATS
@@ -59,8 +59,8 @@ class _State:
     lead: int = 0
     text_first: bool = False
     exact_text: bool = True
-    tile: tuple[int, int, int] = (1, 1, 1)
-    block_size: int = 64
+    tile: tuple[int, int, int] | None = None
+    block_size: int | None = None
     clock: Clock | None = None
     backend: str = ""
     forwards: list[Forward] = field(default_factory=list)
@@ -79,6 +79,7 @@ def _attend(
             return dense()
 
     assert state.grid is not None and layer.density is not None and layer.stats is not None
+    assert state.tile is not None and state.block_size is not None
     text = query.shape[1] - state.grid.tokens
     if text < 0 or key.shape != query.shape or (text > 0 and not state.exact_text):
         raise ValueError(
@@ -87,11 +88,18 @@ def _attend(
         )
     lead = text if state.text_first else state.lead
     text_mask = None
-    if attn_mask is not None and text > 0:
+    if attn_mask is not None:
+        if text == 0 or attn_mask.dtype != torch.bool or attn_mask.shape[1:3] != (1, 1):
+            raise ValueError(
+                f"draftdiff: {layer.name} was given a mask {tuple(attn_mask.shape)} of {attn_mask.dtype}; "
+                "only one flag per text token, bool [batch, 1, 1, tokens], can be honoured"
+            )
         valid = attn_mask[:, 0, 0].expand(query.shape[0], -1)
         text_mask = torch.cat([valid[:, :lead], valid[:, lead + state.grid.tokens :]], dim=1)
-    density = layer.density[: query.shape[2]]
     config = state.config
+    if query.shape[2] != len(layer.density) and config.budget.heads:
+        raise ValueError("draftdiff: a budget per head cannot be used where processes share the heads (Ulysses)")
+    density = layer.density[: query.shape[2]]
     if compiling:
         out, stats = attend_op(
             query,
@@ -144,37 +152,47 @@ class _DraftHook(ModelHook):
         super().__init__()
         self.layout, self.config, self.progress = layout, config, progress
         self.pipeline, self.num_steps = pipeline, num_steps
-        self.branch = StateManager(BaseState)  # type: ignore[arg-type]  # diffusers writes the name of the CFG branch into it
+        # diffusers writes the name of the CFG branch into it.
+        self.branch = StateManager(BaseState)  # type: ignore[arg-type]
         self.signature = inspect.signature(type(transformer).forward)
         self.state = _State(config, text_first=layout.text == "first", exact_text=layout.text != "none")
         self.layers: list[_Layer] = []
         self.backend: AttentionBackendName | None = None
         self.run = -1
         self.start: Any = None
+        self.installed: Any = None  # the transformer's forward with this hook
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         pattern = re.compile(self.layout.attention)
         found = [(name, m) for name, m in module.named_modules() if pattern.fullmatch(name)]
         if self.layout.route != "sdpa":
             self.backend = processors.register_backend(f"{_HOOK}_{id(self):x}", _attend, self.state)
-        for index, (name, attention) in enumerate(found):
-            stock: Any = attention.processor
-            layer = _Layer(index, name, attention, stock, processors.dense_backend(stock), self.state)
-            if self.backend is None:
-                mine = processors.through_catch(stock, layer, _attend)
-            else:
-                basis = HunyuanVideo15Processor() if self.layout.route == "own" else stock
-                mine = processors.through_backend(basis, layer, self.state, self.backend)
-                mine._parallel_config = getattr(stock, "_parallel_config", None)
-            attention.processor = mine
-            self.layers.append(layer)
+        self.layers = [_Layer(index, name, attention, self.state) for index, (name, attention) in enumerate(found)]
+        self._take_over()
         return module
 
-    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+    def _take_over(self) -> None:
+        """Put our processors in place, also of those that were set, or given another backend, after us."""
         for layer in self.layers:
-            # A processor that someone set after us is not ours to take away.
-            if getattr(layer.module.processor, "draft_layer", None) is layer:
-                layer.module.processor = layer.stock
+            current: Any = layer.module.processor
+            if getattr(current, "draft_layer", None) is not layer:
+                layer.stock, layer.dense_backend = current, processors.dense_backend(current)
+                if self.backend is None:
+                    mine = processors.through_catch(current, layer, _attend)
+                else:
+                    basis = HunyuanVideo15Processor() if self.layout.route == "own" else current
+                    mine = processors.through_backend(basis, layer, self.state, self.backend)
+                    mine._parallel_config = getattr(current, "_parallel_config", None)
+                layer.module.processor = mine
+            elif self.backend is not None and current._attention_backend is not self.backend:
+                layer.dense_backend = processors.dense_backend(current)
+                layer.stock._attention_backend = current._attention_backend
+                current._attention_backend = self.backend
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        self._take_over()
+        for layer in self.layers:
+            layer.module.processor = layer.stock
         if self.backend is not None:
             processors.remove_backend(self.backend)
         return module
@@ -197,6 +215,7 @@ class _DraftHook(ModelHook):
         if not bool(hidden_states.isfinite().all()):
             raise ValueError(f"draftdiff: the latents given to {type(module).__name__} hold NaN or inf at step {step}")
 
+        self._take_over()
         state = self.state
         state.grid = self.layout.grid(module, arguments)
         steps = self._num_steps()
@@ -258,7 +277,6 @@ class _DraftHook(ModelHook):
         return TransformerReport(
             transformer=type(module).__name__,
             layers=[layer.name for layer in self.layers],
-            steps=self._num_steps() if self.state.forwards else 0,
             grid=self.state.grid.shape if self.state.grid else None,
             tile=self.state.tile,
             block_size=self.state.block_size,
@@ -315,6 +333,7 @@ def enable(target: Any, config: DraftAttentionConfig | None = None, *, num_steps
         hook = _DraftHook(transformer, layout, config, progress, pipeline, num_steps)
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         registry.register_hook(hook, _HOOK)
+        hook.installed = transformer.forward
     return target
 
 
@@ -324,13 +343,22 @@ def disable(target: Any) -> Any:
     Returns target.
     """
     for transformer in _transformers(target):
-        if _hook_of(transformer) is None:
+        hook = _hook_of(transformer)
+        if hook is None:
             continue
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
+        last = registry._hook_order[-1] == _HOOK
+        wrapped = transformer.forward if last and transformer.forward is not hook.installed else None
         registry.remove_hook(_HOOK, recurse=False)
-        if not registry.hooks:
-            # diffusers leaves a bound forward and an empty registry behind.
-            transformer.__dict__.pop("forward", None)
+        if wrapped is not None:
+            # Others, such as accelerate's offload, hold our forward inside theirs: let it pass everything through.
+            transformer.forward = wrapped
+            hook.fn_ref.pre_forward = ModelHook().pre_forward
+            hook.fn_ref.post_forward = ModelHook().post_forward
+        elif not registry.hooks:
+            # diffusers leaves an empty registry behind, and a forward on the instance that is the class's own.
+            if getattr(transformer.forward, "__func__", None) is type(transformer).forward:
+                transformer.__dict__.pop("forward", None)
             del transformer._diffusers_hook
     return target
 

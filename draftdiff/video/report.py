@@ -30,10 +30,9 @@ class TransformerReport:
 
     transformer: str
     layers: list[str]
-    steps: int
     grid: tuple[int, int, int] | None
-    tile: tuple[int, int, int]
-    block_size: int
+    tile: tuple[int, int, int] | None
+    block_size: int | None
     backend: str
     forwards: list[Forward]
     seconds: dict[str, float]
@@ -98,10 +97,10 @@ class TransformerReport:
         }
 
     def __str__(self) -> str:
-        grid = "x".join(map(str, self.grid)) if self.grid else "none"
+        grid, tile = ("x".join(map(str, sizes)) if sizes else "none" for sizes in (self.grid, self.tile))
         lines = [
             f"{self.transformer}: {self.sparse_steps} sparse and {self.dense_steps} dense steps, "
-            f"grid {grid}, tiles {'x'.join(map(str, self.tile))}, backend {self.backend}"
+            f"grid {grid}, tiles {tile}, backend {self.backend}"
         ]
         density, kept = self.sparse_mean(0), self.sparse_mean(1)
         if density is not None and kept is not None:

@@ -203,14 +203,71 @@ def test_fused_projections_give_the_same_result(pipe):
     torch.testing.assert_close(run(pipe), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_processor_set_after_us_is_kept_on_disable(pipe):
+@pytest.mark.parametrize("runs_between", [0, 1])
+def test_a_processor_set_after_us_is_made_sparse_and_kept_on_disable(pipe, runs_between):
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    draftdiff.enable(pipe, SPARSE)
+    expected = run(draftdiff.enable(pipe, SPARSE))
     later = WanAttnProcessor()
     pipe.transformer.blocks[0].attn1.set_processor(later)
+    for _ in range(runs_between):
+        assert torch.equal(run(pipe), expected)
     draftdiff.disable(pipe)
     assert pipe.transformer.blocks[0].attn1.processor is later
+
+
+def test_a_backend_chosen_after_us_serves_the_dense_calls_and_stays(pipe):
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    expected = run(draftdiff.enable(pipe, SPARSE))
+    try:
+        pipe.transformer.set_attention_backend("_native_math")
+        torch.testing.assert_close(run(pipe), expected, atol=1e-4, rtol=1e-4)
+        assert draftdiff.report(pipe).transformers[0].sparse_mean(0) is not None
+        draftdiff.disable(pipe)
+        chosen = {block.attn1.processor._attention_backend for block in pipe.transformer.blocks}
+        assert chosen == {AttentionBackendName._NATIVE_MATH}
+    finally:
+        _AttentionBackendRegistry.set_active_backend(active)
+
+
+@pytest.mark.parametrize("first", ["draftdiff", "accelerate"])
+def test_accelerates_hook_survives_ours(pipe, first):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    calls = []
+
+    class Count(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    stock = run(pipe)
+    if first == "draftdiff":
+        draftdiff.enable(pipe, SPARSE)
+    add_hook_to_module(pipe.transformer, Count())
+    draftdiff.enable(pipe, SPARSE) if first == "accelerate" else None
+    sparse = run(pipe)
+    assert float((sparse - stock).abs().max()) > 1e-3
+    assert len(calls) == 10
+    draftdiff.disable(pipe)
+    assert torch.equal(run(pipe), stock)
+    assert len(calls) == 20
+    assert torch.equal(run(draftdiff.enable(pipe, SPARSE)), sparse)
+
+
+def test_a_mask_that_cannot_be_honoured_is_refused():
+    from tests.video.model_cases import MODEL_CASES, output_of
+
+    case = next(case for case in MODEL_CASES if case.name == "cosmos")
+    model = draftdiff.enable(case.build(), DraftAttentionConfig(dense_steps=0, dense_layers=0, min_tokens=0))
+    inputs = case.inputs(model, case.grid, 1)
+    layer = next(m for name, m in model.named_modules() if name.endswith("blocks.0.attn1"))
+    tokens = torch.randn(1, 270, layer.to_q.in_features)
+    output_of(model, inputs)
+    with pytest.raises(ValueError, match=r"attn1 was given a mask \(1, 1, 270, 270\) of torch.bool; only one flag"):
+        layer(tokens, attention_mask=torch.ones(1, 1, 270, 270, dtype=torch.bool))
 
 
 def test_cross_attention_and_other_backends_are_not_touched(pipe):
