@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/draftdiff compare --prompt "a red circle moves right" --sparsity 0.5 0.75 0.9 -o compare/
+	$(BIN)/draftdiff compare --prompt "a red circle moves right" --sparsity 0.5 0.75 0.9 --repeat 2 -o compare/
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
