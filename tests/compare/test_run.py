@@ -138,7 +138,8 @@ def test_the_folder_holds_results_videos_and_a_page(comparison, tmp_path):
     assert np.shape(results["settings"][1]["timings"]) == (1, 2)
     videos = {file.name for file in (folder / "videos").iterdir()}
     names = ("dense", "half", "exact", "side-by-side")
-    assert videos == {f"{prompt}-{name}.mp4" for prompt in ("01", "02") for name in names}
+    pictures = {"01-side-by-side.png", "02-side-by-side.png"}
+    assert videos == {f"{prompt}-{name}.mp4" for prompt in ("01", "02") for name in names} | pictures
     assert list(tmp_path.iterdir()) == [folder]
 
 
