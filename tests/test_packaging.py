@@ -74,7 +74,9 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         came_from = home / "draftdiff"
     else:
         prefix = tmp_path / "prefix"
-        subprocess.run([*pip, "install", *options, "--prefix", str(prefix), "-e", str(ROOT)], check=True)
+        # Beside the environment's own install, which pip would otherwise remove.
+        options += ["--ignore-installed", "--prefix", str(prefix)]
+        subprocess.run([*pip, "install", *options, "-e", str(ROOT)], check=True)
         (finder,) = prefix.rglob("__editable___draftdiff*_finder.py")
         # What the .pth file of an editable install does at start-up.
         before = f"import sys; sys.path.append({str(finder.parent)!r})\nimport {finder.stem} as f; f.install()\n"
