@@ -114,6 +114,22 @@ def tiny(model_class: type[nn.Module], **config: Any) -> Callable[[], nn.Module]
     return build
 
 
+def tiny_wan(layers: int, heads: int = 2, channels: int = 4) -> Callable[[], nn.Module]:
+    """A Wan transformer of a chosen depth, for tests that need one of their own."""
+    return tiny(
+        WanTransformer3DModel,
+        patch_size=(1, 2, 2),
+        num_attention_heads=heads,
+        attention_head_dim=HEAD_DIM,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=layers,
+    )
+
+
 class Noise:
     """Seeded standard normal tensors."""
 

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.core.budget import Budget
-from tests.video.model_cases import MODEL_CASES, output_of, tiny
+from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
 
 # One case per class. Mochi selects valid text by its content, which no full graph can, with us or without.
 COMPILABLE = list({type(case.build()): case for case in reversed(MODEL_CASES) if case.name != "mochi"}.values())
@@ -57,20 +57,7 @@ def test_compiled_blocks_do_what_eager_ones_do_in_as_many_graphs_as_need_be(case
 
 
 def test_twelve_layers_with_budgets_of_their_own_share_two_graphs():
-    from diffusers import WanTransformer3DModel
-
-    build = tiny(
-        WanTransformer3DModel,
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=12,
-    )
+    build = tiny_wan(layers=12)
     case = MODEL_CASES[0]
     weights = tuple(0.5 + 0.1 * i for i in range(12))
     config = DraftAttentionConfig(Budget(0.7, layers=weights), dense_steps=1, dense_layers=3, min_tokens=0)

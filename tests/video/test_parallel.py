@@ -7,25 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from diffusers import WanTransformer3DModel
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
-from tests.video.model_cases import MODEL_CASES, output_of, tiny
+from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
 
 SPARSE = DraftAttentionConfig(sparsity=0.7, dense_steps=0, dense_layers=0, min_tokens=0)
-build = tiny(
-    WanTransformer3DModel,
-    patch_size=(1, 2, 2),
-    num_attention_heads=4,
-    attention_head_dim=32,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=32,
-    ffn_dim=64,
-    num_layers=2,
-)
+build = tiny_wan(layers=2, heads=4)
 
 
 def inputs_of(model):

@@ -2,25 +2,14 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
-from tests.video.model_cases import tiny
+from tests.video.model_cases import tiny_wan
 
 SPARSE = DraftAttentionConfig(sparsity=0.7, dense_steps=1, dense_layers=0, min_tokens=0)
-build_transformer = tiny(
-    WanTransformer3DModel,
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=32,
-    in_channels=16,
-    out_channels=16,
-    text_dim=16,
-    freq_dim=32,
-    ffn_dim=64,
-    num_layers=3,
-)
+build_transformer = tiny_wan(layers=3, channels=16)
 
 
 def build_pipe(two_transformers=False):
