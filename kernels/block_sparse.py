@@ -20,7 +20,7 @@ from draftdiff.core.draft import Tail
 from draftdiff.core.grid import Tiling
 from draftdiff.core.select import BlockMask
 
-_MODULES = {"reference": "reference", "torch": "gather", "cpu": "cpu", "flex": "flex", "triton": "triton_gather"}
+_MODULES = {"reference": "reference", "torch": "gather", "cpu": "cpu", "flex": "flex", "triton": "triton_sparse"}
 BACKENDS = tuple(_MODULES)
 _PREFERRED = {"cuda": ("triton", "flex", "torch"), "cpu": ("cpu", "torch")}
 

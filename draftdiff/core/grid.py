@@ -2,7 +2,7 @@
 
 A tile is a small box of neighbouring video tokens: a rectangle inside a frame or a 3-D brick. Boxes are cut from the
 grid's origin, so the last ones of an axis may be smaller: they are kept ragged, never padded with tokens of their own.
-Text tokens follow the video tiles in tiles of their own.
+Text tokens follow the video tiles in tiles of their own, those before the video first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_SIZES = (64, 128)
@@ -95,9 +94,9 @@ class Tiling:
         filled = (self.slots >= 0)[None]
         if text_mask is None:
             return filled
-        video, text = filled.expand(len(text_mask), -1, -1).tensor_split([self.video_tiles], dim=1)
-        padded = F.pad(text_mask, (0, text[0].numel() - self.text))
-        return torch.cat([video, padded.view(text.shape)], dim=1)
+        valid = torch.ones(len(text_mask), self.tokens, dtype=torch.bool, device=self.device)
+        valid[:, self.order[self.grid.tokens :]] = text_mask
+        return filled & valid[:, self.slots.clamp(min=0)]
 
     def video(self, x: Tensor) -> Tensor:
         """The video tokens of x [B, tokens, ...] as a view [B, frames, height, width, ...]."""
@@ -132,8 +131,10 @@ def tiling_for(
 
     text_position = torch.arange(text)
     text_position[lead:] += grid.tokens
+    # No text tile spans the video: its tokens stand side by side in memory.
     text_counts = torch.tensor(
-        [min(block_size, text - start) for start in range(0, text, block_size)], dtype=torch.long
+        [min(block_size, size - start) for size in (lead, text - lead) for start in range(0, size, block_size)],
+        dtype=torch.long,
     )
     order = torch.cat([order, text_position])
     counts = torch.cat([counts, text_counts])

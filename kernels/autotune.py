@@ -1,0 +1,104 @@
+"""The fastest of a few kernel configurations, measured on the first real call and kept in the user's cache per device."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from draftdiff.kernels.cpu import cache_folder
+
+Config = TypeVar("Config")
+_ROUNDS = 3
+
+
+class DoesNotCompile(Exception):
+    """A configuration that this GPU or compiler cannot take."""
+
+
+def fastest(key: str, configs: Sequence[Config], launch: Callable[[Config], object], device: torch.device) -> Config:
+    """The config whose launch takes least time on `device`, a GPU. Those that raise DoesNotCompile are left out.
+
+    The answer for `key` is kept, in this process and on disk. While a CUDA graph is captured nothing can be timed: the
+    first config serves then, and nothing is kept. Raises RuntimeError if none compiles.
+    """
+    known = _known(device)
+    by_name = {str(config): config for config in configs}
+    if known.get(key) in by_name:
+        return by_name[known[key]]
+    if torch.cuda.is_current_stream_capturing():
+        return configs[0]
+    logging.getLogger("draftdiff").info("choosing among %d kernel configurations for %s", len(configs), key)
+    seconds: dict[str, float] = {}
+    reasons: list[str] = []
+    for name, config in by_name.items():
+        try:
+            with _no_compiler_noise():
+                launch(config)
+        except DoesNotCompile as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        seconds[name] = _time(lambda config=config: launch(config), device)  # type: ignore[misc]
+    if not seconds:
+        raise RuntimeError(f"no kernel configuration compiles for {key}: {'; '.join(reasons)}")
+    known[key] = min(seconds, key=lambda name: seconds[name])
+    _save(device, known)
+    return by_name[known[key]]
+
+
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    with torch.cuda.device(device):
+        for _ in range(_ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end))
+    return best
+
+
+def _file(device: torch.device) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+    return cache_folder() / f"triton-{name}.json"
+
+
+@lru_cache(maxsize=16)
+def _known(device: torch.device) -> dict[str, str]:
+    try:
+        return dict(json.loads(_file(device).read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # not there yet, or cut off by a full disk: measured again
+        return {}
+
+
+def _save(device: torch.device, known: dict[str, str]) -> None:
+    path = _file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(known, file, indent=1)
+    os.replace(file.name, path)
+
+
+@contextmanager
+def _no_compiler_noise() -> Iterator[None]:
+    """A pass that fails prints its whole program to the process's standard error, past Python's."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,448 @@
+"""The `triton` backend: how the kernels of `triton_attention` are set up for a call, a GPU and a memory layout.
+
+No permuted copy of q, k, v or the output is made: tiles are read where the model left them, through tensor descriptors
+on Hopper and later, by address elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftdiff.core.draft import Tail
+from draftdiff.core.grid import Tiling
+from draftdiff.core.select import BlockMask
+
+try:
+    import triton
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from draftdiff.kernels import triton_attention
+    from draftdiff.kernels.autotune import DoesNotCompile, fastest
+    from draftdiff.kernels.triton_lists import TileTables, list_tiles, tables_for
+except ImportError:
+    triton = None
+
+_TAIL_BLOCK = 64
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if triton is None:
+        return "needs the package triton"
+    if device.type != "cuda" and not _INTERPRETED:
+        return f"needs a GPU (on {device.type} only with TRITON_INTERPRET=1)"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes fp32, fp16 and bf16, not {dtype}"
+    if head_dim > 128:
+        return f"takes head_dim up to 128, got {head_dim}"
+    return None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run `triton_attention.forward`.
+
+    keys: keys per step.  warps, stages: as Triton's.  registers: cap per thread, 128 lets two programs of 8 warps share
+    a multiprocessor.  masked_stages: stages of the loops over ragged tiles and the tail.  specialised: stages of
+    `triton_attention.whole_tiles`, which then does the whole tiles first; None leaves them to `forward`.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    masked_stages: int | None = None
+    specialised: int | None = None
+
+
+_TWO_PER_SM = Config(64, 8, 2, registers=128, masked_stages=1)
+# By kind of access, padded head_dim and tile size: at most five, the one expected to be fastest first.
+CONFIGS: dict[str, dict[tuple[int, int], list[Config]]] = {
+    "hopper": {
+        (128, 128): [
+            _TWO_PER_SM,
+            Config(128, 8, 2),
+            Config(64, 8, 2, registers=128, masked_stages=1, specialised=2),
+            Config(128, 8, 3, masked_stages=2),
+            Config(64, 8, 3),
+        ],
+        (64, 128): [
+            Config(64, 8, 3, registers=128, masked_stages=1),
+            Config(128, 8, 3),
+            Config(64, 8, 3, registers=128, masked_stages=1, specialised=3),
+            Config(64, 4, 3),
+            Config(128, 8, 2),
+        ],
+        (128, 64): [Config(64, 4, 3), Config(64, 4, 2)],
+        (64, 64): [Config(64, 4, 4), Config(64, 4, 3)],
+    },
+    "blackwell": {
+        (128, 128): [Config(128, 8, 2), Config(64, 8, 2)],
+        (64, 128): [Config(128, 8, 2), Config(64, 8, 3)],
+        (128, 64): [Config(64, 8, 2)],
+        (64, 64): [Config(64, 4, 2)],
+    },
+    "strided": {
+        (128, 128): [Config(64, 8, 2), Config(32, 8, 3)],
+        (64, 128): [Config(64, 8, 3), Config(64, 8, 2)],
+        (128, 64): [Config(32, 4, 3), Config(32, 4, 2)],
+        (64, 64): [Config(64, 4, 3), Config(64, 4, 2)],
+    },
+}
+_SLOW = Config(32, 8, 1)  # fp32 and head sizes below 64: correctness only
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """Where a head lies for a descriptor [outer, frames, height, width, columns] over k or v.
+
+    Heads side by side in a token: outer is the batch, columns all heads.  Heads after one another: outer is (batch, head).
+    """
+
+    outer: int
+    outer_stride: int
+    columns: int
+    outer_batch: int
+    outer_head: int
+    inner_head: int
+
+
+def interleave(x: Tensor) -> Interleave | None:
+    """The layout of x [batch, tokens, heads, head_dim] as descriptors want it, None if they cannot read it."""
+    batch, _, heads, dim = x.shape
+    batch_stride, token, head, last = x.stride()
+    bytes_of = x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(s * bytes_of % 16 == 0 for s in (token, head, batch_stride))
+    if last != 1 or not aligned:
+        return None
+    if head == dim and token >= heads * dim:
+        return Interleave(batch, batch_stride, heads * dim, 1, 0, dim)
+    if batch == 1 or batch_stride == heads * head:
+        return Interleave(batch * heads, head, dim, heads, 1, 0)
+    return None
+
+
+@lru_cache(maxsize=16)
+def _architecture(device: torch.device) -> str:
+    if _INTERPRETED:
+        return "hopper"
+    major = torch.cuda.get_device_capability(device)[0]
+    if torch.version.hip or major < 9:
+        return "strided"
+    return {9: "hopper", 10: "blackwell"}.get(major, "strided")
+
+
+def access_to(k: Tensor, v: Tensor, tables: TileTables) -> str:
+    """How keys and values are read: "hopper" and "blackwell" by descriptors, "strided" by address, "gather" slot by
+    slot."""
+    if tables.box is None:
+        return "gather"
+    layout = interleave(k)
+    alike = layout is not None and layout == interleave(v) and k.stride() == v.stride()
+    return _architecture(k.device) if alike and k.element_size() == 2 else "strided"
+
+
+def configs_for(access: str, dtype: torch.dtype, head_dim: int, block_size: int) -> list[Config]:
+    """The configurations worth trying, at most five."""
+    padded = max(16, triton.next_power_of_2(head_dim))
+    if dtype == torch.float32 or padded < 64:
+        return [_SLOW]
+    found = CONFIGS["strided" if access == "gather" else access][padded, block_size]
+    return [config for config in found if config.specialised is None or head_dim == padded]
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    tiling: Tiling,
+    text_mask: Tensor | None,
+    tail: Tail | None,
+    scale: float,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    call = Call.prepare(q, k, v, mask, tiling, text_mask, tail, scale, want_lse)
+    configs = configs_for(call.access, q.dtype, q.shape[-1], tiling.block_size)
+    if not call.can_specialise:
+        configs = [config for config in configs if config.specialised is None]
+    if _INTERPRETED or len(configs) == 1:
+        config = configs[0]
+    else:
+        parts = (triton.__version__, call.access, q.dtype, q.shape[-1], tiling.block_size, tail is not None)
+        config = fastest(" ".join(map(str, parts)), configs, call.launch, q.device)
+    return call.launch(config)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call, ready to be launched with any configuration."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tiling: Tiling
+    tables: TileTables
+    access: str
+    lists: Any
+    key_slots: Tensor
+    text_bias: Tensor
+    pooled: tuple[Tensor, Tensor] | None
+    scale_log2: float
+    want_lse: bool
+
+    @classmethod
+    def prepare(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: BlockMask,
+        tiling: Tiling,
+        text_mask: Tensor | None,
+        tail: Tail | None,
+        scale: float,
+        want_lse: bool,
+    ) -> Call:
+        """Everything that does not depend on the configuration."""
+        tables, video = tables_for(tiling), tiling.video_tiles
+        access = access_to(k, v, tables)
+        numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
+        entries = numbers.clone()
+        if access in ("hopper", "blackwell"):
+            entries[:video] = tables.corners
+        elif access == "strided":
+            entries[:video] = torch.where(tables.kinds[:video] == 0, tables.corners, numbers[:video])
+        key_slots = tables.slots[None]
+        if text_mask is not None:
+            text = tables.slots[video:].where(tiling.readable(text_mask)[:, video:], -1)
+            key_slots = torch.cat([tables.slots[:video].expand(len(text), -1, -1), text], dim=1)
+        text_bias = torch.zeros(key_slots[:, video:].shape, dtype=torch.float32, device=q.device)
+        text_bias.masked_fill_(key_slots[:, video:] < 0, float("-inf"))
+        pooled = None
+        if tail is not None:
+            pooled = (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous())
+        lists = list_tiles(mask, tiling, entries=entries, tail=tail is not None)
+        return cls(
+            q,
+            k,
+            v,
+            tiling,
+            tables,
+            access,
+            lists,
+            key_slots,
+            text_bias,
+            pooled,
+            scale * math.log2(math.e),
+            want_lse,
+        )
+
+    @property
+    def can_specialise(self) -> bool:
+        layout = interleave(self.k)
+        return self.access == "hopper" and layout is not None and layout.inner_head > 0
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What both kernels are compiled for."""
+        return {
+            "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+            # The interpreter would multiply the bit patterns of bf16.
+            "WIDEN": _INTERPRETED and self.q.dtype == torch.bfloat16,
+        }
+
+    def launch(self, config: Config) -> tuple[Tensor, Tensor | None]:
+        """Run it. Raises DoesNotCompile if the GPU or the compiler cannot take the configuration."""
+        q = self.q
+        batch, tokens, heads, head_dim = q.shape
+        out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+        resume = config.specialised is not None
+        lse = None
+        if self.want_lse or resume:
+            lse = torch.empty((batch, tokens, heads), dtype=torch.float32, device=q.device)
+        try:
+            if resume:
+                assert lse is not None
+                self._whole_tiles(config, out, lse)
+            self._forward(config, out, lse)
+        except (OutOfResources, PTXASError, CompilationError) as error:
+            raise DoesNotCompile(str(error)) from error
+        except RuntimeError as error:
+            if not str(error).startswith("PassManager::run failed"):
+                raise
+            raise DoesNotCompile(str(error)) from error
+        return out, lse if self.want_lse else None
+
+    def _descriptors(self, part: tuple[int, int, int], keys: int, padded: int) -> list[Any]:
+        """k and v as boxes of video, as rows of text, and their pooled tiles, for `forward`."""
+        layout = interleave(self.k)
+        assert layout is not None
+        grid, lead, pooled = self.tiling.grid, self.tiling.lead, self.pooled or (self.k, self.v)
+        row, frame = grid.width, grid.height * grid.width
+        boxes, texts, pools = [], [], []
+        for x, mean in zip((self.k, self.v), pooled):
+            token = x.stride(1)
+            shape = [layout.outer, *grid.shape, layout.columns]
+            strides = [layout.outer_stride, frame * token, row * token, token, 1]
+            boxes.append(TensorDescriptor(x[:, lead:], shape, strides, [1, *part, padded]))
+            shape, strides = [layout.outer, x.shape[1], layout.columns], [layout.outer_stride, token, 1]
+            texts.append(TensorDescriptor(x, shape, strides, [1, keys, padded]))
+            if self.pooled is None:
+                pools.append(texts[-1])
+            else:
+                flat = mean.flatten(0, 1)
+                block = [1, _TAIL_BLOCK, padded]
+                pools.append(TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block))
+        return [*boxes, *texts, *pools]
+
+    def _forward(self, config: Config, out: Tensor, lse: Tensor | None) -> None:
+        q, k, v, tiling, tables = self.q, self.k, self.v, self.tiling, self.tables
+        batch, tokens, heads, head_dim = q.shape
+        padded = max(16, triton.next_power_of_2(head_dim))
+        box = tables.box or (1, 1, tiling.block_size)
+        part = split(box, config.keys)
+        layout = interleave(k)
+        described = self.access in ("hopper", "blackwell")
+        if described:
+            operands = self._descriptors(part, config.keys, padded)
+        else:
+            operands = [k, v, k, v, *(self.pooled or (k, v))]
+        options = {"maxnreg": config.registers} if config.registers and not _INTERPRETED else {}
+        triton_attention.forward[(batch * heads * tiling.tiles,)](
+            q,
+            k,
+            v,
+            *operands,
+            out,
+            lse if lse is not None else tables.log2_tokens,
+            tables.slots,
+            self.key_slots,
+            tables.starts,
+            ragged_bias(part, tiling.grid.shape, q.device),
+            self.text_bias,
+            self.lists.tail_bias,
+            self.lists.order,
+            self.lists.counts,
+            self.lists.lists,
+            self.scale_log2,
+            heads,
+            tokens,
+            tiling.tiles,
+            tiling.video_tiles,
+            tiling.lead,
+            *tiling.grid.shape,
+            *(x.stride(axis) for x in (q, k, v) for axis in (0, 1, 2)),
+            *((layout.outer_batch, layout.outer_head, layout.inner_head) if layout else (0, 0, 0)),
+            self.key_slots.stride(0) if len(self.key_slots) > 1 else 0,
+            self.text_bias.stride(0) if len(self.text_bias) > 1 else 0,
+            BLOCK_M=tiling.block_size,
+            BLOCK_N=config.keys,
+            TILE=tiling.block_size,
+            D=head_dim,
+            D_PAD=padded,
+            BOX_H=box[1],
+            BOX_W=box[2],
+            PART_T=part[0],
+            PART_H=part[1],
+            PART_W=part[2],
+            DESCRIPTORS=described,
+            GATHER=self.access == "gather",
+            RESUME=config.specialised is not None,
+            TEXT=tiling.text > 0,
+            TAIL=self.pooled is not None,
+            TAIL_BLOCK=_TAIL_BLOCK,
+            LSE=self.want_lse,
+            MASKED_STAGES=config.masked_stages or config.stages,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **self.constants,
+            **options,
+        )
+
+    def _whole_tiles(self, config: Config, out: Tensor, lse: Tensor) -> None:
+        q, k, v, tiling, tables = self.q, self.k, self.v, self.tiling, self.tables
+        batch, tokens, heads, head_dim = q.shape
+        assert tables.box is not None
+        in_tile_order = q.index_select(1, tables.slots.clamp(min=0).flatten()).contiguous()
+
+        def launch() -> None:
+            if not _INTERPRETED:
+                triton.set_allocator(_scratch)
+            triton_attention.whole_tiles[(batch * heads * tiling.tiles,)](
+                in_tile_order,
+                k,
+                v,
+                out,
+                lse,
+                tables.slots,
+                self.lists.order,
+                self.lists.counts,
+                self.lists.lists,
+                self.scale_log2,
+                batch,
+                heads,
+                tokens,
+                tiling.tiles,
+                tiling.video_tiles,
+                tiling.lead,
+                *tiling.grid.shape,
+                *(x.stride(axis) for x in (k, v) for axis in (0, 1)),
+                TILE=tiling.block_size,
+                D=head_dim,
+                BOX_T=tables.box[0],  # type: ignore[index]
+                BOX_H=tables.box[1],  # type: ignore[index]
+                BOX_W=tables.box[2],  # type: ignore[index]
+                SPECIALIZE=not _INTERPRETED,
+                num_warps=4,
+                num_stages=config.specialised,
+                **self.constants,
+            )
+
+        # Descriptors made in a kernel need scratch memory; Triton keeps the allocator in a context variable.
+        _in_copy_of_context(launch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _in_copy_of_context(call: Callable[[], None]) -> None:
+    contextvars.copy_context().run(call)
+
+
+def split(box: tuple[int, int, int], keys: int) -> tuple[int, int, int]:
+    """The part of a box that holds `keys` tokens in raster order: halves along the slowest axis that can be halved."""
+    part = list(box)
+    while math.prod(part) > keys:
+        axis = next(i for i in range(3) if part[i] > 1)
+        part[axis] //= 2
+    return part[0], part[1], part[2]
+
+
+@lru_cache(maxsize=64)
+def ragged_bias(part: tuple[int, int, int], grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """0 for the tokens of a part that lie inside the grid, -inf for the others, fp32 [27, tokens of a part].
+
+    Row 9 i + 3 j + k: i, j, k say for frames, rows and columns whether the part is inside (0), cut (1) or outside (2).
+    """
+    inside = []
+    for size, extent in zip(part, grid):
+        cell = torch.arange(size, device=device)
+        inside.append(torch.stack([cell >= 0, cell < extent % size, cell < 0]))
+    t, y, x = inside
+    every = t[:, None, None, :, None, None] & y[None, :, None, None, :, None] & x[None, None, :, None, None, :]
+    bias = torch.zeros(every.shape, device=device).masked_fill_(~every, float("-inf"))
+    return bias.reshape(27, math.prod(part)).contiguous()
