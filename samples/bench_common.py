@@ -1,8 +1,9 @@
-"""What the benchmark scripts share: to time a call, to sum up repeats, to name and write results."""
+"""What the benchmark scripts share: time and memory of a call, spread of repeats, names and files of results."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ from draftdiff.doctor import versions as versions
 from draftdiff.media import replacing
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the resident memory
 T = TypeVar("T")
 
 
@@ -53,3 +55,21 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 def median_and_spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and most of some repeats."""
     return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the most memory that was in use so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access(_CLEAR_PEAK, os.W_OK):
+        _CLEAR_PEAK.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes in use since the last reset: of tensors on a GPU, of the whole process on a CPU; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not os.access(_CLEAR_PEAK, os.W_OK):
+        return None
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

@@ -1,0 +1,144 @@
+"""The benchmark of whole denoising steps, on models small enough for a test."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The script as a module, with models of two or three thin layers over 2,080 tokens."""
+    monkeypatch.syspath_prepend(str(SAMPLES))
+    import bench_dit
+    import bench_models
+
+    small = {}
+    for name in ("wan-1.3b", "hunyuan-13b", "cogvideox-5b"):
+        model = bench_models.MODELS[name]
+        config = model.small.config | {"num_attention_heads": 1, "text_embed_dim": 32}
+        if "text_dim" in config:
+            config = {key: value for key, value in config.items() if key != "text_embed_dim"} | {"text_dim": 32}
+        if "max_text_seq_length" in config:
+            config["max_text_seq_length"] = 16
+        size = bench_models.Size(config, 5, 416, 640, text=16)
+        small[name] = replace(model, small=size, batch=1)
+    monkeypatch.setattr(bench_dit, "MODELS", small)
+    monkeypatch.setattr(bench_dit, "CHECK_FRAMES", 1)
+    return bench_dit
+
+
+def test_the_results_hold_every_setting_with_figures_that_follow_from_the_raw_times(bench, tmp_path, capsys):
+    code = bench.main(["--device", "cpu", "--sparsity", "0.75", "--rounds", "2", "-o", str(tmp_path), "--json"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    result = json.loads((tmp_path / "cpu-dit.json").read_text())
+    assert json.loads(printed.out) == result
+    assert result["complete"]
+    assert "CPU" in result["measured_on"]
+    assert [model["name"] for model in result["models"]] == ["wan-1.3b", "hunyuan-13b", "cogvideox-5b"]
+    for model in result["models"]:
+        assert model["check"]["passed"]
+        assert model["tokens"] == 2080
+        for mode in ("eager", "eager, first block cache"):
+            rows = {row["setting"]: row for row in model["rows"] if row["mode"] == mode}
+            assert list(rows) == ["dense", "dense, hooked", "sparsity 0.75"]
+            dense, hooked = rows["dense"], rows["dense, hooked"]
+            assert hooked["relative_l2"] <= dense["relative_l2"] + 1e-6
+            assert 0 < dense["attention_share"] < 1
+            row = rows["sparsity 0.75"]
+            assert 1e-3 < row["relative_l2"] < 1
+            assert row["finite"]
+            assert row["density"] == pytest.approx(0.25, abs=0.06)
+            ratios = [d / s for d, s in zip(dense["seconds_per_step_rounds"], row["seconds_per_step_rounds"])]
+            assert row["speedup"]["median"] == pytest.approx(median(ratios))
+            parts = row["parts_seconds"]
+            assert parts["draft"] + parts["select"] > 0
+            assert 0 < parts["kernel"] < row["seconds_per_step"]["max"]
+            assert 0 < row["hook_seconds"] < row["seconds_per_step"]["max"]
+            rounds = zip(
+                dense["seconds_per_step_rounds"],
+                hooked["seconds_per_step_rounds"],
+                row["seconds_per_step_rounds"],
+            )
+            gains = [50 * stock / (10 * warm_up + 40 * sparse) for stock, warm_up, sparse in rounds]
+            assert row["run"]["speedup"] == pytest.approx(median(gains))
+    assert (tmp_path / "cpu-dit.png").stat().st_size > 10_000
+    assert {file.name for file in tmp_path.iterdir()} == {"cpu-dit.json", "cpu-dit.png"}
+
+
+def test_amdahls_law_gives_the_time_of_the_parts_put_together(bench):
+    from bench_dit_rows import Sample, row
+
+    # 10 s, of them 6 of attention; the sparse step: 1.5 s of attention, 4 s of the rest, 0.5 s that it should not cost.
+    dense = [Sample(10.0)]
+    hooked = [Sample(10.2, {"dense attention": 6.0, "dense forward": 10.1})]
+    parts = {"draft": 0.1, "select": 0.2, "kernel": 1.0, "dense attention": 0.2, "sparse forward": 5.8}
+    group = {"dense": dense, "dense, hooked": hooked, "sparsity 0.8": [Sample(6.0, parts)]}
+    figures = row("sparsity 0.8", group, group, group, depth=2.0)
+    assert figures["attention_speedup"] == pytest.approx(4.0)
+    assert figures["predicted_speedup"] == pytest.approx(10 / (4 + 1.5))
+    assert figures["off_prediction"] == pytest.approx((10 / 6) / (10 / 5.5) - 1)
+    assert figures["draft_select_seconds"] == pytest.approx(0.3)
+    assert figures["hook_seconds"] == pytest.approx(0.2)
+    assert figures["run"]["seconds"] == pytest.approx(2 * (10 * 10.2 + 40 * 6.0))
+    assert row("dense", group, group, group, depth=1.0)["attention_share"] == pytest.approx(0.6)
+
+
+def test_what_does_not_fit_in_memory_is_a_row_with_its_reason_and_the_rest_goes_on(
+    bench, tmp_path, capsys, monkeypatch
+):
+    stock = bench.prepared
+
+    def starved(transformer, config, mode):
+        if config is not None and config.sparsity == 0.5:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return stock(transformer, config, mode)
+
+    monkeypatch.setattr(bench, "prepared", starved)
+    arguments = ["--device", "cpu", "--models", "wan-1.3b", "--sparsity", "0.5", "0.9", "--rounds", "1", "--no-cache"]
+    assert bench.main([*arguments, "--layers", "2", "-o", str(tmp_path)]) == 0
+    (model,) = json.loads((tmp_path / "cpu-dit.json").read_text())["models"]
+    by_setting = {row["setting"]: row for row in model["rows"]}
+    assert by_setting["sparsity 0.5"]["skipped"] == "not enough memory on this device: tried to allocate 80 GiB"
+    assert by_setting["sparsity 0.9"]["speedup"]["median"] > 0
+    assert model["layers"] == 2
+    assert "extrapolated to 3 layers" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_wrong_fails_the_benchmark(bench, tmp_path, capsys, monkeypatch):
+    from draftdiff.kernels import cpu, gather
+
+    for module in (cpu, gather):
+        right = module.run
+        monkeypatch.setattr(
+            module, "run", lambda *call, right=right: tuple(x if x is None else 1.02 * x for x in right(*call))
+        )
+    arguments = ["--device", "cpu", "--models", "wan-1.3b", "--sparsity", "0.9", "--rounds", "1", "--no-cache"]
+    assert bench.main([*arguments, "-o", str(tmp_path)]) == 1
+    assert "full selection differs from dense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sparsity", "1.5"], "1.5"),
+        (["--models", "wan-2b"], "wan-2b"),
+        (["--layers", "1"], "at least 2, got 1"),
+        (["--rounds", "0"], "at least 1, got 0"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "cpu", "--dense-attention", "cudnn"], "--dense-attention"),
+        (["-o", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(bench, capsys, arguments, said):
+    assert bench.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
