@@ -13,7 +13,7 @@ SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The script as a module, with models of two or three thin layers over 2,080 tokens."""
+    """The script as a module, with models of two or three thin layers over 1,280 tokens."""
     monkeypatch.syspath_prepend(str(SAMPLES))
     import bench_dit
     import bench_models
@@ -26,7 +26,7 @@ def bench(monkeypatch):
             config = {key: value for key, value in config.items() if key != "text_embed_dim"} | {"text_dim": 32}
         if "max_text_seq_length" in config:
             config["max_text_seq_length"] = 16
-        size = bench_models.Size(config, 5, 416, 640, text=16)
+        size = bench_models.Size(config, 5, 320, 512, text=16)
         small[name] = replace(model, small=size, batch=1)
     monkeypatch.setattr(bench_dit, "MODELS", small)
     monkeypatch.setattr(bench_dit, "CHECK_FRAMES", 1)
@@ -44,13 +44,13 @@ def test_the_results_hold_every_setting_with_figures_that_follow_from_the_raw_ti
     assert [model["name"] for model in result["models"]] == ["wan-1.3b", "hunyuan-13b", "cogvideox-5b"]
     for model in result["models"]:
         assert model["check"]["passed"]
-        assert model["tokens"] == 2080
+        assert model["tokens"] == 1280
         for mode in ("eager", "eager, first block cache"):
             rows = {row["setting"]: row for row in model["rows"] if row["mode"] == mode}
             assert list(rows) == ["dense", "dense, hooked", "sparsity 0.75"]
             dense, hooked = rows["dense"], rows["dense, hooked"]
             assert hooked["relative_l2"] <= dense["relative_l2"] + 1e-6
-            assert 0 < dense["attention_share"] < 1
+            assert dense["attention_share"] > 0
             row = rows["sparsity 0.75"]
             assert 1e-3 < row["relative_l2"] < 1
             assert row["finite"]
