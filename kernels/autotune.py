@@ -1,4 +1,4 @@
-"""The fastest of a few kernel configurations, measured on the first real call and kept in the user's cache per device."""
+"""The fastest of a few kernel configurations, measured on the first real call and kept in the user's cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device code of the `triton` backend: a query tile walks its kept key tiles with an online softmax, tokens read in place.
+"""Device code of the `triton` backend: a query tile walks its kept key tiles, read in place, with an online softmax.
 
 A program owns one query tile of one head. It reads, in this order: whole video tiles (no mask), ragged video tiles and
 text tiles (a bias per key, -inf where there is none), then the pooled tail. Softmax in base 2 with the scale folded in.
@@ -159,7 +159,7 @@ def forward(
     list_ptr = lists_ptr + row.to(tl.int64) * (tiles + 1)  # one more, for the entry that is fetched ahead
     whole = tl.load(counts_ptr + row * 3)
     begin = 0
-    if RESUME:
+    if RESUME:  # noqa: SIM102 (decided when compiled, the other when run)
         if tile_q < video_tiles:
             begin = whole * PARTS
             there = (position >= 0)[:, None] & (dim < D)[None, :]
@@ -177,9 +177,7 @@ def forward(
             t, y, x = _part_corner(corner, i % PARTS, BOX_H, BOX_W, PART_T, PART_H, PART_W)
             k = k_box.load([outer, t, y, x, inner]).reshape(BLOCK_N, D_PAD)
             v = v_box.load([outer, t, y, x, inner]).reshape(BLOCK_N, D_PAD)
-            acc, row_max, row_sum = _step(
-                q, k, v, no_bias, acc, row_max, row_sum, scale_log2, False, PRECISION, WIDEN
-            )
+            acc, row_max, row_sum = _step(q, k, v, no_bias, acc, row_max, row_sum, scale_log2, False, PRECISION, WIDEN)
 
         list_ptr += whole
         ragged = tl.load(counts_ptr + row * 3 + 1)
@@ -205,9 +203,7 @@ def forward(
                 v = v_text.load([outer, start, inner]).reshape(BLOCK_N, D_PAD)
                 text_tile = (tile - video_tiles) * TILE + first
                 bias = tl.load(text_bias_ptr + b * text_bias_batch + text_tile + tl.arange(0, BLOCK_N))
-                acc, row_max, row_sum = _step(
-                    q, k, v, bias, acc, row_max, row_sum, scale_log2, True, PRECISION, WIDEN
-                )
+                acc, row_max, row_sum = _step(q, k, v, bias, acc, row_max, row_sum, scale_log2, True, PRECISION, WIDEN)
     else:
         slot = tl.arange(0, BLOCK_N)
         real_dim = (dim < D)[None, :]
@@ -329,8 +325,9 @@ def whole_tiles(
     """The loop over whole video tiles alone, with the loads in a warp group of their own (warp specialisation).
 
     Triton's pass takes one loop, fed by descriptors made in the kernel, and can split queries among warp groups only if
-    they come as rows: q_tiles [batch, tiles * TILE, heads * D] is q in tile order. `forward` does the rest, with RESUME.
-    Heads must stand side by side in a token of k and v. Grid: (batch, head, query tile); text rows are left alone.
+    they come as rows: q_tiles [batch, tiles * TILE, heads * D] is q in tile order. `forward` does the rest with
+    RESUME. Heads must stand side by side in a token of k and v. Grid: (batch, head, query tile); text rows are left
+    alone.
     """
     turn = tl.program_id(0)
     bh = turn // tiles
@@ -368,9 +365,7 @@ def whole_tiles(
             t, y, x = entry >> 20, entry >> 10 & 1023, entry & 1023
             k = k_box.load([b, t, y, x, inner]).reshape(TILE, D)
             v = v_box.load([b, t, y, x, inner]).reshape(TILE, D)
-            acc, row_max, row_sum = _step(
-                q, k, v, no_bias, acc, row_max, row_sum, scale_log2, False, PRECISION, WIDEN
-            )
+            acc, row_max, row_sum = _step(q, k, v, no_bias, acc, row_max, row_sum, scale_log2, False, PRECISION, WIDEN)
         _finish(
             acc,
             row_max,

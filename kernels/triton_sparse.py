@@ -96,7 +96,7 @@ CONFIGS: dict[str, dict[tuple[int, int], list[Config]]] = {
     "strided": {
         (128, 128): [Config(64, 8, 2), Config(32, 8, 3)],
         (64, 128): [Config(64, 8, 3), Config(64, 8, 2)],
-        (128, 64): [Config(32, 4, 3), Config(32, 4, 2)],
+        (128, 64): [Config(32, 4, 3), Config(64, 4, 2)],
         (64, 64): [Config(64, 4, 3), Config(64, 4, 2)],
     },
 }
@@ -107,7 +107,8 @@ _SLOW = Config(32, 8, 1)  # fp32 and head sizes below 64: correctness only
 class Interleave:
     """Where a head lies for a descriptor [outer, frames, height, width, columns] over k or v.
 
-    Heads side by side in a token: outer is the batch, columns all heads.  Heads after one another: outer is (batch, head).
+    Heads side by side in a token: outer is the batch, columns are all heads.  Heads after one another: outer is batch
+    and head.
     """
 
     outer: int
@@ -316,10 +317,9 @@ class Call:
         part = split(box, config.keys)
         layout = interleave(k)
         described = self.access in ("hopper", "blackwell")
+        operands = [k, v, k, v, *(self.pooled or (k, v))]
         if described:
             operands = self._descriptors(part, config.keys, padded)
-        else:
-            operands = [k, v, k, v, *(self.pooled or (k, v))]
         options = {"maxnreg": config.registers} if config.registers and not _INTERPRETED else {}
         triton_attention.forward[(batch * heads * tiling.tiles,)](
             q,

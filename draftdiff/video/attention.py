@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from draftdiff.core import quality
-from draftdiff.core.draft import Tail, draft_map, pool
+from draftdiff.core.draft import Tail, draft_map
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.select import select, with_text
+from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import block_sparse_attention
+from draftdiff.kernels.drafting import pool, select
 from draftdiff.video.config import DraftAttentionConfig
 
 STATS = ("density", "drafted_mass")

@@ -1,0 +1,176 @@
+"""The Triton kernels in Triton's interpreter: every way of reading memory, every configuration, lists and the draft."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from draftdiff.core.draft import draft_map, pool
+from draftdiff.core.grid import LatentGrid, tiling_for
+from draftdiff.core.select import BlockMask, select_draft
+from draftdiff.kernels import triton_draft, triton_sparse
+from draftdiff.kernels.block_sparse import block_sparse_attention
+from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tables_for
+from tests.kernels.cases import KERNEL_CASES, KernelCase, make
+
+RAGGED_TEXT = KernelCase("ragged boxes, text around", (2, 12, 20), (1, 8, 16), 128, 40, lead=5, padded=True, heads=1)
+RAGGED = KernelCase("ragged in every axis", (3, 7, 9), (2, 4, 8), 64, batch=1, heads=1)
+SMALL_BOXES = KernelCase("bricks of 64, text last", (3, 6, 12), (2, 4, 8), 64, text=40, heads=1)
+
+
+def launch(case, config, *, head_dim=64, dtype=torch.float16, tail=True, arrange=lambda x: x):
+    """Output and log-sum-exp of one configuration, and what the reference gives."""
+    q, k, v, mask, tiling, text_mask, pooled = make(case, head_dim, dtype, tail)
+    q, k, v = arrange(q), arrange(k), arrange(v)
+    call = {"tiling": tiling, "text_mask": text_mask, "tail": pooled}
+    wide = (x.float() for x in (q, k, v))
+    expected = block_sparse_attention(*wide, mask, **call, backend="reference", return_lse=True)
+    ready = triton_sparse.Call.prepare(q, k, v, mask, tiling, text_mask, pooled, head_dim**-0.5, True)
+    return ready, ready.launch(config), expected
+
+
+def check(found, expected):
+    for got, want in zip(found, expected):
+        torch.testing.assert_close(got.float(), want, atol=4e-3, rtol=4e-3)
+
+
+# Warps, stages and registers mean nothing to the interpreter: one configuration of each other kind.
+KINDS = {
+    (access, sizes, config.keys, bool(config.specialised)): config
+    for access, table in triton_sparse.CONFIGS.items()
+    for sizes, configs in table.items()
+    for config in configs
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, kind)))
+def test_every_configuration_equals_the_reference(monkeypatch, kind):
+    access, sizes, _, _ = kind
+    config = KINDS[kind]
+    monkeypatch.setattr(triton_sparse, "_architecture", lambda device: access)
+    head_dim, block = sizes
+    case = RAGGED_TEXT if block == 128 else SMALL_BOXES
+    call, found, expected = launch(case, config, head_dim=head_dim)
+    assert call.access == access
+    check(found, expected)
+
+
+@pytest.mark.parametrize("access", ["hopper", "strided"])
+@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("tail", [False, True], ids=["drop", "tail"])
+def test_both_ways_of_reading_agree_without_text_and_with_odd_head_sizes(monkeypatch, access, head_dim, tail):
+    monkeypatch.setattr(triton_sparse, "_architecture", lambda device: access)
+    call, found, expected = launch(RAGGED, triton_sparse.Config(32, 4, 2), head_dim=head_dim, tail=tail)
+    assert call.access == access
+    check(found, expected)
+
+
+ARRANGEMENTS = {
+    "heads after one another": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "hopper"),
+    "a slice of fused projections": (lambda x: torch.cat([x, x], dim=2)[:, :, : x.shape[2]], "hopper"),
+    "tokens that are not side by side": (lambda x: torch.stack([x, x], dim=-2)[..., 0, :], "strided"),
+    "an odd address": (lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape), "strided"),
+}
+
+
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_memory_layouts_are_read_in_place(name):
+    arrange, access = ARRANGEMENTS[name]
+    call, found, expected = launch(SMALL_BOXES, triton_sparse.Config(64, 4, 2), arrange=arrange)
+    assert call.access == access
+    check(found, expected)
+
+
+def test_tiles_that_are_no_boxes_are_gathered():
+    call, found, expected = launch(KERNEL_CASES[2], triton_sparse.Config(64, 4, 2))
+    assert call.access == "gather"
+    check(found, expected)
+
+
+def test_a_specialised_run_resumes_rows_that_read_no_whole_tile():
+    case = KernelCase("few whole tiles", (2, 12, 20), (1, 8, 16), 128, density=0.15, text=9)
+    config = triton_sparse.CONFIGS["hopper"][64, 128][2]
+    assert config.specialised
+    call, found, expected = launch(case, config)
+    whole = call.lists.counts.view(2, 2, call.tiling.tiles, 3)[:, :, : call.tiling.video_tiles, WHOLE]
+    assert bool((whole == 0).any()) and bool((whole > 0).any())
+    check(found, expected)
+
+
+def test_lists_hold_the_kept_tiles_by_kind_and_rows_longest_first():
+    _, _, _, mask, tiling, _, _ = make(RAGGED_TEXT, 64, torch.float16, False)
+    tables = tables_for(tiling)
+    assert set(tables.kinds.tolist()) == {WHOLE, RAGGED, TEXT}
+    numbers = torch.arange(tiling.tiles, dtype=torch.int32)
+    lists = list_tiles(mask, tiling, entries=numbers, tail=True)
+    keep = mask.keep.flatten(0, 2)
+    for row in range(len(keep)):
+        expected = [numbers[keep[row] & (tables.kinds == kind)] for kind in (WHOLE, RAGGED, TEXT)]
+        assert lists.counts[row].tolist() == [len(part) for part in expected]
+        assert lists.lists[row, : int(keep[row].sum())].tolist() == torch.cat(expected).tolist()
+    video = tiling.video_tiles
+    skipped = tiling.counts[:video].log2().where(~keep[:, :video], -torch.inf)
+    torch.testing.assert_close(lists.tail_bias, skipped)
+    lengths = keep.sum(-1).view(-1, tiling.tiles).gather(1, lists.order.long())
+    assert bool((lengths.diff(dim=1) <= 0).all())
+    assert lists.order.sort(dim=1).values.tolist() == [list(range(tiling.tiles))] * len(lists.order)
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile", "text", "lead"), [((3, 9, 18), (2, 4, 8), 7, 3), ((2, 8, 32), (1, 8, 16), 0, 0)]
+)
+def test_pooling_equals_cores(grid, tile, text, lead):
+    tiling = tiling_for(LatentGrid(*grid), tile, 64 if tile[0] == 2 else 128, text, lead)
+    x = torch.randn(2, 3, tiling.tokens, 48, dtype=torch.bfloat16).transpose(1, 2)
+    torch.testing.assert_close(triton_draft.pool(x, tiling), pool(x, tiling), atol=1e-5, rtol=1e-5)
+
+
+TILES = 19
+
+
+@pytest.mark.parametrize(
+    ("row_floor", "density"), [(0.0, (0.02, 0.25)), (0.5, (0.1, 0.6)), (0.5, (0.9, 1.0)), (1.0, (0.25, 0.3))]
+)
+def test_selection_equals_cores(row_floor, density):
+    probabilities = draft_map(torch.randn(1, 2, TILES, 16) * 2, torch.randn(1, 2, TILES, 16))
+    share = torch.tensor(density, dtype=torch.float64)
+    keep = triton_draft.select_draft(probabilities, share, row_floor=row_floor)
+    expected = select_draft(probabilities, share, row_floor=row_floor)
+    # Running sums are formed in another order, so an entry that lies on a threshold may fall on either side.
+    assert int((keep != expected).sum()) <= 2
+    assert bool((keep.sum((-1, -2)) <= (share * TILES**2).clamp(min=TILES)).all())
+    assert bool(keep.diagonal(dim1=-2, dim2=-1).all())
+
+
+def test_a_tuned_choice_is_measured_once_and_kept(monkeypatch, tmp_path):
+    from draftdiff.kernels import autotune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 80 GB")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(autotune, "_time", lambda call, device: {"slow": 2.0, "fast": 1.0}[call()])
+    launched = []
+
+    def run(config):
+        launched.append(config)
+        if config == "broken":
+            raise autotune.DoesNotCompile("no such instruction")
+        return config
+
+    device = torch.device("cpu")
+    for _ in range(2):
+        autotune._known.cache_clear()
+        assert autotune.fastest("a key", ["broken", "slow", "fast"], run, device) == "fast"
+    assert launched == ["broken", "slow", "slow", "fast", "fast"]
+    assert [path.name for path in (tmp_path / "draftdiff").iterdir()] == ["triton-some-gpu-80-gb.json"]
+    with pytest.raises(RuntimeError, match="no kernel configuration compiles for another: broken: no such instruction"):
+        autotune.fastest("another", ["broken"], run, device)
+    autotune._known.cache_clear()
+
+
+def test_a_mask_of_nothing_gives_zeros():
+    q, k, v, mask, tiling, _, _ = make(SMALL_BOXES, 64, torch.float16, False)
+    nothing = BlockMask(torch.zeros_like(mask.keep))
+    out, lse = block_sparse_attention(q, k, v, nothing, tiling=tiling, backend="triton", return_lse=True)
+    assert not out.any()
+    assert bool((lse == -torch.inf).all())
