@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include <omp.h>
@@ -96,7 +97,8 @@ extern "C" void draftdiff_block_sparse(
     const int64_t tail_tiles = k_mean ? (video + block - 1) / block : 0;
     const int64_t packed = tiles + tail_tiles, size = block * dim, all_heads = batch * heads;
     const int64_t strip = std::max<int64_t>(1, 256 / block) * block;
-    std::vector<float> keys(all_heads * packed * size), values(all_heads * packed * size);
+    // Filled below in parallel: a vector would first be set to zero by one thread.
+    const std::unique_ptr<float[]> keys(new float[all_heads * packed * size]), values(new float[all_heads * packed * size]);
     std::vector<int32_t> cost(all_heads * tiles);
     std::vector<int64_t> queue(all_heads * tiles);
 
@@ -106,7 +108,7 @@ extern "C" void draftdiff_block_sparse(
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < all_heads * packed; item++) {
             const int64_t bh = item / packed, tile = item % packed, b = bh / heads, h = bh % heads;
-            float *kt = keys.data() + item * size, *vt = values.data() + item * size;
+            float *kt = keys.get() + item * size, *vt = values.get() + item * size;
             for (int64_t s = 0; s < block; s++) {
                 const float *key = nullptr, *value = nullptr;
                 if (tile < tiles) {
@@ -160,7 +162,7 @@ extern "C" void draftdiff_block_sparse(
                 const int64_t n = std::min<int64_t>(strip / block, walk.size() - start), width = n * block;
                 for (int64_t i = 0; i < n; i++) {
                     const int64_t j = walk[start + i];
-                    multiply<false>(queries.data(), dim, keys.data() + (bh * packed + j) * size, block,
+                    multiply<false>(queries.data(), dim, keys.get() + (bh * packed + j) * size, block,
                                     scores.data() + i * block, strip, m, block, dim);
                     float* bias = biases.data() + i * block;
                     if (j < tiles) {
@@ -205,7 +207,7 @@ extern "C" void draftdiff_block_sparse(
                     row_max[r] = new_max;
                 }
                 for (int64_t i = 0; i < n; i++)
-                    multiply<true>(scores.data() + i * block, strip, values.data() + (bh * packed + walk[start + i]) * size,
+                    multiply<true>(scores.data() + i * block, strip, values.get() + (bh * packed + walk[start + i]) * size,
                                    dim, acc.data(), dim, m, dim, block);
             }
             for (int64_t r = 0; r < filled; r++) {

@@ -82,8 +82,8 @@ class TileLists:
 
     A row is a query tile of a head.  counts [rows, 3] int32: whole, ragged and text tiles.  lists [rows, tiles + 1]
     int32: their entries in this order, ascending in each; the rest is undefined.  order [batch * heads, tiles] int32:
-    query tiles, longest first.  tail_bias [rows, video_tiles] fp32: log2 of the tokens of a skipped tile, -inf where the
-    tile is kept.
+    query tiles, longest first.  tail_bias [rows, video_tiles] fp32: log2 of the tokens of a skipped tile, -inf where
+    it is kept.
     """
 
     counts: Tensor

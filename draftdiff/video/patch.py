@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from draftdiff.core.grid import LatentGrid
 from draftdiff.kernels.block_sparse import resolve
+from draftdiff.kernels.crossover import dense_wins_above
 from draftdiff.video import processors
 from draftdiff.video.attention import STATS, attend, attend_op
 from draftdiff.video.clock import Clock
@@ -46,6 +47,7 @@ class _Layer:
     dense_backend: Any = None
     sparse: bool = False
     density: Tensor | None = None  # float64 [heads]
+    share: float = 1.0  # its mean, known to the host
     stats: Tensor | None = None  # fp32, see attention.STATS
 
 
@@ -119,6 +121,13 @@ def _attend(
         )
     else:
         state.backend = resolve(config.backend, query.device, query.dtype, query.shape[-1])
+        if config.min_tokens is None and config.selection != "full":
+            call = (state.backend, query.device, query.dtype, query.shape[-1], state.block_size)
+            if layer.share >= dense_wins_above(*call):
+                layer.stats.fill_(1.0)
+                assert state.clock is not None
+                with state.clock.part("dense attention"):
+                    return dense()
         out, stats = attend(
             query,
             key,
@@ -240,6 +249,7 @@ class _DraftHook(ModelHook):
                     layer.stats = torch.empty(len(STATS), device=hidden_states.device)
                 layer.stats.fill_(-1.0)
                 layer.density = density[layer.index].to(hidden_states.device)
+                layer.share = float(density[layer.index].mean())
         branch = getattr(self.branch, "_context", None) or getattr(self.branch, "_current_context", None)
         name = getattr(branch, "name", branch) or ""
         state.forwards.append(Forward(step, name, sparse, [layer.index for layer in self.layers if layer.sparse]))

@@ -14,7 +14,7 @@ from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tabl
 from tests.kernels.cases import KERNEL_CASES, KernelCase, make
 
 RAGGED_TEXT = KernelCase("ragged boxes, text around", (2, 12, 20), (1, 8, 16), 128, 40, lead=5, padded=True, heads=1)
-RAGGED = KernelCase("ragged in every axis", (3, 7, 9), (2, 4, 8), 64, batch=1, heads=1)
+RAGGED_CASE = KernelCase("ragged in every axis", (3, 7, 9), (2, 4, 8), 64, batch=1, heads=1)
 SMALL_BOXES = KernelCase("bricks of 64, text last", (3, 6, 12), (2, 4, 8), 64, text=40, heads=1)
 
 
@@ -60,7 +60,7 @@ def test_every_configuration_equals_the_reference(monkeypatch, kind):
 @pytest.mark.parametrize("tail", [False, True], ids=["drop", "tail"])
 def test_both_ways_of_reading_agree_without_text_and_with_odd_head_sizes(monkeypatch, access, head_dim, tail):
     monkeypatch.setattr(triton_sparse, "_architecture", lambda device: access)
-    call, found, expected = launch(RAGGED, triton_sparse.Config(32, 4, 2), head_dim=head_dim, tail=tail)
+    call, found, expected = launch(RAGGED_CASE, triton_sparse.Config(32, 4, 2), head_dim=head_dim, tail=tail)
     assert call.access == access
     check(found, expected)
 

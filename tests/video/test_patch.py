@@ -7,6 +7,7 @@ import torch
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
+from draftdiff.video import patch
 from tests.video.model_cases import MODEL_CASES, output_of
 
 ALWAYS = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
@@ -175,3 +176,16 @@ def test_a_model_outside_the_table_is_named_with_those_inside():
 def test_a_report_needs_enable():
     with pytest.raises(ValueError, match="draftdiff is not enabled on this WanTransformer3DModel"):
         draftdiff.report(MODEL_CASES[0].build())
+
+
+@pytest.mark.parametrize(("sparsity", "density"), [(0.2, 1.0), (0.8, 0.2)])
+def test_layers_so_dense_that_dense_attention_is_faster_are_left_to_it(monkeypatch, sparsity, density):
+    monkeypatch.setattr(patch, "dense_wins_above", lambda *call: 0.5)
+    case = MODEL_CASES[0]
+    model = case.build()
+    inputs = case.inputs(model, (4, 16, 16), 1)
+    dense = output_of(model, inputs)
+    config = DraftAttentionConfig(sparsity=sparsity, dense_steps=0, dense_layers=0)
+    out = output_of(draftdiff.enable(model, config), inputs)
+    assert torch.equal(out, dense) == (density == 1.0)
+    assert draftdiff.report(model).transformers[0].density.mean() == pytest.approx(density, abs=0.1)
