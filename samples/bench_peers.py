@@ -1,0 +1,267 @@
+"""Attention by other libraries on the inputs of bench_kernels.py, each in the memory layout that it likes best.
+
+Copies into that layout are made before the clock starts, which favours the peers: our kernels read the model's own.
+Sparse peers get tiles in tile order. A library that is not installed, or cannot do a case, raises `Absent` with the
+reason. None is a dependency; each is looked for when a case is prepared.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from draftdiff.core.grid import Tiling
+from draftdiff.core.select import BlockMask
+from draftdiff.kernels.gather import from_tiles, to_tiles
+
+Attention = Callable[[], Tensor]  # timed; returns what `restore` turns into [batch, tokens, heads, head_dim]
+
+
+class Absent(Exception):
+    """Why a peer has no figure."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """One case: q, k, v [1, tokens, heads, head_dim] in the model's order and what is kept."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: BlockMask
+    tiling: Tiling
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    @property
+    def is_even(self) -> bool:
+        return self.tiling.tokens == self.tiling.slots.numel()
+
+
+def _package(name: str, distribution: str) -> ModuleType:
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise Absent(f"{distribution} is not installed")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a wheel built for another torch or GPU fails in ways of its own
+        raise Absent(f"{distribution} cannot be imported: {' '.join(str(error).split())[:120]}") from error
+
+
+def _needs_gpu(inputs: Inputs) -> None:
+    if inputs.q.device.type != "cuda":
+        raise Absent("runs on a GPU only")
+
+
+def _in_tile_order(inputs: Inputs) -> list[Tensor]:
+    """q, k, v as [1, heads, tiles * block, head_dim], zeros where a ragged tile has no token."""
+    hole = (inputs.tiling.slots < 0)[None, None, :, :, None]
+    return [to_tiles(x, inputs.tiling).masked_fill(hole, 0).flatten(2, 3) for x in (inputs.q, inputs.k, inputs.v)]
+
+
+def _from_tile_order(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    shape = (inputs.tiling.tiles, inputs.tiling.block_size)
+    return lambda out: from_tiles(out.unflatten(2, shape), inputs.tiling)
+
+
+def sdpa(backend: str) -> Callable[[Inputs], tuple[Attention, Callable[[Tensor], Tensor]]]:
+    """PyTorch's own dense attention by one of its backends."""
+
+    def prepare(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = getattr(SDPBackend, backend)
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        if inputs.q.device.type == "cpu" and backend != "FLASH_ATTENTION":
+            raise Absent("not on a CPU")
+
+        def run() -> Tensor:
+            with sdpa_kernel(chosen):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return run, lambda out: out.transpose(1, 2)
+
+    return prepare
+
+
+def flash4_dense(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    """flash-attn-4, dense."""
+    _needs_gpu(inputs)
+    flash = _package("flash_attn.cute.interface", "flash-attn-4")
+    q, k, v = inputs.q, inputs.k, inputs.v
+    return lambda: flash.flash_attn_func(q, k, v, softmax_scale=inputs.scale)[0], lambda out: out
+
+
+def sage(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    """sageattention: dense, in 8 bits."""
+    _needs_gpu(inputs)
+    package = _package("sageattention", "sageattention")
+    q, k, v = inputs.q, inputs.k, inputs.v
+    return lambda: package.sageattn(q, k, v, tensor_layout="NHD", sm_scale=inputs.scale), lambda out: out
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    """FlexAttention with the same block mask, compiled; ragged tiles are partial blocks."""
+    from torch.nn.attention.flex_attention import BlockMask as FlexMask
+
+    _needs_gpu(inputs)
+    q, k, v = _in_tile_order(inputs)
+    tiling, keep = inputs.tiling, inputs.mask.keep
+    readable = (tiling.slots >= 0).flatten()
+    whole = (tiling.slots >= 0).all(-1)
+    partial, full = (BlockMask(keep & which).lists() for which in (~whole, whole))
+    block_mask = FlexMask.from_kv_blocks(
+        *partial,
+        *full,
+        BLOCK_SIZE=tiling.block_size,
+        mask_mod=lambda b, h, query, key: readable[key],
+        seq_lengths=(q.shape[2], k.shape[2]),
+    )
+    attention = _compiled_flex()
+    return lambda: attention(q, k, v, block_mask=block_mask, scale=inputs.scale), _from_tile_order(inputs)
+
+
+def flashinfer(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    """FlashInfer's variable block sparse attention; its plan, made on the host, is not timed."""
+    _needs_gpu(inputs)
+    package = _package("flashinfer", "flashinfer-python")
+    tiling, heads = inputs.tiling, inputs.q.shape[2]
+    q, k, v = (x[0, tiling.order].transpose(0, 1).contiguous() for x in (inputs.q, inputs.k, inputs.v))
+    sizes = tiling.counts.to(torch.int32).expand(heads, -1).contiguous()
+    wrapper = package.VariableBlockSparseAttentionWrapper(torch.empty(256 * 2**20, dtype=torch.uint8, device=q.device))
+    wrapper.plan(
+        block_mask_map=inputs.mask.keep[0],
+        block_row_sz=sizes,
+        block_col_sz=sizes,
+        num_qo_heads=heads,
+        num_kv_heads=heads,
+        head_dim=q.shape[-1],
+        sm_scale=inputs.scale,
+        q_data_type=q.dtype,
+        kv_data_type=k.dtype,
+    )
+    return lambda: wrapper.run(q, k, v), lambda out: out.transpose(0, 1)[tiling.restore][None]
+
+
+def vsa(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    """The Triton kernel of FastVideo's VSA: blocks of 64, so a tile of 128 is two with the same row of the mask."""
+    _needs_gpu(inputs)
+    if inputs.q.dtype != torch.bfloat16:
+        raise Absent("takes bf16 only")
+    kernel = _package("fastvideo_kernel.triton_kernels.block_sparse_attn_triton", "fastvideo-kernel")
+    q, k, v = _in_tile_order(inputs)
+    parts = inputs.tiling.block_size // 64
+    first = torch.arange(parts, device=q.device) * 64
+    sizes = (inputs.tiling.counts[:, None] - first).clamp(0, 64).flatten().to(torch.int32)
+    keep = inputs.mask.keep.repeat_interleave(parts, 2).repeat_interleave(parts, 3) & (sizes > 0)
+    counts, indices = BlockMask(keep).lists()
+    forward = kernel.triton_block_sparse_attn_forward
+    return lambda: forward(q, k, v, indices, counts, sizes)[0], _from_tile_order(inputs)
+
+
+def flash4_sparse(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    """flash-attn-4 with lists of whole blocks."""
+    _needs_gpu(inputs)
+    interface = _package("flash_attn.cute.interface", "flash-attn-4")
+    sparsity = _package("flash_attn.cute.block_sparsity", "flash-attn-4")
+    if not inputs.is_even:
+        raise Absent("whole blocks only; this grid has ragged tiles")
+    q, k, v = (x.transpose(1, 2).contiguous() for x in _in_tile_order(inputs))
+    counts, indices = inputs.mask.lists()
+    tensors = sparsity.BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(counts),
+        mask_block_idx=torch.zeros_like(indices),
+        full_block_cnt=counts,
+        full_block_idx=indices,
+        block_size=(inputs.tiling.block_size, inputs.tiling.block_size),
+    )
+    restore = _from_tile_order(inputs)
+
+    def run() -> Tensor:
+        return interface.flash_attn_func(q, k, v, softmax_scale=inputs.scale, block_sparse_tensors=tensors)[0]
+
+    return run, lambda out: restore(out.transpose(1, 2))
+
+
+def sparsevideo(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    """The kernel of sparsevideo's draft method (MIT's Block-Sparse-Attention), if its CUDA extension was built."""
+    _needs_gpu(inputs)
+    runtime = _package("sparsevideo.kernels.draft_block_sparse_runtime", "sparsevideo")
+    try:
+        attention = runtime.load_block_sparse_attn_func()
+    except ImportError as error:
+        raise Absent(" ".join(str(error).split())[:120]) from error
+    if not inputs.is_even or inputs.tiling.block_size != 128:
+        raise Absent("whole blocks of 128 only; this grid has ragged tiles")
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in _in_tile_order(inputs))
+    tokens, heads = q.shape[:2]
+    ends = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+    ones = torch.ones(heads, dtype=torch.int32, device=q.device)
+    restore = _from_tile_order(inputs)
+
+    def run() -> Tensor:
+        return attention(
+            q, k, v, ends, ends, ones, None, inputs.mask.keep, tokens, tokens, 0.0, softmax_scale=inputs.scale
+        )
+
+    return run, lambda out: restore(out[None].transpose(1, 2))
+
+
+Prepare = Callable[[Inputs], tuple[Attention, Callable[[Tensor], Tensor]]]
+DENSE: dict[str, Prepare] = {
+    "SDPA flash": sdpa("FLASH_ATTENTION"),
+    "SDPA cuDNN": sdpa("CUDNN_ATTENTION"),
+    "flash-attn-4": flash4_dense,
+    "sageattention": sage,
+}
+SPARSE: dict[str, Prepare] = {
+    "FlexAttention": flex,
+    "FlashInfer": flashinfer,
+    "VSA (fastvideo-kernel)": vsa,
+    "flash-attn-4 sparse": flash4_sparse,
+    "sparsevideo draft": sparsevideo,
+}
+
+
+def reference_rows(inputs: Inputs, rows: Tensor, heads: Tensor, tail: Any, dense: bool) -> Tensor:
+    """Attention of single queries in fp32 from its definition: fp32 [rows, heads, head_dim].
+
+    rows: positions in the model's order.  tail: `Tail` or None.  dense: as if everything was kept.
+    """
+    tiling, device = inputs.tiling, inputs.q.device
+    tile_of = torch.empty_like(tiling.order)
+    tile_of[tiling.order] = torch.repeat_interleave(torch.arange(tiling.tiles, device=device), tiling.counts)
+    q, k, v = (x[0][:, heads].float().transpose(0, 1) for x in (inputs.q[:, rows], inputs.k, inputs.v))
+    scores = q @ k.transpose(-1, -2) * inputs.scale
+    if dense:
+        return (scores.softmax(-1) @ v).transpose(0, 1)
+    keep = inputs.mask.keep[0, heads][:, tile_of[rows]]
+    scores = scores.masked_fill(~keep[..., tile_of], -math.inf)
+    if tail is not None:
+        pooled = q @ tail.k_mean[0, heads].transpose(-1, -2) * inputs.scale
+        pooled = pooled + tiling.counts[: tiling.video_tiles].log()
+        scores = torch.cat([scores, pooled.masked_fill(keep[..., : tiling.video_tiles], -math.inf)], -1)
+        v = torch.cat([v, tail.v_mean[0, heads]], 1)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
