@@ -121,8 +121,11 @@ class Interleave:
 
 def interleave(x: Tensor) -> Interleave | None:
     """The layout of x [batch, tokens, heads, head_dim] as descriptors want it, None if they cannot read it."""
-    batch, _, heads, dim = x.shape
+    batch, tokens, heads, dim = x.shape
     batch_stride, token, head, last = x.stride()
+    # The stride of an axis of one means nothing and may be anything.
+    batch_stride = batch_stride if batch > 1 else tokens * token
+    head = head if heads > 1 else dim
     bytes_of = x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(s * bytes_of % 16 == 0 for s in (token, head, batch_stride))
     if last != 1 or not aligned:

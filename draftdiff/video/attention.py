@@ -55,6 +55,10 @@ def draft_attention(
     grid = grid if isinstance(grid, LatentGrid) else LatentGrid(*grid)
     config = config or DraftAttentionConfig()
     density = config.budget.density(1, q.shape[2])[0]
+    if torch.compiler.is_compiling():
+        tile = list(config.tile) if config.tile else None
+        rule = (config.selection, config.row_floor, config.tail, tile, config.block_size, config.backend)
+        return attend_op(q, k, v, density, text_mask, list(grid.shape), lead, scale, *rule)[0]
     return attend(q, k, v, density, grid=grid, config=config, lead=lead, text_mask=text_mask, scale=scale)[0]
 
 
@@ -115,8 +119,8 @@ def attend_op(
     selection: str,
     row_floor: float,
     tail: bool,
-    tile: list[int],
-    block_size: int,
+    tile: list[int] | None,
+    block_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`attend` as one node of a compiled graph."""
@@ -124,7 +128,7 @@ def attend_op(
         selection=selection,
         row_floor=row_floor,
         tail=tail,
-        tile=(tile[0], tile[1], tile[2]),
+        tile=(tile[0], tile[1], tile[2]) if tile else None,
         block_size=block_size,
         backend=backend,
     )

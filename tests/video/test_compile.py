@@ -80,3 +80,15 @@ def test_the_fake_of_the_custom_op_tells_shape_and_type():
     density = torch.full((2,), 0.5, dtype=torch.float64)
     call = (q, k, v, density, None, [1, 8, 8], 6, None, "draft", 0.5, True, [1, 4, 4], 64, "torch")
     torch.library.opcheck(attend_op, call, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("tile", [None, (1, 8, 8)])
+def test_draft_attention_alone_is_one_node_of_a_full_graph(tile):
+    q, k, v = torch.randn(3, 1, 3 * 10 * 20 + 7, 2, 16)
+    config = DraftAttentionConfig(sparsity=0.5, tile=tile)
+
+    def layer(q, k, v):
+        return draftdiff.draft_attention(q * 2, k, v, grid=(3, 10, 20), config=config) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), layer(q, k, v), atol=1e-6, rtol=1e-6)
