@@ -45,6 +45,7 @@ EXAMPLES = """examples:
   python samples/bench_dit.py --models wan-14b --layers 8      a fifth of the depth, in a fifth of the time
   python samples/bench_dit.py --models wan-1.3b --sparsity 0.8 --no-cache --json
   python samples/bench_dit.py --device cpu --compile           small versions of the models
+  OMP_NUM_THREADS=1 python samples/bench_dit.py --device cpu   steadier where others use the machine too
 """
 # Relative L2 distance between two outputs that should be equal, per square root of the number of layers: each layer
 # rounds by itself. In bf16, skipping a twentieth of the attention shows as three times that.
@@ -337,15 +338,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         Mode(compiled, cached) for compiled in compiling for cached in ((False, True) if options.cache else (False,))
     ]
     sparsities = list(dict.fromkeys(options.sparsity))
+    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
     payload: dict[str, Any] = {
         "made_by": "samples/bench_dit.py",
         "device": device_name(device),
         "measured_on": "a GPU" if on_gpu else "a CPU, with small versions of the models in fp32",
         "versions": versions(),
-        "command": shlex.join(["python", "samples/bench_dit.py", *arguments]),
+        "command": threads + shlex.join(["python", "samples/bench_dit.py", *arguments]),
         "dense_attention": f"PyTorch's scaled_dot_product_attention, kernel: {options.dense_attention}",
         "run_steps": RUN_STEPS,
-        "load_average": [round(load, 2) for load in os.getloadavg()],
         "complete": False,
         "models": [],
     }
@@ -363,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if options.layers is not None and options.layers < size.layers:
                     size = size.with_layers(options.layers)
                 payload["models"].append(measure(bench, name, model, size, modes))
+                # Of the last minutes: other work on the machine shows here.
+                payload["models"][-1]["load_average"] = [round(load, 2) for load in os.getloadavg()]
                 _release(device)
                 bar.update(calls * len(payload["models"]) - bar.n)  # also what could not be run
                 payload["complete"] = len(payload["models"]) == len(options.models)

@@ -64,7 +64,7 @@ def draw_step(axes: Any, rows: list[dict[str, Any]]) -> None:
         if "speedup" in row:
             axes.text(x, bottom + 0.08 * highest, f"{row['speedup']['median']:.2f}x", ha="center", weight="bold")
             law = f"Amdahl {row['predicted_speedup']:.2f}x" if "predicted_speedup" in row else ""
-            axes.text(x, bottom + 0.02 * highest, law, ha="center", fontsize=7.5)
+            axes.text(x, bottom + 0.02 * highest, law, ha="center", fontsize=6.8)
         else:
             share = row.get("attention_share")
             text = "" if share is None else f"attention\n{share:.0%}"
@@ -124,7 +124,11 @@ def plot(payload: dict[str, Any], path: Path) -> None:
         used = [mode for mode in MODES if any(row["mode"] == mode for _, rows in shown for row in rows)]
         # Bars shrink to the right in the upper row and grow to the right in the lower: room for the legends.
         _legend(grid[0, 0], dict(reversed(PARTS.items())), "upper right")
-        _legend(grid[1, 0], {mode: MODES[mode] for mode in used}, "upper left")
+        _legend(
+            grid[1, 0],
+            {mode.replace("cache", "cache (hits every second step)"): MODES[mode] for mode in used},
+            "upper left",
+        )
         figure.suptitle(f"{payload['device']}: timed on {payload['measured_on']}", fontsize=10, weight="bold")
         with replacing(path) as partial:
             FigureCanvasAgg(figure).print_figure(partial, dpi=130, format="png")
