@@ -27,6 +27,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Write the figure of a result: a column per case."""
     cases = list(result["cases"])
     measured = [row for row in result["rows"] if "seconds" in row]
+    ticks = sorted({row["density"] for row in measured})
     names = list(dict.fromkeys(row["backend"] for row in measured))
     style = {
         name: {
@@ -53,12 +54,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 time.errorbar(x, middle, spread, label=name, markersize=4, capsize=2, linewidth=1.3, **style[name])
                 if all("tflops" in row for row in rows):
                     rate.plot(x, [row["tflops"] for row in rows], markersize=4, linewidth=1.3, **style[name])
-            time.plot([0, 1], [0, 1], color="#999", linewidth=0.8, linestyle=":", label="density (no overhead)")
+            time.plot([0.04, 1], [0.04, 1], color="#999", linewidth=0.8, linestyle=":", label="density (no overhead)")
             time.set_title(f"{case}: {result['cases'][case]['about']}\nhead_dim {result['cases'][case]['head_dim']}")
-            time.set_ylim(0, 1.3)
+            time.set(xscale="log", yscale="log", xticks=ticks, xticklabels=[f"{x:g}" for x in ticks])
+            time.minorticks_off()
             rate.axhline(result["gemm_tflops"], color="#999", linewidth=0.8, linestyle=":")
             rate.set_xlabel("density")
             rate.set_ylim(0)
+            rate.set(xscale="log", xticks=ticks, xticklabels=[f"{x:g}" for x in ticks])
+            rate.minorticks_off()
         grid[0][0].set_ylabel("time / fastest dense attention")
         grid[1][0].set_ylabel("TFLOP/s on kept FLOPs (dotted: GEMM)")
         figure.suptitle(f"{result['device']}, {result['dtype']}, medians with least and most")
