@@ -28,6 +28,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     cases = list(result["cases"])
     measured = [row for row in result["rows"] if "seconds" in row]
     ticks = sorted({row["density"] for row in measured})
+    highest = max(row.get("tflops", 0.0) for row in measured)
     names = list(dict.fromkeys(row["backend"] for row in measured))
     style = {
         name: {
@@ -60,7 +61,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             time.minorticks_off()
             rate.axhline(result["gemm_tflops"], color="#999", linewidth=0.8, linestyle=":")
             rate.set_xlabel("density")
-            rate.set_ylim(0)
+            rate.set_ylim(0, 1.08 * highest)
             rate.set(xscale="log", xticks=ticks, xticklabels=[f"{x:g}" for x in ticks])
             rate.minorticks_off()
         grid[0][0].set_ylabel("time / fastest dense attention")
