@@ -48,8 +48,8 @@ EXAMPLES = """examples:
   OMP_NUM_THREADS=1 python samples/bench_dit.py --device cpu   steadier where others use the machine too
 """
 # Relative L2 distance between two outputs that should be equal, per square root of the number of layers: each layer
-# rounds by itself. In bf16, skipping a twentieth of the attention shows as three times that.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+# rounds by itself. Measured in bf16: 4e-3; skipping a twentieth of the attention gives 14e-3.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 NO_MEMORY = "memory on this device"
 CHECK_FRAMES = 9  # video frames of the short call that compares full selection with dense
 KERNELS = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
