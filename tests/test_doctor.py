@@ -64,7 +64,7 @@ def test_a_backend_that_is_wrong_is_broken(monkeypatch, findings):
 
 
 def test_a_backend_without_its_machine_is_unavailable_but_not_broken(monkeypatch, findings):
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("draftdiff.kernels.triton_sparse._INTERPRETED", False)
     state = try_backend("triton", CPU)
     assert state.startswith("unavailable: needs")
     assert is_healthy({**findings, "backends": {"cpu": {"triton": state}}})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import uuid
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,7 +176,7 @@ class _DraftHook(ModelHook):
         pattern = re.compile(self.layout.attention)
         found = [(name, m) for name, m in module.named_modules() if pattern.fullmatch(name)]
         if self.layout.route != "sdpa":
-            self.backend = processors.register_backend(f"{_HOOK}_{id(self):x}", _attend, self.state)
+            self.backend = processors.register_backend(f"{_HOOK}_{uuid.uuid4().hex}", _attend, self.state)
         self.layers = [_Layer(index, name, attention, self.state) for index, (name, attention) in enumerate(found)]
         self._take_over()
         return module

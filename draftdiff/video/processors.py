@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,16 @@ Attend = Callable[[Any, Tensor, Tensor, Tensor, Any, float | None, Callable[[], 
 
 
 def register_backend(name: str, attend: Attend, current: Any) -> AttentionBackendName:
-    """Add a backend to diffusers' dispatcher; `current.layer` is the layer that calls. Undone by `remove_backend`."""
+    """Add a backend to diffusers' dispatcher; `current.layer` is the layer that calls. Undone by `remove_backend`.
+
+    `current` is held weakly. A model dropped without that leaves an entry, which the next registration clears away: not
+    the collector, which could change the dispatcher's tables while they are being compiled against.
+    """
+    for member, function in list(_AttentionBackendRegistry._backends.items()):
+        owner = getattr(function, "draft_owner", None)
+        if owner is not None and owner() is None:
+            remove_backend(member)
+    owner = weakref.ref(current)
     member = str.__new__(AttentionBackendName, name)
     member._name_, member._value_ = name.upper(), name
     AttentionBackendName._member_map_[member._name_] = member
@@ -46,7 +56,9 @@ def register_backend(name: str, attend: Attend, current: Any) -> AttentionBacken
         enable_gqa: bool = False,
         _parallel_config: Any = None,
     ) -> Tensor:
-        layer = current.layer
+        state = owner()
+        assert state is not None  # its processors hold it
+        layer = state.layer
         options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if _parallel_config is None or not layer.sparse:
 
@@ -71,6 +83,7 @@ def register_backend(name: str, attend: Attend, current: Any) -> AttentionBacken
             query, key, value, *options, False, forward_op=local, backward_op=None, _parallel_config=_parallel_config
         )
 
+    backend.draft_owner = owner  # type: ignore[attr-defined]
     _AttentionBackendRegistry.register(member, supports_context_parallel=True)(backend)
     return member
 

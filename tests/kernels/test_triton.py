@@ -1,5 +1,7 @@
 """The Triton kernels in Triton's interpreter: every way of reading memory, every configuration, lists and the draft."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -76,7 +78,8 @@ ARRANGEMENTS = {
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_memory_layouts_are_read_in_place(name):
     arrange, access = ARRANGEMENTS[name]
-    call, found, expected = launch(SMALL_BOXES, triton_sparse.Config(64, 4, 2), arrange=arrange)
+    case = replace(SMALL_BOXES, heads=2)  # an axis of one could lie any way
+    call, found, expected = launch(case, triton_sparse.Config(64, 4, 2), arrange=arrange)
     assert call.access == access
     check(found, expected)
 

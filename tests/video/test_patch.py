@@ -1,6 +1,8 @@
 """enable, disable and report on a tiny random instance of every supported model."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -163,6 +165,24 @@ def test_backends_of_two_models_do_not_mix():
     draftdiff.disable(second)
     assert torch.equal(output_of(first, inputs), sparse)
     draftdiff.disable(first)
+    assert list(AttentionBackendName) == before
+
+
+def test_a_model_dropped_without_disable_is_freed_and_its_entry_cleared_by_the_next():
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    gc.collect()
+    case = MODEL_CASES[0]
+    draftdiff.disable(draftdiff.enable(case.build(), SPARSE))
+    before = list(AttentionBackendName)
+    model = draftdiff.enable(case.build(), SPARSE)
+    output_of(model, case.inputs(model, case.grid, 1))
+    assert list(AttentionBackendName) != before
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    draftdiff.disable(draftdiff.enable(case.build(), SPARSE))
     assert list(AttentionBackendName) == before
 
 
