@@ -16,7 +16,7 @@ class DraftAttentionConfig:
     """How much is computed, by which rule, and when.
 
     sparsity: share of video key tiles that a head skips, in [0, 1), or a `Budget` that spreads it over steps, layers
-        and heads.
+        and heads. Text is exact, so with much text the density over all tokens is above 1 - sparsity.
     selection: "draft" (per-row floor, then mass), "upstream" (the paper's rule: one threshold per head) or "full".
     row_floor: share of a head's budget that "draft" deals evenly to the rows, in [0, 1]; the rest follows the mass.
     tail: count skipped tiles through their mean key and value instead of dropping them.
