@@ -60,9 +60,10 @@ def tables_for(tiling: Tiling) -> TileTables:
         t, h, w = tiling.tile
         in_boxes = rearrange(positions, "(f t) (y h) (x w) -> (f y x) (t h w)", t=t, h=h, w=w)
         slots = torch.cat([in_boxes, slots[video:]])
-    kinds = torch.full((tiling.tiles,), TEXT, device=device)
-    kinds[:video] = torch.where(tiling.counts[:video] == tiling.block_size, WHOLE, RAGGED) if is_box else RAGGED
-    index = torch.arange(video, device=device)
+    index = torch.arange(tiling.tiles, device=device)
+    is_whole = (tiling.counts == tiling.block_size) & is_box
+    kinds = torch.where(index < video, torch.where(is_whole, WHOLE, RAGGED), TEXT)
+    index = index[:video]
     _, boxes_h, boxes_w = tiling.boxes
     frame, row, column = index // (boxes_h * boxes_w), index // boxes_w % boxes_h, index % boxes_w
     corners = frame * tiling.tile[0] << 20 | row * tiling.tile[1] << 10 | column * tiling.tile[2]

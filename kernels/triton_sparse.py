@@ -29,7 +29,7 @@ try:
 
     from draftdiff.kernels import triton_attention
     from draftdiff.kernels.autotune import DoesNotCompile, fastest
-    from draftdiff.kernels.triton_lists import TileTables, list_tiles, tables_for
+    from draftdiff.kernels.triton_lists import WHOLE, TileTables, list_tiles, tables_for
 except ImportError:
     triton = None
 
@@ -224,11 +224,12 @@ class Call:
         tables, video = tables_for(tiling), tiling.video_tiles
         access = access_to(k, v, tables)
         numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
-        entries = numbers.clone()
-        if access in ("hopper", "blackwell"):
-            entries[:video] = tables.corners
-        elif access == "strided":
-            entries[:video] = torch.where(tables.kinds[:video] == 0, tables.corners, numbers[:video])
+        entries = numbers
+        if access != "gather":
+            corners = tables.corners
+            if access == "strided":  # ragged tiles go by the positions of their slots
+                corners = torch.where(tables.kinds[:video] == WHOLE, corners, numbers[:video])
+            entries = torch.cat([corners, numbers[video:]])
         key_slots = tables.slots[None]
         if text_mask is not None:
             text = tables.slots[video:].where(tiling.readable(text_mask)[:, video:], -1)

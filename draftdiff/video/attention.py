@@ -55,6 +55,10 @@ def draft_attention(
     grid = grid if isinstance(grid, LatentGrid) else LatentGrid(*grid)
     config = config or DraftAttentionConfig()
     density = config.budget.density(1, q.shape[2])[0]
+    if config.budget.heads:
+        density = density.to(q.device)
+    else:  # made on the device: a copy from the host could not be captured in a CUDA graph
+        density = torch.full((q.shape[2],), float(density[0]), dtype=torch.float64, device=q.device)
     if torch.compiler.is_compiling():
         tile = list(config.tile) if config.tile else None
         rule = (config.selection, config.row_floor, config.tail, tile, config.block_size, config.backend)

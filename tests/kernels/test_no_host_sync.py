@@ -1,0 +1,72 @@
+"""A sparse call never waits for the GPU: it runs on meta tensors, which have shapes and no values to wait for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from draftdiff.core.grid import LatentGrid, tiling_for
+from draftdiff.kernels import drafting, triton_draft, triton_lists, triton_sparse
+from draftdiff.video import attention
+from draftdiff.video.config import DraftAttentionConfig
+
+GRID = LatentGrid(3, 20, 40)
+META = torch.device("meta")
+
+
+class Recorded:
+    """In place of a kernel: notes that it was launched."""
+
+    def __init__(self, name, launched):
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append(self.name)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels launched, by name; nothing runs."""
+    names: list[str] = []
+    for module, name in (
+        (triton_sparse.triton_attention, "forward"),
+        (triton_lists, "_compact"),
+        (triton_draft, "_pool"),
+        (triton_draft, "_cover"),
+        (triton_draft, "_threshold"),
+    ):
+        monkeypatch.setattr(module, name, Recorded(name, names))
+    monkeypatch.setattr(drafting, "_fused", lambda device: True)
+    monkeypatch.setattr(triton_sparse, "TensorDescriptor", lambda *args: args)
+    monkeypatch.setattr(triton_sparse, "interleave", lambda x: triton_sparse.Interleave(1, x.stride(0), 128, 1, 0, 64))
+    yield names
+    for cached in (triton_lists.tables_for, triton_sparse.ragged_bias):
+        cached.cache_clear()  # they hold tensors without values now
+
+
+def without_values(tiling):
+    tensors = ("order", "restore", "counts", "slots")
+    return dataclasses.replace(tiling, device=META, **{name: getattr(tiling, name).to(META) for name in tensors})
+
+
+@pytest.mark.parametrize("text", [0, 77])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tail", [False, True], ids=["drop", "tail"])
+def test_draft_selection_lists_and_kernel_read_no_value_on_the_host(monkeypatch, launched, text, masked, tail):
+    tiling = without_values(tiling_for(GRID, (1, 8, 16), 128, text))
+    monkeypatch.setattr(attention, "tiling_for", lambda *args: tiling)
+    q, k, v = torch.empty(3, 1, GRID.tokens + text, 2, 64, dtype=torch.bfloat16, device=META)
+    density = torch.empty(2, dtype=torch.float64, device=META)
+    text_mask = torch.empty(1, text, dtype=torch.bool, device=META) if masked and text else None
+    config = DraftAttentionConfig(backend="triton", tail=tail)
+    out, stats = attention.attend(q, k, v, density, grid=GRID, config=config, text_mask=text_mask)
+    assert out.shape == q.shape and out.is_meta and stats.is_meta
+    assert launched == ["_pool"] * (3 if tail else 2) + ["_cover", "_threshold", "_compact", "forward"]
+
+
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero()])
+def test_a_value_read_on_the_host_would_be_noticed(read):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        read(torch.empty(3, device=META))
