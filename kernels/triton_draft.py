@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
-from draftdiff.kernels.triton_lists import tables_for
+from draftdiff.kernels.triton_lists import on_device_of, tables_for
 
 MOST_TILES = 8192  # a row is ranked in registers
 _ROUNDS = 8  # of two bisections each, as many as core.select makes
@@ -54,18 +54,19 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, _, heads, head_dim = x.shape
     out = torch.empty((batch, heads, tiling.video_tiles, head_dim), dtype=torch.float32, device=x.device)
-    _pool[(tiling.video_tiles, batch * heads)](
-        x,
-        out,
-        tables_for(tiling).slots,
-        heads,
-        tiling.video_tiles,
-        *x.stride()[:3],
-        BLOCK=tiling.block_size,
-        D=head_dim,
-        D_PAD=triton.next_power_of_2(head_dim),
-        num_warps=4,
-    )
+    with on_device_of(x):
+        _pool[(tiling.video_tiles, batch * heads)](
+            x,
+            out,
+            tables_for(tiling).slots,
+            heads,
+            tiling.video_tiles,
+            *x.stride()[:3],
+            BLOCK=tiling.block_size,
+            D=head_dim,
+            D_PAD=triton.next_power_of_2(head_dim),
+            num_warps=4,
+        )
     return out
 
 
@@ -126,20 +127,21 @@ def select_draft(probabilities: Tensor, density: Tensor, *, row_floor: float = 0
     floor = (row_floor * budget / tiles).floor().clamp(min=1).to(torch.int32)
     covered = torch.empty_like(probabilities)
     size = triton.next_power_of_2(tiles)
-    _cover[(batch * heads * tiles,)](
-        probabilities, covered, floor, tiles, heads, SIZE=size, num_warps=4 if size <= 1024 else 8
-    )
     threshold = torch.empty((batch, heads, 1, 1), dtype=torch.float32, device=device)
-    # A count is at most the budget if it is at most the whole part of it.
-    _threshold[(batch * heads,)](
-        covered,
-        budget.to(torch.int32),
-        threshold,
-        tiles * tiles,
-        heads,
-        ROUNDS=_ROUNDS,
-        BLOCK=min(_SCAN, triton.next_power_of_2(tiles * tiles)),
-        num_warps=16,
-    )
+    with on_device_of(probabilities):
+        _cover[(batch * heads * tiles,)](
+            probabilities, covered, floor, tiles, heads, SIZE=size, num_warps=4 if size <= 1024 else 8
+        )
+        # A count is at most the budget if it is at most the whole part of it.
+        _threshold[(batch * heads,)](
+            covered,
+            budget.to(torch.int32),
+            threshold,
+            tiles * tiles,
+            heads,
+            ROUNDS=_ROUNDS,
+            BLOCK=min(_SCAN, triton.next_power_of_2(tiles * tiles)),
+            num_warps=16,
+        )
     everything = (budget >= tiles**2)[:, None, None]
     return (covered < threshold) | everything

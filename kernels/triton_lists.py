@@ -7,6 +7,7 @@ No value of the mask is ever read by the host, so a call can be captured in a CU
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +23,11 @@ from draftdiff.core.select import BlockMask
 
 WHOLE, RAGGED, TEXT = range(3)
 _MOST_TOKENS = 1023  # per axis, so that a corner packs into 32 bits
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the one that holds x."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,19 +141,20 @@ def list_tiles(mask: BlockMask, tiling: Tiling, *, entries: Tensor, tail: bool) 
     lists = torch.empty((rows, tiles + 1), dtype=torch.int32, device=device)
     tail_bias = torch.empty((rows, tiling.video_tiles) if tail else (1,), dtype=torch.float32, device=device)
     size = triton.next_power_of_2(tiles)
-    _compact[(rows,)](
-        mask.keep.contiguous().view(torch.uint8),
-        tables.kinds,
-        entries,
-        tables.log2_tokens,
-        counts,
-        lists,
-        tail_bias,
-        tiles,
-        tiling.video_tiles,
-        SIZE=size,
-        TAIL=tail,
-        num_warps=4 if size <= 2048 else 8,
-    )
+    with on_device_of(counts):
+        _compact[(rows,)](
+            mask.keep.contiguous().view(torch.uint8),
+            tables.kinds,
+            entries,
+            tables.log2_tokens,
+            counts,
+            lists,
+            tail_bias,
+            tiles,
+            tiling.video_tiles,
+            SIZE=size,
+            TAIL=tail,
+            num_warps=4 if size <= 2048 else 8,
+        )
     order = counts.sum(-1).view(batch * heads, tiles).argsort(dim=-1, descending=True).to(torch.int32)
     return TileLists(counts, lists, order, tail_bias)

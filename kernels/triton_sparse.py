@@ -29,7 +29,7 @@ try:
 
     from draftdiff.kernels import triton_attention
     from draftdiff.kernels.autotune import DoesNotCompile, fastest
-    from draftdiff.kernels.triton_lists import WHOLE, TileTables, list_tiles, tables_for
+    from draftdiff.kernels.triton_lists import WHOLE, TileTables, list_tiles, on_device_of, tables_for
 except ImportError:
     triton = None
 
@@ -182,12 +182,11 @@ def run(
     configs = configs_for(call.access, q.dtype, q.shape[-1], tiling.block_size)
     if not call.can_specialise:
         configs = [config for config in configs if config.specialised is None]
-    if _INTERPRETED or len(configs) == 1:
-        config = configs[0]
-    else:
+    with on_device_of(q):
+        if _INTERPRETED or len(configs) == 1:
+            return call.launch(configs[0])
         parts = (triton.__version__, call.access, q.dtype, q.shape[-1], tiling.block_size, tail is not None)
-        config = fastest(" ".join(map(str, parts)), configs, call.launch, q.device)
-    return call.launch(config)
+        return call.launch(fastest(" ".join(map(str, parts)), configs, call.launch, q.device))
 
 
 @dataclass(frozen=True, eq=False)
