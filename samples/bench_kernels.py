@@ -147,8 +147,8 @@ def error_on_rows(out: Tensor, inputs: Inputs, tail: Tail | None, dense: bool) -
     return float((out[0, rows][:, heads].float() - expected).abs().max())
 
 
-def bench(case_name: str, case: Case, options: argparse.Namespace, progress: tqdm) -> list[dict[str, Any]]:
-    """All rows of one case."""
+def bench(case_name: str, case: Case, gemm: float, options: argparse.Namespace, progress: tqdm) -> list[dict[str, Any]]:
+    """All rows of one case. gemm: TFLOP/s of a large product."""
     device, dtype = options.device, options.dtype
     found: list[dict[str, Any]] = []
     dense_flops = 4 * torch.Size(case.grid).numel() ** 2 * case.heads * case.head_dim
@@ -201,6 +201,11 @@ def bench(case_name: str, case: Case, options: argparse.Namespace, progress: tqd
             row["fastest_dense"] = best_dense
             if "flops" in row:
                 row["tflops"] = row["flops"] / row["seconds"]["median"] / 1e12
+        best_rate = rows[best_dense]["tflops"]
+        for row in rows.values():
+            if "tflops" in row:
+                row["of_best_dense_rate"] = row["tflops"] / best_rate
+                row["of_gemm"] = row["tflops"] / gemm
         found += rows.values()
     return found
 
@@ -272,10 +277,10 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def table(rows: list[dict[str, Any]], gemm: float) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The measured rows for a terminal, then what is absent."""
     names = f"{'case':<12}{'density':>8}  {'backend':<24}{'ms':>10}{'of dense':>10}{'least-most':>15}"
-    lines = [names + f"{'TFLOP/s':>9}{'of GEMM':>9}{'error':>10}"]
+    lines = [names + f"{'TFLOP/s':>9}{'of best':>9}{'of GEMM':>9}{'error':>10}"]
     absent: dict[str, set[str]] = {}
     for row in rows:
         if "absent" in row:
@@ -285,7 +290,11 @@ def table(rows: list[dict[str, Any]], gemm: float) -> str:
         lines.append(
             f"{row['case']:<12}{row['density']:>8g}  {row['backend']:<24}{row['seconds']['median'] * 1e3:>10.2f}"
             f"{ratio['median']:>10.3f}{ratio['min']:>8.3f}-{ratio['max']:.3f}"
-            + (f"{rate:>9.2f}{rate / gemm:>9.2f}{row['max_error']:>10.1e}" if rate else "")
+            + (
+                f"{rate:>9.2f}{row['of_best_dense_rate']:>9.2f}{row['of_gemm']:>9.2f}{row['max_error']:>10.1e}"
+                if rate
+                else ""
+            )
             + ("" if row.get("correct", True) else "  WRONG")
         )
     lines += [f"absent  {what} ({', '.join(sorted(cases))})" for what, cases in absent.items()]
@@ -336,7 +345,7 @@ def main() -> int:
     with torch.inference_mode(), tqdm(unit=" calls", disable=None, file=sys.stderr) as progress:
         for name in options.cases:
             progress.set_description(name)
-            rows += bench(name, CASES[options.device.type][name], options, progress)
+            rows += bench(name, CASES[options.device.type][name], gemm, options, progress)
     result = {
         "device": device_name(options.device),
         "kind": options.device.type,
@@ -362,7 +371,7 @@ def main() -> int:
         print(json.dumps(result, indent=1))
     else:
         print(f"{result['device']}, {result['dtype']}, GEMM {gemm:.2f} TFLOP/s")
-        print(table(rows, gemm))
+        print(table(rows))
         for bar in result["bars"]:
             print(f"{'met    ' if bar['met'] else 'NOT MET'} {bar['what']}: {bar['measured']:.3f} (bar {bar['bar']})")
         print(f"written to {path} and {path.with_suffix('.png').name}")
