@@ -6,12 +6,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -75,6 +79,23 @@ void multiply(const float* a, long lda, const float* b, long ldb, float* c, long
     }
 }
 
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+// Not set to zero, which one thread would do, and in large pages where the system gives them: touching 4 KiB pages for the
+// first time costs more than filling them.
+Buffer allocate(size_t floats) {
+    constexpr size_t PAGE = size_t(1) << 21;
+    const size_t bytes = (floats * sizeof(float) + PAGE - 1) / PAGE * PAGE;
+    void* p = std::aligned_alloc(PAGE, bytes);
+#ifdef MADV_HUGEPAGE
+    if (p) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return Buffer(static_cast<float*>(p));
+}
+
 struct Strides {
     int64_t batch, token, head;
 };
@@ -87,7 +108,8 @@ struct Strides {
 // log2_tokens: [video]. dim a multiple of PANEL (see draftdiff_panel), block of 64.
 extern "C" int draftdiff_panel() { return PANEL; }
 
-extern "C" void draftdiff_block_sparse(
+// Returns 0, or 1 if there is no memory for the packed keys and values.
+extern "C" int draftdiff_block_sparse(
     const float* q, const float* k, const float* v, float* out, float* lse, const int64_t* slots,
     const uint8_t* readable, int64_t readable_batch, const uint8_t* keep, const float* k_mean, const float* v_mean,
     const float* log2_tokens, const int64_t* strides, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
@@ -97,34 +119,40 @@ extern "C" void draftdiff_block_sparse(
     const int64_t tail_tiles = k_mean ? (video + block - 1) / block : 0;
     const int64_t packed = tiles + tail_tiles, size = block * dim, all_heads = batch * heads;
     const int64_t strip = std::max<int64_t>(1, 256 / block) * block;
-    // Filled below in parallel: a vector would first be set to zero by one thread.
-    const std::unique_ptr<float[]> keys(new float[all_heads * packed * size]), values(new float[all_heads * packed * size]);
+    const Buffer keys = allocate(all_heads * packed * size), values = allocate(all_heads * packed * size);
+    if (!keys || !values) return 1;
     std::vector<int32_t> cost(all_heads * tiles);
     std::vector<int64_t> queue(all_heads * tiles);
 
 #pragma omp parallel num_threads(threads)
     {
         // Keys transposed, values as they are, tile by tile; what no query reads is zero.
+        std::vector<const float*> key_rows(block);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < all_heads * packed; item++) {
             const int64_t bh = item / packed, tile = item % packed, b = bh / heads, h = bh % heads;
             float *kt = keys.get() + item * size, *vt = values.get() + item * size;
             for (int64_t s = 0; s < block; s++) {
-                const float *key = nullptr, *value = nullptr;
+                const float* value = nullptr;
+                key_rows[s] = nullptr;
                 if (tile < tiles) {
                     const int64_t token = slots[tile * block + s];
                     if (token >= 0) {
-                        key = k + b * sk.batch + token * sk.token + h * sk.head;
+                        key_rows[s] = k + b * sk.batch + token * sk.token + h * sk.head;
                         value = v + b * sv.batch + token * sv.token + h * sv.head;
                     }
                 } else if (const int64_t mean = (tile - tiles) * block + s; mean < video) {
-                    key = k_mean + (bh * video + mean) * dim;
+                    key_rows[s] = k_mean + (bh * video + mean) * dim;
                     value = v_mean + (bh * video + mean) * dim;
                 }
-                for (int64_t d = 0; d < dim; d++) kt[d * block + s] = key ? key[d] : 0.f;
                 if (value) std::memcpy(vt + s * dim, value, dim * sizeof(float));
                 else std::fill(vt + s * dim, vt + (s + 1) * dim, 0.f);
             }
+            // A few columns at a time: all of them would fall into the same few sets of the cache.
+            for (int64_t first = 0; first < dim; first += LANES)
+                for (int64_t s = 0; s < block; s++)
+                    for (int64_t d = first; d < first + LANES; d++)
+                        kt[d * block + s] = key_rows[s] ? key_rows[s][d] : 0.f;
             if (tile < tiles) {
                 const uint8_t* row = keep + (bh * tiles + tile) * tiles;
                 cost[bh * tiles + tile] = static_cast<int32_t>(std::count(row, row + tiles, 1));
@@ -218,4 +246,5 @@ extern "C" void draftdiff_block_sparse(
             }
         }
     }
+    return 0;
 }

@@ -50,7 +50,6 @@ def _library() -> ctypes.CDLL:
     if not path.exists():
         _compile(compiler, path)
     library = ctypes.CDLL(str(path))
-    library.draftdiff_block_sparse.restype = None
     return library
 
 
@@ -111,7 +110,7 @@ def run(
     def pointer(x: Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(x.data_ptr() if x is not None else None)
 
-    _library().draftdiff_block_sparse(
+    no_memory = _library().draftdiff_block_sparse(
         *map(pointer, (*wide, out, lse, tiling.slots, readable)),
         ctypes.c_int64(readable.stride(0) if len(readable) > 1 else 0),
         *map(pointer, (keep, *means, log2_tokens)),
@@ -120,4 +119,8 @@ def run(
         ctypes.c_float(scale),
         ctypes.c_int(torch.get_num_threads()),
     )
+    if no_memory:
+        raise MemoryError(
+            f"no memory for packed keys and values of {batch} x {tokens} tokens, {heads} heads of {head_dim}"
+        )
     return out.to(q.dtype), lse
