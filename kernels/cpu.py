@@ -49,8 +49,7 @@ def _library() -> ctypes.CDLL:
     path = cache_folder() / f"cpu-{_fingerprint(compiler)}.so"
     if not path.exists():
         _compile(compiler, path)
-    library = ctypes.CDLL(str(path))
-    return library
+    return ctypes.CDLL(str(path))
 
 
 def cache_folder() -> Path:

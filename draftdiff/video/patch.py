@@ -331,7 +331,8 @@ def enable(target: Any, config: DraftAttentionConfig | None = None, *, num_steps
 
     target: a diffusers pipeline or transformer; changed in place. Enabling again applies the new config.
     config: see `DraftAttentionConfig`.  num_steps: length of a run that a share in `config.dense_steps` refers to, used
-    only for a bare transformer; a pipeline tells its own.
+    only for a bare transformer; a pipeline tells its own. A bare transformer that is called over and over with one
+    timestep stays in one run, whose report grows: `transformer._reset_stateful_cache()` begins the next.
     Returns target. Raises ValueError if no transformer is supported.
     """
     transformers = _transformers(target)
