@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Generator, Tensor
 
+from draftdiff.pipelines.hub import local_folder
 from draftdiff.var.cache import KVCache
 from draftdiff.var.collaborative import CollaborativeDecoder, check_pair
 from draftdiff.var.decoding import Decoder, ScaleDecoder
@@ -49,6 +51,30 @@ class VARPipeline(DiffusionPipeline):
         _check_parts(transformer, vae, scheduler)
         if refiner is not None:
             self.enable_collaborative(refiner, 8 if draft_scales is None else draft_scales)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VARPipeline:
+        """Load a saved pipeline: a folder, or a repository of the hub, which is downloaded first."""
+        return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        transformer: str | Path,
+        vae: str | Path,
+        *,
+        refiner: str | Path | None = None,
+        draft_scales: int | None = None,
+        id2label: dict[int, str] | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> VARPipeline:
+        """A pipeline from original checkpoints: `var_d16.pth` and `vae_ch160v4096z32.pth`, or of CoDe `drafter_8.pth`
+        and as refiner `refiner_8.pth`. Raises ValueError that names what does not fit."""
+        model = VARTransformer2DModel.from_single_file(transformer, torch_dtype=torch_dtype)
+        second = None if refiner is None else VARTransformer2DModel.from_single_file(refiner, torch_dtype=torch_dtype)
+        patch_nums = model.config.patch_nums
+        vq = VQModel.from_single_file(vae, torch_dtype=torch_dtype, patch_nums=patch_nums)
+        return cls(model, vq, VARScheduler(patch_nums), second, draft_scales, id2label)
 
     def enable_collaborative(self, refiner: VARTransformer2DModel, draft_scales: int = 8) -> None:
         """From now on `transformer` draws scales 0 to draft_scales - 1 and `refiner` the others.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from draftdiff.pipelines.var import VARPipeline
-from draftdiff.var.checkpoint import VAR_NAMES, VQ_NAMES, fill
+from draftdiff.var.checkpoint import fill
 from draftdiff.var.scheduler_var import VARScheduler
 from draftdiff.var.transformer_var import VARTransformer2DModel
 from draftdiff.var.vq_model import VQModel
@@ -30,7 +30,7 @@ def transformer(case: Case, part: str) -> VARTransformer2DModel:
         qk_norm=settings["attn_l2_norm"],
         norm_eps=settings["norm_eps"],
     )
-    fill(model, case.weights(part), VAR_NAMES)
+    fill(model, case.weights(part))
     return model.eval()
 
 
@@ -46,7 +46,7 @@ def vq_model(case: Case) -> VQModel:
         phi_share=settings["quant_resi"],
         cosine=settings["using_znorm"],
     )
-    fill(model, case.weights("vqvae"), VQ_NAMES, optional=("encoder.",))
+    fill(model, case.weights("vqvae"), optional=("encoder.",))
     return model.eval()
 
 

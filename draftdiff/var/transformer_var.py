@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -15,8 +16,27 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from draftdiff.var.cache import KVCache
+from draftdiff.var.checkpoint import OriginalCheckpointMixin, Tensors, count, rename, shape
 from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, modulate
-from draftdiff.var.vq_model import PATCH_NUMS_256
+from draftdiff.var.vq_model import PATCH_NUMS_256, PATCH_NUMS_512
+
+ORIGINAL_NAMES = (
+    (r"^class_embed\.", "class_emb."),
+    (r"^start_embed$", "pos_start"),
+    (r"^pos_embed$", "pos_1LC"),
+    (r"^level_embed\.", "lvl_embed."),
+    (r"^proj_in\.", "word_embed."),
+    (r"^proj_out\.", "head."),
+    (r"^norm_out\.linear\.", "head_nm.ada_lin.1."),
+    (r"^adaln\.", "shared_ada_lin.1."),
+    (r"\.adaln\.", ".ada_lin.1."),
+    (r"\.adaln_offset$", ".ada_gss"),
+    (r"\.to_qkv\.weight$", ".mat_qkv.weight"),
+    (r"\.log_scale$", ".scale_mul_1H11"),
+    (r"\.to_out\.", ".proj."),
+    (r"\.ff\.linear_in\.", ".ffn.fc1."),
+    (r"\.ff\.linear_out\.", ".ffn.fc2."),
+)
 
 
 class VARTransformerBlock(nn.Module):
@@ -34,12 +54,10 @@ class VARTransformerBlock(nn.Module):
         self.adaln_offset: Any = nn.Parameter(torch.zeros(6, dim)) if shared_adaln else None
         self.adaln: Any = None if shared_adaln else nn.Linear(dim, 6 * dim)
 
-    def modulation(self, condition: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
+    def modulation(self, condition: Tensor, shared: Any) -> tuple[Tensor, ...]:
         """Gates, scales and shifts of both branches, each [batch, 1, dim], from the condition [batch, dim]."""
-        if shared is None:
-            vectors = self.adaln(F.silu(condition)).unflatten(-1, (6, -1))
-        else:
-            vectors = shared + self.adaln_offset
+        own = self.adaln is not None
+        vectors = self.adaln(F.silu(condition)).unflatten(-1, (6, -1)) if own else shared + self.adaln_offset
         return vectors[:, :, None].unbind(1)
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, ...], lengths: list[int], **attention: Any) -> Tensor:
@@ -48,7 +66,7 @@ class VARTransformerBlock(nn.Module):
         return x + gate2 * self.ff(modulate(self.norm2(x), scale2, shift2))
 
 
-class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     """Predicts the code indices of a scale from its class and the picture so far.
 
     num_layers, num_attention_heads, attention_head_dim: width is heads times head_dim.  in_channels: size of a code.
@@ -176,3 +194,37 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if self.adaln is not None:
             shared = self.adaln(F.silu(condition)).unflatten(-1, (6, -1))
         return [block.modulation(condition, shared) for block in self.blocks]
+
+    @classmethod
+    def original_config(cls, tensors: Tensors) -> dict[str, Any]:
+        """Constructor arguments that fit a checkpoint."""
+        vocabulary, dim = shape(tensors, "head.weight")
+        qk_norm = "blocks.0.attn.scale_mul_1H11" in tensors
+        heads = tensors["blocks.0.attn.scale_mul_1H11"].numel() if qk_norm else dim // 64
+        return {
+            "num_layers": count(tensors, r"blocks\.(\d+)\."),
+            "num_attention_heads": heads,
+            "attention_head_dim": dim // heads,
+            "in_channels": shape(tensors, "word_embed.weight")[1],
+            "vocab_size": vocabulary,
+            "num_classes": shape(tensors, "class_emb.weight")[0] - 1,
+            "patch_nums": _patch_nums(tensors),
+            "mlp_ratio": shape(tensors, "blocks.0.ffn.fc1.weight")[0] / dim,
+            "shared_adaln": "shared_ada_lin.1.weight" in tensors,
+            "qk_norm": qk_norm,
+        }
+
+    def original_names(self, tensors: Tensors) -> Callable[[str], str]:
+        """From our parameter names to those of a checkpoint."""
+        return lambda key: rename(key, ORIGINAL_NAMES)
+
+
+def _patch_nums(tensors: Tensors) -> tuple[int, ...]:
+    """Sides of the scales: from the level of each token if that was saved, else a released schedule of that length."""
+    if "lvl_1L" in tensors:
+        return tuple(math.isqrt(n) for n in tensors["lvl_1L"].flatten().bincount().tolist())
+    tokens = shape(tensors, "pos_1LC")[1]
+    for known in (PATCH_NUMS_256, PATCH_NUMS_512):
+        if sum(side**2 for side in known) == tokens:
+            return known
+    raise ValueError(f"its {tokens} tokens are no released schedule's, and it lacks lvl_1L, which tells the scales")

@@ -3,8 +3,9 @@ residual quantiser."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
@@ -13,6 +14,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from draftdiff.var.autoencoder_names import vqgan_config, vqgan_name
+from draftdiff.var.checkpoint import OriginalCheckpointMixin, Tensors, count, rename, shape
 from draftdiff.var.quantizer import MultiScaleQuantizer
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -30,7 +33,7 @@ class VQTrainingOutput(BaseOutput):
     indices: list[Tensor]
 
 
-class VQModel(ModelMixin, ConfigMixin):
+class VQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     """Pictures to code indices of every scale and back.
 
     block_out_channels: channels per level, finest first; each level but the last halves the resolution, and the lowest
@@ -100,3 +103,26 @@ class VQModel(ModelMixin, ConfigMixin):
         quantized = self.quantize(self.quant_conv(self.encoder(sample)), patch_nums)
         reconstruction = self.decoder(self.post_quant_conv(quantized.latents))
         return VQTrainingOutput(sample=reconstruction, loss=quantized.loss, indices=quantized.indices)
+
+    @classmethod
+    def original_config(cls, tensors: Tensors) -> dict[str, Any]:
+        """Constructor arguments that fit a checkpoint."""
+        vocabulary, channels = shape(tensors, "quantize.embedding.weight")
+        phi = "quantize.quant_resi."
+        return {
+            **vqgan_config(tensors),
+            "latent_channels": channels,
+            "num_vq_embeddings": vocabulary,
+            "num_phi": count(tensors, rf"{phi}qresi_ls\.(\d+)") or int(f"{phi}qresi.weight" in tensors),
+            "phi_share": 0.5 if any(name.startswith(phi) for name in tensors) else 0.0,
+        }
+
+    def original_names(self, tensors: Tensors) -> Callable[[str], str]:
+        """From our parameter names to those of a checkpoint, whose phi may be one, several or one per scale."""
+        phi = r"quantize.quant_resi.qresi_ls.\1"
+        if "quantize.quant_resi.qresi.weight" in tensors:
+            phi = "quantize.quant_resi.qresi."
+        elif "quantize.quant_resi.0.weight" in tensors:
+            phi = r"quantize.quant_resi.\1"
+        levels = len(self.config.block_out_channels)
+        return lambda key: rename(vqgan_name(key, levels), ((r"^quantize\.phi\.(\d+\.)", phi),))
