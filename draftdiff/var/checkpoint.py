@@ -27,7 +27,7 @@ KINDS = {
     "pos_1LC": "VARTransformer2DModel",
     "quantize.embedding.weight": "VQModel",
     "cfg_uncond": "InfinityTransformer2DModel",
-    "decoder.conv_in.conv.weight": "InfinityVAE",
+    "decoder.conv_in.conv.weight": "AutoencoderBSQ",
 }
 # Where training checkpoints keep the weights.
 NESTED = ("trainer", "gpt_fsdp", "var_wo_ddp", "vae", "state_dict", "model", "module")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
+
+Generators = Generator | Sequence[Generator] | None
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
@@ -33,17 +36,31 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     return logits
 
 
-def exponential(shape: Sequence[int], generator: Generator | Sequence[Generator] | None, like: Tensor) -> Tensor:
-    """Unit exponential noise [batch, ...] on the device of `like`, drawn on the generator's own device; from a list of
-    generators each item of the batch is drawn alone."""
+def at(value: Any, scale: int) -> Any:
+    """A setting that is one value, or one per scale."""
+    return value[scale] if isinstance(value, Sequence) else value
+
+
+def exponential(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
+    """Unit exponential noise fp32 [batch, ...]; see `_noise`."""
+    return _noise(shape, generator, like, lambda noise, one: noise.exponential_(1, generator=one))
+
+
+def uniform(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
+    """Uniform noise in [0, 1), fp32 [batch, ...]; see `_noise`."""
+    return _noise(shape, generator, like, lambda noise, one: noise.uniform_(generator=one))
+
+
+def _noise(shape: Sequence[int], generator: Generators, like: Tensor, fill: Callable[..., Tensor]) -> Tensor:
+    """Noise on the device of `like`, drawn on the generator's own device; from a list of generators each item of the
+    batch is drawn alone."""
     if isinstance(generator, Sequence):
-        return torch.cat([exponential((1, *shape[1:]), one, like) for one in generator])
+        return torch.cat([_noise((1, *shape[1:]), one, like, fill) for one in generator])
     device = like.device if generator is None else generator.device
-    noise = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    return noise.exponential_(1, generator=generator).to(like.device)
+    return fill(torch.empty(tuple(shape), dtype=torch.float32, device=device), generator).to(like.device)
 
 
-def draw(logits: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
+def draw(logits: Tensor, generator: Generators) -> Tensor:
     """Draw an index from each row of logits [batch, tokens, vocabulary]; returns int64 [batch, tokens].
 
     On a CPU these are the draws of torch.multinomial on the [batch * tokens, vocabulary] probabilities.
@@ -52,7 +69,7 @@ def draw(logits: Tensor, generator: Generator | Sequence[Generator] | None) -> T
     return (probabilities / exponential(logits.shape, generator, logits)).argmax(-1)
 
 
-def draw_soft(logits: Tensor, temperature: float, generator: Generator | Sequence[Generator] | None) -> Tensor:
+def draw_soft(logits: Tensor, temperature: float, generator: Generators) -> Tensor:
     """Gumbel-softmax weights, fp32 of the shape of logits (arXiv 1611.01144, Eq. 2)."""
     gumbel = -exponential(logits.shape, generator, logits).log()
     return ((logits.float() + gumbel) / temperature).softmax(-1)

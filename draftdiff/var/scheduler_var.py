@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from einops import rearrange
-from torch import Generator, Tensor
+from torch import Tensor
 
 from draftdiff.var.quantizer import MultiScaleQuantizer, resize_area
-from draftdiff.var.sampling import draw, draw_soft, exponential, filter_logits
+from draftdiff.var.sampling import Generators, at, draw, draw_soft, exponential, filter_logits
 from draftdiff.var.vq_model import PATCH_NUMS_256
-
-Generators = Generator | Sequence[Generator] | None
 
 
 @dataclass
@@ -86,10 +83,10 @@ class VARScheduler(SchedulerMixin, ConfigMixin):
         top_k = self.config.top_k if top_k is None else top_k
         top_p = self.config.top_p if top_p is None else top_p
         temperature = self.config.temperature if temperature is None else temperature
-        filtered = filter_logits(logits.float(), _at(top_k, scale), top_p)
+        filtered = filter_logits(logits.float(), at(top_k, scale), top_p)
         indices = None
         if burn or not more_smooth:
-            heat = _at(temperature, scale)
+            heat = at(temperature, scale)
             indices = draw(filtered if heat == 1 else filtered / heat, generator)
         if more_smooth:
             ratio = self.progress(scale)
@@ -117,7 +114,3 @@ def draw_labels(count: int, classes: int, generator: Generators) -> Tensor:
     device = "cpu" if generator is None else generator.device
     uniform = torch.full((1, classes), 1 / classes, device=device)
     return torch.multinomial(uniform, count, replacement=True, generator=generator).flatten()
-
-
-def _at(value: Any, scale: int) -> Any:
-    return value[scale] if isinstance(value, Sequence) else value
