@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from draftdiff.pipelines.hub import local_folder
+from draftdiff.pipelines.scale_kv import ScaleKVMixin
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ
 from draftdiff.var.cache import KVCache
 from draftdiff.var.scheduler_infinity import InfinityScheduler
@@ -22,7 +23,7 @@ from draftdiff.var.transformer_infinity import InfinityTransformer2DModel
 RNG_MODES = ("fast", "upstream")
 
 
-class InfinityPipeline(DiffusionPipeline):
+class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
     """Pictures of a prompt, scale after scale.
 
     text_encoder, tokenizer: flan-t5-xl for the released models; None where prompts come as embeddings.
@@ -30,7 +31,7 @@ class InfinityPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
-    _callback_tensor_inputs = ["latents", "logits", "bits"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "logits", "bits", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -88,6 +89,9 @@ class InfinityPipeline(DiffusionPipeline):
             tokenizer = AutoTokenizer.from_pretrained(text_encoder)
         return cls(model, autoencoder, scheduler, encoder, tokenizer)
 
+    def _new_cache(self, scales: Scales, key_dtype: torch.dtype | None) -> KVCache:
+        return self._make_cache(scales, self.transformer, key_dtype)
+
     def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings fp32 [prompts, tokens, channels] of the text encoder and their mask, bool [prompts, tokens]."""
         if self.text_encoder is None or self.tokenizer is None:
@@ -143,7 +147,7 @@ class InfinityPipeline(DiffusionPipeline):
         rng: "fast" draws one number per bit; "upstream" draws as the originals, so that a seed gives their pictures.
         output_type: "pil", "np", "pt" or "latent" (latents summed over all scales).
         callback_on_step_end: called as (pipeline, scale, scale, tensors) after each scale, with the tensors named, of
-            "latents", "logits" (guided, before top-p) and "bits"; may return new "latents".
+            "latents", "logits" (guided, before top-p), "bits" and "cache" (the KVCache); may return new "latents".
 
         Raises ValueError for an argument that cannot be; the message says what can.
         """
@@ -172,7 +176,7 @@ class InfinityPipeline(DiffusionPipeline):
             text, mask = _stacked(text, mask, other, other_mask)
         text, mask = text.to(device), mask.to(device)
 
-        cache, reference, last = KVCache(cache_key_dtype), reference_grid(scales), len(scales) - 1
+        cache, reference, last = self._new_cache(scales, cache_key_dtype), reference_grid(scales), len(scales) - 1
         channels = self.vae.config.latent_channels
         latents = torch.zeros(batch, channels, *self.scheduler.latent_size(scales[-1]), device=device)
         with self.progress_bar(total=len(scales)) as bar:
@@ -197,7 +201,7 @@ class InfinityPipeline(DiffusionPipeline):
                 )
                 latents = step.latents
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "logits": logits, "bits": step.bits}
+                    tensors = {"latents": latents, "logits": logits, "bits": step.bits, "cache": cache}
                     named = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, scale, scale, named) or {}).get("latents", latents)
                 bar.update()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Generator, Tensor
 
 from draftdiff.pipelines.hub import local_folder
+from draftdiff.pipelines.scale_kv import ScaleKVMixin
 from draftdiff.var.cache import KVCache
 from draftdiff.var.collaborative import CollaborativeDecoder, check_pair
 from draftdiff.var.decoding import Decoder, ScaleDecoder
+from draftdiff.var.scale_kv import Drafters, ScaleKVConfig
 from draftdiff.var.scheduler_var import VARScheduler, draw_labels
 from draftdiff.var.transformer_var import VARTransformer2DModel
 from draftdiff.var.vq_model import VQModel
@@ -23,7 +25,7 @@ from draftdiff.var.vq_model import VQModel
 RNG_MODES = ("fast", "upstream")
 
 
-class VARPipeline(DiffusionPipeline):
+class VARPipeline(ScaleKVMixin, DiffusionPipeline):
     """Pictures of a class, scale after scale.
 
     transformer: the model, or the drafter where there is a refiner.  vae: the VQ model whose codes it predicts.
@@ -33,7 +35,7 @@ class VARPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->refiner"
     _optional_components = ["refiner"]  # noqa: RUF012
     _exclude_from_cpu_offload = ["vae"]  # noqa: RUF012  # its small quantizer works at every scale
-    _callback_tensor_inputs = ["latents", "logits", "indices"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "logits", "indices", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -91,6 +93,16 @@ class VARPipeline(DiffusionPipeline):
         self.register_modules(refiner=None)
         self.register_to_config(draft_scales=None)
 
+    def enable_scale_kv(self, budget: float = 0.1, *, refiner_drafters: Drafters = None, **options: Any) -> None:
+        """See ScaleKVMixin; refiner_drafters: the layers of the refiner that look widely, like `drafters`."""
+        super().enable_scale_kv(budget, **options)
+        self._refiner_drafters = refiner_drafters
+
+    def _scale_kv_for(self, model: VARTransformer2DModel) -> ScaleKVConfig | None:
+        if self.scale_kv is None or model is not self.refiner or model is self.transformer:
+            return self.scale_kv
+        return replace(self.scale_kv, drafters=self._refiner_drafters)
+
     def get_label_ids(self, labels: str | Sequence[str]) -> list[int]:
         """Class ids of class names. Raises ValueError for a name that is not in id2label."""
         known = {name: int(number) for number, name in (self.config.id2label or {}).items()}
@@ -120,7 +132,11 @@ class VARPipeline(DiffusionPipeline):
             raise ValueError("class_labels is empty: give at least one class")
         return torch.tensor(ids).repeat_interleave(count)
 
-    def _decoder(self, new_cache: Callable[[], KVCache]) -> Decoder:
+    def _decoder(self, key_dtype: torch.dtype | None) -> Decoder:
+        def new_cache(model: VARTransformer2DModel) -> KVCache:
+            scales = [(side, side) for side in model.config.patch_nums]
+            return self._make_cache(scales, model, key_dtype)
+
         if self.refiner is None:
             return ScaleDecoder(self.transformer, new_cache)
         return CollaborativeDecoder(self.transformer, self.refiner, self.config.draft_scales, new_cache)
@@ -160,7 +176,8 @@ class VARPipeline(DiffusionPipeline):
             the same pictures as theirs.
         output_type: "pil", "np", "pt" or "latent" (latents summed over all scales).
         callback_on_step_end: called as (pipeline, scale, scale, tensors) after each scale, with the tensors named, of
-            "latents", "logits" (guided, before the filters) and "indices"; may return new "latents".
+            "latents", "logits" (guided, before the filters), "indices" and "cache" (the KVCache of the model that
+            is at work); may return new "latents".
 
         Raises ValueError for an argument that cannot be; the message says what can.
         """
@@ -180,7 +197,7 @@ class VARPipeline(DiffusionPipeline):
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
         kept, hole = self._encode_picture(image, mask_image, batch, device)
 
-        decoder = self._decoder(partial(KVCache, cache_key_dtype))
+        decoder = self._decoder(cache_key_dtype)
         side = scheduler.patch_nums[-1]
         latents = torch.zeros(batch, self.vae.config.latent_channels, side, side, device=device, dtype=self.vae.dtype)
         with self.progress_bar(total=len(scheduler)) as bar:
@@ -213,7 +230,7 @@ class VARPipeline(DiffusionPipeline):
                 if kept is not None and hole is not None:
                     latents = kept[scale].lerp(latents, hole)
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "logits": logits, "indices": step.indices}
+                    tensors = {"latents": latents, "logits": logits, "indices": step.indices, "cache": decoder.cache}
                     named = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, scale, scale, named) or {}).get("latents", latents)
                 bar.update()

@@ -41,11 +41,12 @@ class KVCache:
             self.keys[layer], self.values[layer] = stored, value
         return stored.to(value.dtype), value
 
-    def observe(self, layer: int, query: Tensor, projected: Tensor, bias: Tensor) -> None:
-        """Called by a layer after its attention; subclasses evict here.
+    def observe(self, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
+        """Called by a layer after its attention; subclasses measure or evict here.
 
-        query: as attention used them, [batch, heads, new tokens, head_dim].  projected: the same before normalisation
-        and rotation, with `bias` [heads, 1, head_dim] in them.
+        query: of the new tokens, with the scale of the softmax in them, [batch, heads, new tokens, head_dim].
+        key: all that they saw, history first.  projected: queries before normalisation and rotation, with their `bias`
+        [heads, 1, head_dim] in them.
         """
 
     def once(self, name: Any, compute: Callable[[], Value]) -> Value:

@@ -41,7 +41,7 @@ class CollaborativeDecoder:
         drafter: VARTransformer2DModel,
         refiner: VARTransformer2DModel,
         draft_scales: int,
-        new_cache: Callable[[], KVCache] = KVCache,
+        new_cache: Callable[[VARTransformer2DModel], KVCache],
     ) -> None:
         check_pair(drafter, refiner, draft_scales)
         self.draft_scales = draft_scales
@@ -49,6 +49,11 @@ class CollaborativeDecoder:
         self.new_cache = new_cache
         self.active = ScaleDecoder(drafter, new_cache)
         self.drafted: list[Tensor] = []
+
+    @property
+    def cache(self) -> KVCache:
+        """Of the model at work."""
+        return self.active.cache
 
     def logits(self, scale: int, inputs: Tensor | None, class_labels: Tensor) -> Tensor:
         """See Decoder."""

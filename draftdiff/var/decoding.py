@@ -14,17 +14,22 @@ from draftdiff.var.transformer_var import VARTransformer2DModel
 class Decoder(Protocol):
     """Gives the logits of each scale in turn."""
 
+    @property
+    def cache(self) -> KVCache:
+        """Of the model at work."""
+        ...
+
     def logits(self, scale: int, inputs: Tensor | None, class_labels: Tensor) -> Tensor:
         """Logits [batch, tokens, vocabulary] of a scale; inputs [batch, tokens, channels], None at scale 0."""
         ...
 
 
 class ScaleDecoder:
-    """One model, one cache."""
+    """One model, one cache, which `new_cache` makes for it."""
 
-    def __init__(self, model: VARTransformer2DModel, new_cache: Callable[[], KVCache] = KVCache) -> None:
+    def __init__(self, model: VARTransformer2DModel, new_cache: Callable[[VARTransformer2DModel], KVCache]) -> None:
         self.model = model
-        self.cache = new_cache()
+        self.cache = new_cache(model)
         self.last = len(model.config.patch_nums) - 1
 
     def logits(self, scale: int, inputs: Tensor | None, class_labels: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ class CosineAttention(nn.Module):
             )
             start += length
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        if cache is not None and keep:
-            cache.observe(layer, q, projected, self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1))
+        if cache is not None:
+            bias = self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1)
+            cache.observe(layer, q if self.softmax_scale == 1 else q * self.softmax_scale, keys, projected, bias)
         return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
 
 

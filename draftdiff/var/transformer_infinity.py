@@ -106,11 +106,13 @@ class TextAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x [batch, tokens, dim], text [batch, text tokens, dim], mask bool [batch, 1, 1, text tokens]."""
-        key, value = cache.once(
-            ("text", layer), lambda: rearrange(self.to_kv(text), "b t (two h d) -> two b h t d", two=2, h=self.heads)
-        )
+
+        def project() -> Tensor:
+            return rearrange(self.to_kv(text), "b t (two h d) -> two b h t d", two=2, h=self.heads)
+
+        key, value = project() if cache is None else cache.once(("text", layer), project)
         query = rearrange(self.to_q(x), "b l (h d) -> b h l d", h=self.heads)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
@@ -136,7 +138,7 @@ class InfinityTransformerBlock(nn.Module):
         text: Tensor,
         mask: Tensor | None,
         lengths: Sequence[int],
-        cache: KVCache,
+        cache: KVCache | None,
         layer: int,
         keep: bool,
         turn: Callable[[Tensor], Tensor],
@@ -232,10 +234,11 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Orig
         given = hidden_states.shape[1] if hidden_states is not None else 0
         if given + (first_scale == 0) != sum(lengths):
             raise ValueError(f"the scales have {sum(lengths)} tokens, got {given + (first_scale == 0)}")
-        cache = KVCache() if cache is None else cache
-        pooled, text, mask, modulation = cache.once(
-            "condition", lambda: self._condition(encoder_hidden_states, encoder_attention_mask)
-        )
+
+        def condition() -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+            return self._condition(encoder_hidden_states, encoder_attention_mask)
+
+        pooled, text, mask, modulation = condition() if cache is None else cache.once("condition", condition)
 
         parts = [pooled[:, None] + self.start_embed] if first_scale == 0 else []
         parts += [self.proj_in(hidden_states)] if hidden_states is not None else []

@@ -59,7 +59,7 @@ def test_the_drafted_scales_are_the_drafters_and_the_rest_continues_them():
 
 def test_the_drafters_cache_is_gone_when_the_refiner_starts():
     drafter, refiner = tiny.transformer(0), tiny.transformer(7)
-    decoder = CollaborativeDecoder(drafter, refiner, 3)
+    decoder = CollaborativeDecoder(drafter, refiner, 3, lambda model: KVCache())
     labels = torch.tensor([1])
     held, seen = [], {}
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_last_scale_is_never_cached():
     kept: list[KVCache] = []
 
     class Recorded(KVCache):
-        def __init__(self):
+        def __init__(self, _model):
             super().__init__()
             kept.append(self)
 
