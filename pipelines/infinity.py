@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from packaging.version import Version
 from torch import Generator, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
@@ -21,6 +23,8 @@ from draftdiff.var.schedules import Scales, reference_grid, scales_for, scales_f
 from draftdiff.var.transformer_infinity import InfinityTransformer2DModel
 
 RNG_MODES = ("fast", "upstream")
+# The argument's new name; the old one warns where the new one exists.
+_DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
 class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
@@ -85,7 +89,7 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
         scheduler = InfinityScheduler(patchify=patchify, temperature=1.0 if patchify else 0.5)
         encoder = tokenizer = None
         if text_encoder is not None:
-            encoder = T5EncoderModel.from_pretrained(text_encoder, torch_dtype=torch_dtype)
+            encoder = T5EncoderModel.from_pretrained(text_encoder, **{_DTYPE: torch_dtype or "auto"})
             tokenizer = AutoTokenizer.from_pretrained(text_encoder)
         return cls(model, autoencoder, scheduler, encoder, tokenizer)
 

@@ -52,7 +52,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (RuntimeError, EOFError, BadZipFile, SafetensorError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        BadZipFile,
+        SafetensorError,
+        pickle.UnpicklingError,
+        ValueError,
+        KeyError,
+    ) as error:
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint (truncated, or not one of weights): {first}") from None
     return _weights(content, path)

@@ -130,7 +130,7 @@ def test_a_saved_pipeline_comes_back_whole(pipe, tmp_path):
 
 def test_half_precision_stays_close(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    half = VARPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = VARPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.transformer.dtype == torch.bfloat16
     picture = half([1], generator=seeded(), output_type="pt").images
@@ -170,3 +170,18 @@ def test_parts_that_do_not_fit_together_are_named():
 def test_a_path_that_is_nowhere_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         VARPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no diffusers pipeline"):
+        VARPipeline.from_pretrained(tmp_path)
+
+
+def test_a_repository_of_the_hub_is_downloaded_and_then_loaded(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+    asked = []
+
+    def snapshot_download(name, **arguments):
+        asked.append((name, arguments))
+        return str(tmp_path)
+
+    monkeypatch.setattr("draftdiff.pipelines.hub.snapshot_download", snapshot_download)
+    loaded = VARPipeline.from_pretrained("owner/name", revision="v1")
+    assert asked == [("owner/name", {"revision": "v1"})] and loaded.get_label_ids("star") == [3]
