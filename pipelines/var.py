@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -120,11 +121,11 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
             return draw_labels(count, classes, generator)
         if isinstance(labels, Tensor):
             labels = labels.flatten().tolist()
-        if isinstance(labels, (int, str)):
+        if isinstance(labels, (int, np.integer, str)):
             labels = [labels]
         ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
         for label in ids:
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= classes:
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label <= classes:
                 raise ValueError(
                     f"class label must be from 0 to {classes - 1}, or {classes} for no class, got {label!r}"
                 )

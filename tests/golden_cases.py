@@ -34,10 +34,10 @@ def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def names(kind: str) -> list[str]:
-    """Names of all cases whose kind starts so."""
-    files = [p for p in sorted(FOLDER.glob("*.json")) if p.name != "manifest.json"]
-    return [p.stem for p in files if json.loads(p.read_text()).get("kind", "").startswith(kind)]
+def kinds() -> dict[str, str]:
+    """The kind of every case, by name."""
+    cases = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+    return {name: info["kind"] for name, info in cases.items() if "kind" in info}
 
 
 def load(name: str) -> Case:

@@ -92,7 +92,7 @@ def specialise_refiner(
     steps: int,
     recipe: Recipe = REFINER_RECIPE,
 ) -> list[float]:
-    """Fine-tune a refiner in place towards a teacher, the drafter before its own fine-tuning; see specialise_drafter."""
+    """Fine-tune a refiner in place towards a teacher (a drafter not yet fine-tuned); see specialise_drafter."""
     check_pair(teacher, refiner, draft_scales)
     drafted_tokens = refiner.starts[draft_scales]
     teacher.eval()

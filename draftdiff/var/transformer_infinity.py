@@ -244,8 +244,7 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Orig
         parts += [self.proj_in(hidden_states)] if hidden_states is not None else []
         x = torch.cat(parts, dim=1)
         numbers = torch.arange(first_scale, first_scale + len(scales), device=pooled.device)
-        repeats = torch.tensor(lengths, device=pooled.device)
-        levels = torch.repeat_interleave(self.level_embed(numbers), repeats, dim=0, output_size=sum(lengths))
+        levels = torch.cat([level.expand(n, -1) for level, n in zip(self.level_embed(numbers), lengths)])
         x = x + levels
 
         head_dim = self.config.attention_head_dim

@@ -160,8 +160,7 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalC
         condition = self.class_embed(class_labels)
         positions = self.pos_embed[begin : begin + tokens]
         scales = torch.arange(first_scale, end, device=positions.device)
-        repeats = torch.tensor(lengths, device=positions.device)
-        levels = torch.repeat_interleave(self.level_embed(scales), repeats, dim=0, output_size=tokens)
+        levels = torch.cat([level.expand(n, -1) for level, n in zip(self.level_embed(scales), lengths)])
         start = condition[:, None] + self.start_embed
         if first_scale:
             x = self.proj_in(hidden_states)

@@ -130,7 +130,7 @@ def test_a_saved_pipeline_comes_back_whole(pipe, tmp_path):
 
 def test_half_precision_stays_close(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    half = VARPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = VARPipeline.from_pretrained(tmp_path).to(torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.transformer.dtype == torch.bfloat16
     picture = half([1], generator=seeded(), output_type="pt").images

@@ -1,4 +1,6 @@
-"""Parity with the original of ScaleKV, for every case of its kind in DRAFTDIFF_GOLDEN."""
+"""Parity of one golden case of ScaleKV."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
@@ -7,11 +9,8 @@ import torch
 from draftdiff.core.importance import smooth
 from draftdiff.var import scale_kv
 from draftdiff.var.scale_kv import ScaleKVCache, ScaleKVConfig
-from tests import golden_cases
 from tests.golden_cases import Case, tolerances
-from tests.test_golden_infinity import infinity_pipeline, run
-
-CASES = golden_cases.names("ScaleKV")
+from tests.golden_infinity import infinity_pipeline, run
 
 
 class Recorder(ScaleKVCache):
@@ -37,13 +36,13 @@ def mask_of(case: Case, name: str, keys: int) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(case[name].numpy(), axis=-1, count=keys)).bool()
 
 
-def test_there_are_golden_cases_of_scale_kv():
-    assert CASES, f"no ScaleKV case in {golden_cases.FOLDER}"
+def check_scale_kv(case: Case) -> None:
+    """Cache lengths, kept keys, bits and latents."""
+    with pytest.MonkeyPatch.context() as patch:
+        _check(case, patch)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_eviction_is_the_originals(name, monkeypatch):
-    case = golden_cases.load(name)
+def _check(case: Case, patch: pytest.MonkeyPatch) -> None:
     settings, (call,) = case.info["scalekv"], case.info["calls"].values()
     tolerance = tolerances(case.info["tolerance"])
     pooling = {"maxpool": "max", "avgpool": "average"}[settings["pooling"]]
@@ -71,9 +70,9 @@ def test_eviction_is_the_originals(name, monkeypatch):
         return pooled[-1]
 
     original = scale_kv.keep_topk
-    monkeypatch.setattr(scale_kv, "keep_topk", keep_topk)
-    monkeypatch.setattr(scale_kv, "smooth", pool)
-    monkeypatch.setattr(pipe, "_new_cache", new_cache)
+    patch.setattr(scale_kv, "keep_topk", keep_topk)
+    patch.setattr(scale_kv, "smooth", pool)
+    patch.setattr(pipe, "_new_cache", new_cache)
     _, steps = run(pipe, case, call, "latent")
     (cache,) = caches
 
