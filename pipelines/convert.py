@@ -42,12 +42,12 @@ def convert(
     draft_scales: of a pair, by default the N of a source named drafter_N or refiner_N, else the pipeline's own default.
     text_encoder: folder or hub repository of Infinity's flan-t5-xl, to be saved with it.
 
-    The folder appears whole or not at all. Raises FileNotFoundError for a source that is not there, FileExistsError for
-    a destination that is, ValueError for sources that do not fit together or are damaged.
+    The folder appears whole or not at all. Raises FileNotFoundError for a source that is not there, ValueError for a
+    destination that is, and for sources that do not fit together or are damaged.
     """
     destination = Path(destination)
     if destination.exists():
-        raise FileExistsError(f"{destination} exists: convert writes to a new folder")
+        raise ValueError(f"{destination} exists: convert writes to a new folder")
     paths = [path for source in sources for path in _files(Path(source))]
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.absolute().parent))

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from draftdiff.pipelines.hub import local_folder
+from draftdiff.pipelines.inputs import check_choices, check_count, check_generators, check_sampling
 from draftdiff.pipelines.scale_kv import ScaleKVMixin
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ
 from draftdiff.var.cache import KVCache
@@ -22,7 +23,6 @@ from draftdiff.var.scheduler_infinity import InfinityScheduler
 from draftdiff.var.schedules import Scales, reference_grid, scales_for, scales_for_pixels
 from draftdiff.var.transformer_infinity import InfinityTransformer2DModel
 
-RNG_MODES = ("fast", "upstream")
 # The argument's new name; the old one warns where the new one exists.
 _DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
@@ -151,13 +151,14 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
         rng: "fast" draws one number per bit; "upstream" draws as the originals, so that a seed gives their pictures.
         output_type: "pil", "np", "pt" or "latent" (latents summed over all scales).
         callback_on_step_end: called as (pipeline, scale, scale, tensors) after each scale, with the tensors named, of
-            "latents", "logits" (guided, before top-p), "bits" and "cache" (the KVCache); may return new "latents".
+            "latents", "logits" (guided, before top-p), "bits" and "cache" (the KVCache); may return new
+            "latents".
 
         Raises ValueError for an argument that cannot be; the message says what can.
         """
         scales = self._scales(height, width, aspect_ratio, size)
         batch = self.check_inputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, len(scales), guidance_scale, temperature,
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, len(scales), guidance_scale, temperature, top_p,
             num_images_per_prompt, generator, rng, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         device, dtype = self._execution_device, self.transformer.dtype
@@ -235,6 +236,7 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
         scales: int,
         guidance_scale: Any,
         temperature: Any,
+        top_p: float | None,
         num_images_per_prompt: int,
         generator: Any,
         rng: str,
@@ -266,21 +268,11 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
                 counts[name] = len(embeds)
         if counts.get("negative_prompt", 1) not in (1, counts["prompt"]):
             raise ValueError(f"{counts['prompt']} prompts need 1 or as many negative ones: {counts['negative_prompt']}")
-        for name, values in (("guidance_scale", guidance_scale), ("temperature", temperature)):
-            if isinstance(values, Sequence) and len(values) != scales:
-                raise ValueError(f"{name} must be one value or one for each of {scales} scales, got {len(values)}")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
-        if rng not in RNG_MODES:
-            raise ValueError(f"rng must be one of {', '.join(RNG_MODES)}, got {rng!r}")
-        for name in callback_tensors:
-            if name not in self._callback_tensor_inputs:
-                raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {name!r}")
+        check_sampling(scales, top_p, guidance_scale=guidance_scale, temperature=temperature)
+        check_count(num_images_per_prompt)
+        check_choices(rng, output_type, callback_tensors, self._callback_tensor_inputs)
         batch = counts["prompt"] * num_images_per_prompt
-        if isinstance(generator, Sequence) and len(generator) != batch:
-            raise ValueError(f"{batch} pictures need one generator or a list of {batch}, got {len(generator)}")
+        check_generators(generator, batch)
         return batch
 
 

@@ -14,6 +14,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Generator, Tensor
 
 from draftdiff.pipelines.hub import local_folder
+from draftdiff.pipelines.inputs import check_choices, check_count, check_generators, check_sampling
 from draftdiff.pipelines.scale_kv import ScaleKVMixin
 from draftdiff.var.cache import KVCache
 from draftdiff.var.collaborative import CollaborativeDecoder, check_pair
@@ -22,8 +23,6 @@ from draftdiff.var.scale_kv import Drafters, ScaleKVConfig
 from draftdiff.var.scheduler_var import VARScheduler, draw_labels
 from draftdiff.var.transformer_var import VARTransformer2DModel
 from draftdiff.var.vq_model import VQModel
-
-RNG_MODES = ("fast", "upstream")
 
 
 class VARPipeline(ScaleKVMixin, DiffusionPipeline):
@@ -183,8 +182,8 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
         Raises ValueError for an argument that cannot be; the message says what can.
         """
         labels = self.check_inputs(
-            class_labels, image, mask_image, num_images_per_prompt, generator, rng, output_type,
-            callback_on_step_end_tensor_inputs,
+            class_labels, image, mask_image, top_k, top_p, temperature, num_images_per_prompt, generator, rng,
+            output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         device, dtype = self._execution_device, self.transformer.dtype
         sources = [generator] if isinstance(generator, Generator) else list(generator or ())
@@ -249,6 +248,9 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
         class_labels: Any,
         image: Any,
         mask_image: Any,
+        top_k: Any,
+        top_p: float | None,
+        temperature: Any,
         num_images_per_prompt: int,
         generator: Any,
         rng: str,
@@ -256,25 +258,17 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
         callback_tensors: Sequence[str],
     ) -> Tensor | None:
         """Raise ValueError for what cannot be; returns the class labels int64 [batch], None if they are to be drawn."""
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
-        if rng not in RNG_MODES:
-            raise ValueError(f"rng must be one of {', '.join(RNG_MODES)}, got {rng!r}")
+        check_count(num_images_per_prompt)
+        check_choices(rng, output_type, callback_tensors, self._callback_tensor_inputs)
+        check_sampling(len(self.scheduler), top_p, top_k=top_k, temperature=temperature)
         if rng == "upstream" and generator is None:
             raise ValueError("rng='upstream' repeats the draws of a seed: pass a generator")
-        for name in callback_tensors:
-            if name not in self._callback_tensor_inputs:
-                raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {name!r}")
         if (image is None) != (mask_image is None):
             raise ValueError("in-painting needs both image and mask_image")
         labels = None
         if class_labels is not None:
             labels = self._class_labels(class_labels, num_images_per_prompt, generator)
-        batch = num_images_per_prompt if labels is None else len(labels)
-        if isinstance(generator, Sequence) and len(generator) != batch:
-            raise ValueError(f"{batch} pictures need one generator or a list of {batch}, got {len(generator)}")
+        check_generators(generator, num_images_per_prompt if labels is None else len(labels))
         return labels
 
     def _encode_picture(

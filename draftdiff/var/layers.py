@@ -58,7 +58,7 @@ class CosineAttention(nn.Module):
         q = q.to(v.dtype)
         keys, values = k.to(v.dtype), v
         if cache is not None:
-            keys, values = cache.extend(layer, k, v, keep=keep)
+            keys, values = _extend(cache, layer, k, v, keep)
 
         # A call per scale needs no mask: fewer products than under a block-causal one, and the same as without prefill.
         history = keys.shape[2] - q.shape[2]
@@ -74,8 +74,20 @@ class CosineAttention(nn.Module):
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if cache is not None:
             bias = self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1)
-            cache.observe(layer, q if self.softmax_scale == 1 else q * self.softmax_scale, keys, projected, bias)
+            scaled = q if self.softmax_scale == 1 else q * self.softmax_scale
+            _observe(cache, layer, scaled, keys, projected, bias)
         return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+
+
+# Outside of compiled graphs: a cache differs from layer to layer and scale to scale, and each would be traced anew.
+@torch.compiler.disable
+def _extend(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    return cache.extend(layer, key, value, keep=keep)
+
+
+@torch.compiler.disable
+def _observe(cache: KVCache, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
+    cache.observe(layer, query, key, projected, bias)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -43,9 +43,9 @@ class ScaleKVConfig:
     Infinity's depths and the first twelfth of the layers elsewhere. `calibrate` on a pipeline measures them.
     allocation: "full" (drafters keep nearly all they have, as in the published tables) or "linear" (refiners shrink
     from scale to scale, as in the paper).
-    scoring: "paper" (softmax attention, averaged over neighbours) or "upstream" (the authors' code: raw queries without
-    bias, normalisation and rotation, no softmax, maximum over neighbours). At a budget of a tenth, "paper" changed fewer
-    bits of the golden data's toy Infinity, 1.7 against 1.9 %.  pooling: "average" or "max" to change that.
+    scoring: "paper" (softmax attention, averaged over neighbours) or "upstream" (the authors' code: raw queries
+    without bias, normalisation and rotation, no softmax, maximum over neighbours). At a budget of a tenth, "paper"
+    changed fewer bits of the golden data's toy Infinity, 1.7 against 1.9 %.  pooling: "average" or "max" instead.
     kernel: neighbours that are pooled.
     """
 

@@ -62,7 +62,7 @@ def test_what_makes_no_pipeline_is_named_and_nothing_is_left(files):
         convert([files / "drafter_3.pth", files / "bsq.pth"], files / "out")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert([files / "nowhere.pth"], files / "out")
-    with pytest.raises(FileExistsError, match="exists: convert writes to a new folder"):
+    with pytest.raises(ValueError, match="exists: convert writes to a new folder"):
         convert([files / "vae.pth"], files)
     (files / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*empty"):

@@ -128,6 +128,15 @@ def test_a_saved_pipeline_comes_back_whole(pipe, tmp_path):
     assert torch.equal(pair(["star"], generator=seeded(), output_type="latent").images, expected)
 
 
+def test_compiled_blocks_give_the_same_picture_without_a_graph_per_layer_and_scale():
+    pipe = tiny.var_pipeline(num_layers=6)
+    plain = pipe([1], generator=seeded(), output_type="latent").images
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        pipe.transformer.compile_repeated_blocks(backend="eager", dynamic=True)
+        assert torch.equal(pipe([1], generator=seeded(), output_type="latent").images, plain)
+
+
 def test_half_precision_stays_close(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     half = VARPipeline.from_pretrained(tmp_path).to(torch.bfloat16)
@@ -147,9 +156,14 @@ def test_half_precision_stays_close(pipe, tmp_path):
         ({"class_labels": []}, "class_labels is empty"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         ({"generator": [seeded(), seeded()]}, "1 pictures need one generator or a list of 1, got 2"),
-        ({"output_type": "jpeg"}, "output_type must be pil, np, pt or latent, got 'jpeg'"),
+        ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),
         ({"rng": "original"}, "rng must be one of fast, upstream, got 'original'"),
         ({"rng": "upstream"}, "pass a generator"),
+        ({"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
+        ({"top_k": [5, 5]}, r"top_k must be one number or one for each of 6 scales, got \[5, 5\]"),
+        ({"top_k": -3}, "top_k must be a whole number, 0 for all, got -3"),
+        ({"temperature": [1, 1, 1, 1, 1, 0]}, "temperature must be positive, got 0"),
+        ({"temperature": "hot"}, "temperature must be one number or one for each of 6 scales, got 'hot'"),
         ({"mask_image": PIL.Image.new("L", (8, 8))}, "in-painting needs both image and mask_image"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback tensors must be of .*, got 'noise'"),
     ],
