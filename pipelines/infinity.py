@@ -158,8 +158,8 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
         """
         scales = self._scales(height, width, aspect_ratio, size)
         batch = self.check_inputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, len(scales), guidance_scale, temperature, top_p,
-            num_images_per_prompt, generator, rng, output_type, callback_on_step_end_tensor_inputs,
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, len(scales), guidance_scale, temperature,
+            top_p, num_images_per_prompt, generator, rng, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         device, dtype = self._execution_device, self.transformer.dtype
         each_guidance = guidance_scale if isinstance(guidance_scale, Sequence) else [guidance_scale]
