@@ -16,6 +16,7 @@ from draftdiff.var.selectivity import Selectivity, SelectivityCache, selectivity
 class ScaleKVMixin:
     """`enable_scale_kv`, `disable_scale_kv`, `calibrate_scale_kv`; what is enabled is `scale_kv`, None if nothing."""
 
+    transformer: Any
     scale_kv: ScaleKVConfig | None = None
     _measuring: list[SelectivityCache] | None = None
 
@@ -33,7 +34,9 @@ class ScaleKVMixin:
 
         Raises ValueError for one that cannot be.
         """
-        self.scale_kv = ScaleKVConfig(budget, drafters, allocation, scoring, pooling, kernel)
+        config = ScaleKVConfig(budget, drafters, allocation, scoring, pooling, kernel)
+        config.check_drafters(self.transformer.config.num_layers)
+        self.scale_kv = config
 
     def disable_scale_kv(self) -> None:
         """Keep the whole cache again."""

@@ -95,6 +95,8 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
 
     def enable_scale_kv(self, budget: float = 0.1, *, refiner_drafters: Drafters = None, **options: Any) -> None:
         """See ScaleKVMixin; refiner_drafters: the layers of the refiner that look widely, like `drafters`."""
+        if self.refiner is not None:
+            ScaleKVConfig(budget, refiner_drafters).check_drafters(self.refiner.config.num_layers)
         super().enable_scale_kv(budget, **options)
         self._refiner_drafters = refiner_drafters
 

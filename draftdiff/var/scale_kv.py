@@ -65,27 +65,33 @@ class ScaleKVConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd and positive, got {self.kernel}")
+
+    def check_drafters(self, layers: int) -> None:
+        """Raise ValueError for a drafter that is no layer of such a model."""
+        rows = self.drafters.values() if isinstance(self.drafters, Mapping) else [self.drafters or ()]
+        for layer in (layer for row in rows for layer in row):
+            if not 0 <= layer < layers:
+                raise ValueError(f"drafter layers must be from 0 to {layers - 1}, got {layer}")
 
     def drafters_by_scale(self, scales: int, layers: int) -> list[set[int]]:
         """The drafters of each scale. Raises ValueError for a layer that is not there."""
+        self.check_drafters(layers)
         chosen: Any = self.drafters
         if chosen is None:
             chosen = RELEASED_DRAFTERS.get(layers, range(max(round(layers / 12), 1)))
         if not isinstance(chosen, Mapping):
             chosen = dict.fromkeys(range(scales), chosen)
         chosen = {int(scale): row for scale, row in chosen.items()}  # numbers are texts after a detour through JSON
-        rows = [set(chosen.get(scale, ())) for scale in range(scales)]
-        for layer in set().union(*rows):
-            if not 0 <= layer < layers:
-                raise ValueError(f"drafter layers must be from 0 to {layers - 1}, got {layer}")
-        return rows
+        return [set(chosen.get(scale, ())) for scale in range(scales)]
 
     def capacities(self, tokens: Sequence[int], layers: int) -> list[list[int] | None]:
         """Keys each layer may keep after each scale but the last, None for all; `tokens` of each scale."""
         mean = max(int(self.budget * sum(tokens[:-1])), 1)
         decay = (_START * mean // _MEAN, _STEP * mean / _MEAN) if self.allocation == "linear" else None
         drafters = self.drafters_by_scale(len(tokens), layers)
-        return scale_capacities(tokens, mean, layers, drafters, floor=mean * _FLOOR // _MEAN, decay=decay)
+        return scale_capacities(tokens, mean, layers, drafters, floor=max(mean * _FLOOR // _MEAN, 1), decay=decay)
 
 
 def window(scale: tuple[int, int], side: int = WINDOW_SIDE) -> Tensor:

@@ -65,6 +65,23 @@ def test_guidance_zero_is_the_conditional_model_alone(pipe):
     torch.testing.assert_close(none, almost, atol=1e-5, rtol=0)
 
 
+def test_the_doubled_batch_of_guidance_is_two_single_runs(pipe):
+    seen = []
+    call = {"output_type": "latent", "callback_on_step_end_tensor_inputs": ["latents", "logits"]}
+
+    def record(_pipe, scale, _step, tensors):
+        seen.append((scale, tensors["latents"], tensors["logits"]))
+
+    pipe([2], guidance_scale=3.0, generator=seeded(), callback_on_step_end=record, **call)
+    with torch.no_grad():
+        for scale, _, logits in seen[1:]:
+            history = [pipe.scheduler.scale_model_input(seen[n][1], n + 1) for n in range(scale)]
+            inputs = torch.cat(history, dim=1)
+            yes, no = (pipe.transformer(inputs, torch.tensor([label]), logits_from=scale).sample for label in (2, 5))
+            t = 3.0 * scale / 5
+            torch.testing.assert_close(logits, (1 + t) * yes - t * no, atol=1e-4, rtol=0)
+
+
 def test_without_labels_the_generator_chooses_the_classes(pipe):
     twice = [pipe(num_images_per_prompt=3, generator=seeded(), output_type="latent").images for _ in range(2)]
     assert torch.equal(*twice) and len(twice[0]) == 3

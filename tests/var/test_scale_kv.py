@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from draftdiff.var.scale_kv import ScaleKVConfig, window
+from draftdiff.var.scale_kv import window
 from draftdiff.var.schedules import SCHEDULES, scales_for
 from draftdiff.var.selectivity import Selectivity
 from draftdiff.var.vq_model import PATCH_NUMS_256
@@ -129,6 +129,13 @@ def test_var_has_it_too_alone_and_with_a_refiner(budget):
     assert torch.equal(full, watched(pipe, [1, 2])[0])
 
 
+@pytest.mark.parametrize("budget", [0.0001, 0.002, 0.01])
+def test_the_smallest_budgets_still_make_a_picture(infinity, budget):
+    infinity.enable_scale_kv(budget)
+    latents, seen = watched(infinity, "a red circle", size="0.25M")
+    assert latents.isfinite().all() and min(seen[-2][1]) >= 1
+
+
 def test_calibration_finds_the_layer_that_spreads_its_attention(infinity):
     with torch.no_grad():
         for block, scale in zip(infinity.transformer.blocks, (4.0, -3.0, 4.0, 4.0)):
@@ -179,6 +186,9 @@ def test_pairs_with_the_lowest_z_score_draft():
         ({"budget": 1.5}, "budget must be above 0 and at most 1, got 1.5"),
         ({"allocation": "even"}, "allocation must be one of full, linear, got 'even'"),
         ({"scoring": "mine"}, "scoring must be one of paper, upstream, got 'mine'"),
+        ({"kernel": 4}, "kernel must be odd and positive, got 4"),
+        ({"drafters": (0, 4)}, "drafter layers must be from 0 to 3, got 4"),
+        ({"drafters": {5: [-1]}}, "drafter layers must be from 0 to 3, got -1"),
         ({"pooling": "sum"}, "pooling must be one of None, max, average, got 'sum'"),
     ],
 )
@@ -187,9 +197,14 @@ def test_settings_that_cannot_be_are_named(infinity, arguments, message):
         infinity.enable_scale_kv(**arguments)
 
 
-def test_a_drafter_layer_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="drafter layers must be from 0 to 3, got 9"):
-        ScaleKVConfig(drafters=(9,)).capacities([1, 4, 9], 4)
+def test_drafters_of_a_refiner_are_its_own():
+    pipe = tiny.var_pipeline(num_layers=3)
+    pipe.enable_collaborative(tiny.transformer(7), 2)
+    with pytest.raises(ValueError, match="drafter layers must be from 0 to 1, got 2"):
+        pipe.enable_scale_kv(0.5, drafters=(2,), refiner_drafters=(2,))
+    pipe.enable_scale_kv(0.5, drafters=(2,), refiner_drafters=(1,))
+    _, seen = watched(pipe, [1])
+    assert seen[0][1] == [1, 1, 1] and seen[-2][1][1] > seen[-2][1][0]
 
 
 def test_calibration_needs_prompts_and_one_model(infinity):
