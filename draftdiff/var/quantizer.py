@@ -111,6 +111,21 @@ class MultiScaleQuantizer(nn.Module):
             loss = loss + F.mse_loss(latents, target) + self.beta * F.mse_loss(latents.detach(), features)
         return Quantized(features + (latents - features).detach(), indices, loss / len(patch_nums))
 
+    @torch.no_grad()
+    def revive(self, features: Tensor, unused: Tensor) -> None:
+        """Move unused codes, bool [num_embeddings], to what is left of random cells of these features at random scales.
+
+        For training: a code that is nearest to nothing gets no gradient, so without this all but a few codes die.
+        """
+        latents, left = torch.zeros_like(features), []
+        for scale, side in enumerate(self.patch_nums):
+            small = resize_area(features - latents, side)
+            left.append(rearrange(small, "b c h w -> (b h w) c"))
+            latents = latents + self.contribution(self.embedding(self.nearest(small)), scale)
+        cells = torch.cat(left)
+        chosen = torch.randint(len(cells), (int(unused.sum()),), device=cells.device)
+        self.embedding.weight[unused] = cells[chosen].to(self.embedding.weight.dtype)
+
     def latents_by_scale(self, indices: Sequence[Tensor], patch_nums: Sequence[int] | None = None) -> list[Tensor]:
         """The latents after each scale, for indices int64 [batch, side^2] per scale."""
         patch_nums = patch_nums or self.patch_nums

@@ -57,6 +57,20 @@ def test_a_picture_of_another_size_is_an_error():
         tiny.vq_model().encode(torch.zeros(1, 3, 32, 32))
 
 
+def test_revived_codes_come_into_use_and_the_others_stay():
+    model = tiny.vq_model(num_vq_embeddings=64)
+    with torch.no_grad():
+        model.quantize.embedding.weight[8:] += 100  # nearest to nothing
+        before = model.quantize.embedding.weight.clone()
+        features = model.quant_conv(model.encoder(torch.rand(8, 3, 16, 16) * 2 - 1))
+    used = torch.cat(model.quantize(features).indices, dim=1).unique()
+    assert used.max() < 8
+    unused = torch.ones(64, dtype=torch.bool).index_fill(0, used, False)
+    model.quantize.revive(features, unused)
+    assert torch.equal(model.quantize.embedding.weight[used], before[used])
+    assert torch.cat(model.quantize(features).indices, dim=1).unique().numel() > 32
+
+
 def test_training_reduces_the_reconstruction_error():
     model = tiny.vq_model().train()
     picture = torch.nn.functional.interpolate(torch.rand(4, 3, 4, 4) * 2 - 1, scale_factor=4)
