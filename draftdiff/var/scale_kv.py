@@ -128,6 +128,11 @@ class ScaleKVCache(KVCache):
         self._keeping = keep
         return super().extend(layer, key, value, keep=keep)
 
+    def clear(self) -> None:
+        """See KVCache."""
+        super().clear()
+        self._seen.clear()
+
     def observe(self, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
         """Cut the layer down to its capacity after the scale that has just been attended."""
         scale = self._ends[self._seen[layer]]
