@@ -309,9 +309,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from draftdiff.compare.run import check_folder, compare
+    from draftdiff.compare.folder import check_folder
+    from draftdiff.compare.run import MADE_BY, compare
 
-    check_folder(options.output)
+    check_folder(options.output, MADE_BY)
     settings = _settings(options)
     from draftdiff.doctor import device_name, versions
 

@@ -18,8 +18,10 @@ _DENSITY_COLOURS = np.array([(247, 251, 255), (158, 202, 225), (66, 146, 198), (
 _SKIPPED = (176, 176, 176)
 
 
-def scatter(points: list[tuple[str, dict[str, float], float]], quality: str, ceiling: float) -> str:
-    """Quality against speed-up. points: (setting, speed-up as median, min and max, quality)."""
+def scatter(
+    points: list[tuple[str, dict[str, float], float]], quality: str, ceiling: float = math.inf, base: str = "dense"
+) -> str:
+    """Quality against speed-up. points: (setting, speed-up as median, min and max, quality).  base: what is sped up."""
     width, height, left, right, top, bottom = 640, 360, 64, 24, 28, 52
     fastest = max([1.0, *(speed["max"] for _, speed, _ in points)])
     slowest = min([1.0, *(speed["min"] for _, speed, _ in points)])
@@ -43,7 +45,7 @@ def scatter(points: list[tuple[str, dict[str, float], float]], quality: str, cei
         parts.append(_line(left, y_at(tick), width - right, y_at(tick), "grid"))
         parts.append(_text(left - 8, y_at(tick) + 4, f"{tick:g}", "end"))
     parts.append(_line(x_at(1), top, x_at(1), height - bottom, "mark"))
-    parts.append(_text(x_at(1), top - 8, "dense", "middle", "small"))
+    parts.append(_text(x_at(1), top - 8, base, "middle", "small"))
     if reachable:
         parts.append(_line(x_at(ceiling), top, x_at(ceiling), height - bottom, "mark dashed"))
         anchor = "middle" if x_at(ceiling) < width - 70 else "end"
@@ -58,13 +60,13 @@ def scatter(points: list[tuple[str, dict[str, float], float]], quality: str, cei
         parts.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="6" fill="{colour}"><title>{escape(hint)}</title></circle>')
         over = x > width * 0.7
         parts.append(_text(x - 10 if over else x + 10, at - 9, name, "end" if over else "start"))
-    parts.append(_text((left + width - right) / 2, height - 12, "speed-up over dense, whole pipeline call", "middle"))
+    parts.append(_text((left + width - right) / 2, height - 12, f"speed-up over {base}, whole pipeline call", "middle"))
     parts.append(_upright(18, (top + height - bottom) / 2, quality))
     return _svg(width, height, parts, f"{quality} against speed-up")
 
 
-def bars(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Seconds by what they were spent on, one stacked bar per setting."""
+def bars(rows: list[tuple[str, dict[str, float]]], unit: str = "s", title: str = "where the time goes") -> str:
+    """Seconds, or another unit, by what they were spent on: one stacked bar per setting."""
     names = list({part: None for _, split in rows for part in split})
     colours = dict(zip(names, _cycle(0)))
     label = 16 + 7.2 * max(len(name) for name, _ in rows)
@@ -81,14 +83,14 @@ def bars(rows: list[tuple[str, dict[str, float]]]) -> str:
         y, x, total = top + i * line, label, sum(split.values())
         parts.append(_text(label - 10, y + 18, setting, "end"))
         for part, seconds in split.items():
-            hint = f"{setting}, {part}: {seconds:.3g} s, {seconds / total:.1%}"
+            hint = f"{setting}, {part}: {seconds:.3g} {unit}, {seconds / total:.1%}"
             parts.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{seconds * scale:.1f}" height="24" fill="{colours[part]}">'
                 f"<title>{escape(hint)}</title></rect>"
             )
             x += seconds * scale
-        parts.append(_text(x + 8, y + 17, f"{total:.3g} s", "start"))
-    return _svg(width, top + len(rows) * line + 4, parts, "where the time goes")
+        parts.append(_text(x + 8, y + 17, f"{total:.3g} {unit}", "start"))
+    return _svg(width, top + len(rows) * line + 4, parts, title)
 
 
 def heat_map(title: str, rows: list[list[float | None]]) -> str:
