@@ -100,6 +100,8 @@ details { margin: .6rem 0; font-size: .9rem; } summary { cursor: pointer; color:
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; } code { font-size: .95em; }
 .videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; }
+.pictures img { image-rendering: pixelated; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 video, img { display: block; width: 100%; background: #000; }
 figcaption { padding: .5rem .8rem; display: flex; flex-direction: column; font-size: .92rem; }
