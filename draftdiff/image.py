@@ -72,14 +72,17 @@ class ImageModel:
         """That of the folder it came from: a pair of models decodes together."""
         return Setting(self.pipeline.config.draft_scales) if self.by_class and self.refiner is not None else PLAIN
 
-    def scales(self, call: dict[str, Any]) -> int:
-        """How many scales a picture has."""
+    def tokens(self, call: dict[str, Any]) -> list[int]:
+        """How many tokens each scale of a picture has."""
         if self.by_class:
-            return len(self.pipeline.scheduler)
+            return [side**2 for side in self.pipeline.scheduler.patch_nums]
         sizes = {name: call.get(name) for name in ("height", "width")}
-        return len(
-            self.pipeline._scales(**sizes, aspect_ratio=call.get("aspect_ratio", 1.0), size=call.get("size", "1M"))
-        )
+        scales = self.pipeline._scales(**sizes, aspect_ratio=call.get("aspect_ratio", 1.0), size=call.get("size", "1M"))
+        return [height * width for height, width in scales]
+
+    def scales(self, call: dict[str, Any]) -> int:
+        """How many scales a picture has. Raises ValueError for a size or aspect ratio that is unknown."""
+        return len(self.tokens(call))
 
     def check(self, setting: Setting, call: dict[str, Any]) -> None:
         """Raise ValueError for a setting that this model cannot have."""

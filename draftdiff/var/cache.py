@@ -39,6 +39,8 @@ class KVCache:
             stored = torch.cat([self.keys[layer], stored], dim=2)
             value = torch.cat([self.values[layer], value], dim=2)
         if keep:
+            # The first ones may be views of a projection that holds queries too, which would stay in memory with them.
+            stored, value = stored.contiguous(), value.contiguous()
             self.keys[layer], self.values[layer] = stored, value
         return stored.to(value.dtype), value
 
