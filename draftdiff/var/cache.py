@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from draftdiff.var.last_scales import LastScales
+
 Value = TypeVar("Value")
 
 
@@ -20,10 +22,12 @@ class KVCache:
     key_dtype: dtype in which keys are kept, that of the values if None. The originals keep fp32 keys beside half
     values, because normalisation and rotation upcast; attention rounds them to half either way, so logits are the same
     to the bit without, and a third of the cache is saved.
+    last_scales: which scales attend by a draft map, none if None.
     """
 
-    def __init__(self, key_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, key_dtype: torch.dtype | None = None, last_scales: LastScales | None = None) -> None:
         self.key_dtype = key_dtype
+        self.last_scales = last_scales
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._fixed: dict[Any, Any] = {}
