@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,17 +102,25 @@ def _pretrained(name: str, dtype: torch.dtype) -> Model:
             raise ValueError(f"model folder {name!r} holds no diffusers pipeline (model_index.json)")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what fails is said once, below
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{DTYPE_ARGUMENT: dtype})
+        with quiet_diffusers():
+            pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{DTYPE_ARGUMENT: dtype})
     except Exception as error:  # hub, transformers and safetensors each have their own
         raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     fps = next((parameters[p].default for p in _FPS if p in parameters), None)
     return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' warnings: what fails is said once, by us."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def one_line(error: Exception) -> str:

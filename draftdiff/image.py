@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging
 
 from draftdiff.core.budget import check_cache_budget
-from draftdiff.generate import DTYPE_ARGUMENT, DTYPES, find_device, one_line
+from draftdiff.generate import DTYPE_ARGUMENT, DTYPES, find_device, one_line, quiet_diffusers
 from draftdiff.media import to_uint8
 from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.infinity import InfinityPipeline
@@ -151,7 +150,8 @@ def _embedded(dtype: torch.dtype) -> ImageModel:
     from draftdiff.pipelines.mini_image import load_mini_image, load_mini_refiner, mini_image_defaults
     from draftdiff.pipelines.mini_picture_judge import judge
 
-    pipeline = load_mini_image(torch_dtype=dtype)
+    with quiet_diffusers():
+        pipeline = load_mini_image(torch_dtype=dtype)
 
     def shows(subject: Any, picture: np.ndarray) -> bool:
         label = pipeline.get_label_ids(subject)[0] if isinstance(subject, str) else subject
@@ -173,14 +173,11 @@ def _pretrained(name: str, dtype: torch.dtype, expect: str | None = None) -> Any
     if kind not in allowed:
         hint = "" if expect else "; diffusers' own pipelines run by: draftdiff generate"
         raise ValueError(f"model {name!r} is a {kind}, not a {' or '.join(allowed)}{hint}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what fails is said once, below
     try:
-        return PIPELINES[kind].from_pretrained(folder, **{DTYPE_ARGUMENT: dtype})
+        with quiet_diffusers():
+            return PIPELINES[kind].from_pretrained(folder, **{DTYPE_ARGUMENT: dtype})
     except Exception as error:  # transformers and safetensors each have their own
         raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def default_settings(scales: int, pair: bool) -> tuple[list[int], list[float]]:

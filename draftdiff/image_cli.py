@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
     image.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     image.set_defaults(func=_image)
 
-    more = image.add_subparsers(title="further commands", metavar="")
+    more = image.add_subparsers(title="further commands", metavar="[calibrate]")
     calibrate = more.add_parser("calibrate", help="measure which layers look widely, for --scale-kv-drafters")
     _add_subjects(calibrate)
     calibrate.add_argument("-o", "--output", type=Path, metavar="FILE", help="a .json file")
@@ -213,7 +213,7 @@ def _compare(options: argparse.Namespace) -> int:
     model, subjects, call = _load(options)
     if not subjects and model.name == "mini-image":
         names = list(model.pipeline.config.id2label.values())
-        subjects = names[:: max(len(names) // 8, 1)][:8]
+        subjects = names[:: len(names) // 8 + 2]  # of each shape, and of different colours and places
     subjects = [subject for subject in _needed(subjects, model) for _ in range(count)]
     model = _with_drafters(model, options)
     scales = model.scales(call)

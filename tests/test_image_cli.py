@@ -246,3 +246,23 @@ def test_convert_makes_a_folder_that_image_reads(tmp_path, capsys):
     assert "var.pth" in line and "truncated" in line
     assert "dtype" in fails_in_one_line(capsys, *argv, tmp_path / "new", "--dtype", "int8")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_embedded_pair_is_the_default_and_its_pictures_are_judged(tmp_path, capsys):
+    pytest.importorskip("draftdiff.pipelines.mini_image")
+    out = tmp_path / "out.png"
+    result = run(capsys, "image", "--class", "red circle", "-o", out)
+    assert result["model"] == "mini-image" and result["setting"] == "plain" and result["right"] == [True]
+    assert Image.open(out).size == (64, 64)
+    line = fails_in_one_line(capsys, "image", "--class", "red cow", "-o", out)
+    assert "red cow" in line and "red circle" in line
+    assert "--class" in fails_in_one_line(capsys, "image", "--prompt", "a", "-o", out)
+    argv = ["image", "--compare", "--count", 1, "--repeat", 1, "--draft-scales", 5, "--scale-kv", 0.2]
+    compared = run(capsys, *argv, "-o", tmp_path / "folder")
+    assert [row["setting"] for row in compared["settings"]] == [
+        "plain",
+        "CoDe N=5",
+        "ScaleKV 20%",
+        "CoDe N=5 + ScaleKV 20%",
+    ]
+    assert len(compared["subjects"]) == 8 and compared["settings"][0]["accuracy"] >= 0.5

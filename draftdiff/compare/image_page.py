@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,10 +117,10 @@ def _picture(picture: np.ndarray, name: str) -> str:
 
 def _scatters(rows: list[dict[str, Any]]) -> str:
     charts = []
-    for key, title in (("psnr", "PSNR (dB)"), ("accuracy", "class right (share)")):
+    for key, title, best in (("psnr", "PSNR (dB)", math.inf), ("accuracy", "class right (share)", 1.0)):
         points = [(row["setting"], row["speedup"], row[key]) for row in rows[1:] if row[key] is not None]
         if points:
-            charts.append(scatter(points, title, base="plain"))
+            charts.append(scatter(points, title, base="plain", best=best))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
