@@ -205,13 +205,13 @@ def _compare(options: argparse.Namespace) -> int:
 
     check_folder(folder, MADE_BY)
     from draftdiff.doctor import device_name, versions
-    from draftdiff.image import default_settings, settings_of
+    from draftdiff.image import EMBEDDED, default_settings, settings_of
 
     count = 4 if options.count is None else options.count
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
     model, subjects, call = _load(options)
-    if not subjects and model.name == "mini-image":
+    if not subjects and model.name == EMBEDDED:
         names = list(model.pipeline.config.id2label.values())
         subjects = names[:: len(names) // 8 + 2]  # of each shape, and of different colours and places
     subjects = [subject for subject in _needed(subjects, model) for _ in range(count)]

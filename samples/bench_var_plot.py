@@ -28,7 +28,8 @@ def draw_speed(axes: Any, rows: list[dict[str, Any]]) -> None:
     for x, row in enumerate(rows):
         if row["speedup"] is None:
             if row["skipped"]:
-                axes.text(x, 0.05, row["skipped"], rotation=90, ha="center", va="bottom", fontsize=7)
+                reason = axes.text(x, 0.05, row["skipped"], rotation=90, ha="center", va="bottom", fontsize=7)
+                reason.set_in_layout(False)
             continue
         speed = row["speedup"]
         axes.bar(x, speed["median"], 0.7, color=_colour(row))
