@@ -27,10 +27,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 # Where the shape's centre is, as a part of the side right and down from the middle.
 PLACES: dict[str, tuple[float, float]] = {
     "centre": (0.0, 0.0),
-    "left": (-0.235, 0.0),
-    "right": (0.235, 0.0),
-    "top": (0.0, -0.235),
-    "bottom": (0.0, 0.235),
+    "left": (-0.225, 0.0),
+    "right": (0.225, 0.0),
+    "top": (0.0, -0.225),
+    "bottom": (0.0, 0.225),
 }
 # Ranges that a picture's free choices are drawn from: radius and offset in pixels, background as a grey level 0 to 1.
 RADII = (9.0, 11.5)

@@ -15,8 +15,10 @@ of minutes rather than steps, saves a checkpoint once a minute and when interrup
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
-import os
+import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -36,7 +38,10 @@ sys.path.insert(0, str(ROOT))
 from train_mini_video import MixedOptimizer, save_atomically
 
 from draftdiff.pipelines import mini_pictures
+from draftdiff.pipelines.mini_image import DEFAULTS_FILE, WEIGHTS, load_mini_image
 from draftdiff.pipelines.mini_pictures import CLASSES, COLOURS, PLACES, SHAPES
+from draftdiff.pipelines.var import VARPipeline
+from draftdiff.var.scheduler_var import VARScheduler
 from draftdiff.var.transformer_var import VARTransformer2DModel
 from draftdiff.var.vq_model import VQModel
 
@@ -45,6 +50,11 @@ CODES, CODE_CHANNELS = 256, 8
 SIZES = {"drafter": {"num_layers": 8, "num_attention_heads": 3}, "refiner": {"num_layers": 4, "num_attention_heads": 2}}
 BATCH = 16
 LABEL_DROPOUT = 0.1
+# How pictures are best drawn.
+GENERATE: dict[str, Any] = {"guidance_scale": 1.5, "top_k": 100, "top_p": 0.95}
+DRAFT_SCALES = 5
+# Of the VQ phase: the part of its time in which pictures may pass unquantised, and the extra weight of shapes.
+UNQUANTISED, SHAPE_WEIGHT = 0.25, 3.0
 
 
 def new_vq() -> VQModel:
@@ -102,6 +112,12 @@ def random_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     labels = rng.integers(len(CLASSES), size=BATCH)
     pictures = mini_pictures.random_pictures(labels.tolist(), rng)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, torch.from_numpy(labels)
+
+
+def shape_weights(pictures: Tensor) -> Tensor:
+    """Weights of pixels [batch, 1, 64, 64] with a mean of about 1.5: the shape counts more than what is around it."""
+    contrast = (pictures - pictures[:, :, :1, :1]).abs().amax(dim=1, keepdim=True)
+    return 1 + SHAPE_WEIGHT * F.max_pool2d(contrast, 5, stride=1, padding=2)
 
 
 class Phase(ABC):
@@ -179,8 +195,12 @@ class VQPhase(Phase):
 
     def train_step(self, part: float) -> str:
         pictures, _ = random_batch(self.rng)
-        out = self.model(pictures)
-        error = F.l1_loss(out.sample, pictures)
+        features = self.model.quant_conv(self.model.encoder(pictures))
+        out = self.model.quantize(features)
+        # Early on most pictures pass unquantised: the autoencoder learns to see before the codes learn what it sees.
+        bypass = torch.rand(len(pictures), 1, 1, 1) < 1 - part / UNQUANTISED
+        sample = self.model.decoder(self.model.post_quant_conv(torch.where(bypass, features, out.latents)))
+        error = ((sample - pictures).abs() * shape_weights(pictures)).mean()
         self.optimizer.zero_grad()
         (error + out.loss).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -189,9 +209,7 @@ class VQPhase(Phase):
         shown = f"L1={self.smoothed(error.item()):.4f} quantiser={out.loss.item():.4f} codes={int(self.used.sum())}"
         if self.step % 25 == 24:
             if part < 0.6:
-                with torch.no_grad():
-                    features = self.model.quant_conv(self.model.encoder(pictures))
-                self.model.quantize.revive(features, ~self.used)
+                self.model.quantize.revive(features.detach(), ~self.used)
             if self.step % 100 == 99 or part < 0.6:
                 self.used.zero_()
         return shown
@@ -240,12 +258,43 @@ def trained_vq(work: Path) -> VQModel:
 def trained_transformer(kind: str, work: Path) -> VARTransformer2DModel:
     """The drafter or refiner of a work folder, its class embeddings summed up."""
     model = new_transformer(kind)
-    parametrize.register_parametrization(
-        model.class_embed, "weight", ComposedClasses(model.class_embed.embedding_dim)
-    )
+    parametrize.register_parametrization(model.class_embed, "weight", ComposedClasses(model.class_embed.embedding_dim))
     model.load_state_dict(load_weights(work / f"image_{kind}.pt", kind))
     parametrize.remove_parametrizations(model.class_embed, "weight", leave_parametrized=True)
     return model.requires_grad_(False).eval()
+
+
+def export(work: Path, folder: Path) -> None:
+    """Save the pipeline and the refiner in half precision with their settings, beside the target, then swap it in."""
+    vq, drafter, refiner = trained_vq(work), *(trained_transformer(kind, work) for kind in ("drafter", "refiner"))
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    for stale in (partial, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    scheduler = VARScheduler(PATCH_NUMS, top_k=GENERATE["top_k"], top_p=GENERATE["top_p"])
+    pipe = VARPipeline(drafter.half(), vq.half(), scheduler, id2label=mini_pictures.class_names())
+    pipe.save_pretrained(partial)
+    refiner.half().save_pretrained(partial / "refiner")
+    digests = {}
+    for file in sorted(partial.rglob("*.safetensors")):
+        file.chmod(0o644)
+        digests[file.relative_to(partial).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    phases = {kind: torch.load(work / f"image_{kind}.pt") for kind in ("vq", "drafter", "refiner")}
+    settings = {
+        "about": "A mini image pair for draftdiff. `generate` holds the arguments to call the pipeline with.",
+        "generate": GENERATE,
+        "draft_scales": DRAFT_SCALES,
+        "class_example": CLASSES[0].name,
+        "words": {"shapes": list(SHAPES), "colours": list(COLOURS), "places": list(PLACES)},
+        "training": {
+            kind: {"steps": saved["step"], "minutes": round(saved["seconds"] / 60, 1)} for kind, saved in phases.items()
+        },
+        "sha256": digests,
+    }
+    (partial / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_weights(file: Path, phase: str) -> dict[str, Tensor]:
@@ -262,6 +311,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.phase == "export":
+        export(arguments.work, WEIGHTS)
+        load_mini_image(draft_scales=DRAFT_SCALES)
+        print(f"exported {arguments.work} to {WEIGHTS}")
+        return
     try:
         if arguments.phase == "vq":
             VQPhase(arguments.work).run(arguments.minutes)
