@@ -1,12 +1,14 @@
 """Train the mini image pair that ships with draftdiff, from nothing, on one CPU core.
 
 It learns the world of `pipelines/mini_pictures.py` (one coloured shape in one of five places): a small multi-scale VQ
-model first, then a drafter and a refiner of a quarter of its size that predict its codes. Every phase runs for a number
-of minutes rather than steps, saves a checkpoint once a minute and when interrupted, and resumes from it:
+model first, then a drafter and a refiner of a quarter of its size that predict its codes, and beside them its decoder
+for a while longer, which leaves the codes as they are. Every phase runs for a number of minutes rather than steps,
+saves a checkpoint once a minute and when interrupted, and resumes from it:
 
-    python samples/train_mini_image.py vq --minutes 12
-    python samples/train_mini_image.py drafter --minutes 25
+    python samples/train_mini_image.py vq --minutes 11
+    python samples/train_mini_image.py drafter --minutes 24
     python samples/train_mini_image.py refiner --minutes 12
+    python samples/train_mini_image.py decoder --minutes 8
     python samples/train_mini_image.py export
 
 `samples/score_mini_image.py` then tells what they are worth.
@@ -22,6 +24,8 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +96,8 @@ class ComposedClasses(nn.Module):
     Only training knows of the parts; what is exported is their sum.
     """
 
+    parts: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         parts = [
@@ -103,7 +109,7 @@ class ComposedClasses(nn.Module):
         self.tables = nn.ParameterList(nn.Parameter(0.2 * torch.randn(max(part) + 1, width)) for part in parts)
 
     def forward(self, own: Tensor) -> Tensor:
-        shared = sum(table[part] for table, part in zip(self.tables, self.parts))
+        shared = torch.stack([table[part] for table, part in zip(self.tables, self.parts)]).sum(0)
         return own + F.pad(shared, (0, 0, 0, 1))  # the last embedding stands for no class
 
 
@@ -215,6 +221,36 @@ class VQPhase(Phase):
         return shown
 
 
+class DecoderPhase(Phase):
+    """The way back from codes to pictures once more, with the codes as they are: transformers need not learn anew."""
+
+    RATE = 1e-3
+
+    def __init__(self, work: Path) -> None:
+        super().__init__("decoder", work)
+        self.model: VQModel = trained_vq(work)
+        parameters = [*self.model.post_quant_conv.parameters(), *self.model.decoder.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.RATE, betas=(0.9, 0.98), weight_decay=0.0)
+        self.resume()
+
+    def set_rate(self, factor: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = self.RATE * factor
+
+    def train_step(self, part: float) -> str:
+        pictures, _ = random_batch(self.rng)
+        with torch.no_grad():
+            latents = self.model.quantize.latents_by_scale(self.model.encode(pictures))[-1]
+        sample = self.model.decoder(self.model.post_quant_conv(latents))
+        error = ((sample - pictures).abs() * shape_weights(pictures)).mean()
+        self.optimizer.zero_grad()
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        return f"L1={self.smoothed(error.item()):.4f}"
+
+
 class TransformerPhase(Phase):
     """Codes of all scales from the class and the scales before, by cross-entropy."""
 
@@ -248,10 +284,18 @@ class TransformerPhase(Phase):
         return f"cross-entropy={self.smoothed(loss.item()):.4f}"
 
 
-def trained_vq(work: Path) -> VQModel:
-    """The VQ model of a work folder, frozen."""
+PHASES: dict[str, Callable[[Path], Phase]] = {
+    "vq": VQPhase,
+    "decoder": DecoderPhase,
+    "drafter": partial(TransformerPhase, "drafter"),
+    "refiner": partial(TransformerPhase, "refiner"),
+}
+
+
+def trained_vq(work: Path, phase: str = "vq") -> VQModel:
+    """The VQ model of a work folder as a phase has left it, frozen."""
     vq = new_vq().requires_grad_(False).eval()
-    vq.load_state_dict(load_weights(work / "image_vq.pt", "vq"))
+    vq.load_state_dict(load_weights(work / f"image_{phase}.pt", phase))
     return vq
 
 
@@ -266,19 +310,20 @@ def trained_transformer(kind: str, work: Path) -> VARTransformer2DModel:
 
 def export(work: Path, folder: Path) -> None:
     """Save the pipeline and the refiner in half precision with their settings, beside the target, then swap it in."""
-    vq, drafter, refiner = trained_vq(work), *(trained_transformer(kind, work) for kind in ("drafter", "refiner"))
-    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
-    for stale in (partial, old):
+    vq = trained_vq(work, "decoder")
+    drafter, refiner = (trained_transformer(kind, work) for kind in ("drafter", "refiner"))
+    new, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    for stale in (new, old):
         shutil.rmtree(stale, ignore_errors=True)
     scheduler = VARScheduler(PATCH_NUMS, top_k=GENERATE["top_k"], top_p=GENERATE["top_p"])
     pipe = VARPipeline(drafter.half(), vq.half(), scheduler, id2label=mini_pictures.class_names())
-    pipe.save_pretrained(partial)
-    refiner.half().save_pretrained(partial / "refiner")
+    pipe.save_pretrained(new)
+    refiner.half().save_pretrained(new / "refiner")
     digests = {}
-    for file in sorted(partial.rglob("*.safetensors")):
+    for file in sorted(new.rglob("*.safetensors")):
         file.chmod(0o644)
-        digests[file.relative_to(partial).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    phases = {kind: torch.load(work / f"image_{kind}.pt") for kind in ("vq", "drafter", "refiner")}
+        digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    phases = {kind: torch.load(work / f"image_{kind}.pt") for kind in PHASES}
     settings = {
         "about": "A mini image pair for draftdiff. `generate` holds the arguments to call the pipeline with.",
         "generate": GENERATE,
@@ -290,10 +335,10 @@ def export(work: Path, folder: Path) -> None:
         },
         "sha256": digests,
     }
-    (partial / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (new / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -305,7 +350,7 @@ def load_weights(file: Path, phase: str) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("phase", choices=["vq", "drafter", "refiner", "export"])
+    parser.add_argument("phase", choices=[*PHASES, "export"])
     parser.add_argument("--minutes", type=float, default=12.0, help="how long this phase trains in all (default 12)")
     parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -317,10 +362,7 @@ def main() -> None:
         print(f"exported {arguments.work} to {WEIGHTS}")
         return
     try:
-        if arguments.phase == "vq":
-            VQPhase(arguments.work).run(arguments.minutes)
-        else:
-            TransformerPhase(arguments.phase, arguments.work).run(arguments.minutes)
+        PHASES[arguments.phase](arguments.work).run(arguments.minutes)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the same command carries on from {arguments.work}") from None
 
