@@ -75,12 +75,14 @@ def test_the_settings_file_agrees_with_the_world_and_the_call(pipe: VARPipeline)
     assert (pipe.scheduler.config.top_k, pipe.scheduler.config.top_p) == (call["top_k"], call["top_p"])
 
 
-def test_loading_prints_and_warns_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_warns_and_logs_nothing(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_mini_image(draft_scales=1)
     printed = capfd.readouterr()
-    assert printed.out == "" and printed.err == ""
+    assert printed.out == "" and printed.err == "" and caplog.messages == []
 
 
 def test_the_weights_are_half_precision_and_small_enough_to_ship() -> None:
@@ -151,7 +153,7 @@ def test_a_config_that_does_not_fit_the_weights_is_reported_in_one_line(tmp_path
     folder = tmp_path / "weights"
     shutil.copytree(WEIGHTS, folder)
     config = folder / "transformer" / "config.json"
-    config.write_text(config.read_text().replace('"num_layers": 8', '"num_layers": 9'))
+    config.write_text(config.read_text().replace('"in_channels": 8', '"in_channels": 7'))
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
         load_mini_image(folder=folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
