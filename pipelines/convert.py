@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
@@ -75,7 +76,7 @@ def _load(
 ) -> Any:
     """A model of one checkpoint, a pipeline of several."""
     found: dict[str, list[tuple[int, Path]]] = {}
-    for path in paths:
+    for path in tqdm(paths, desc="looking into checkpoints", unit="file"):
         tensors = read_checkpoint(path)
         try:
             kind = kind_of(tensors)

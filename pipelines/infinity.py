@@ -89,8 +89,12 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
         scheduler = InfinityScheduler(patchify=patchify, temperature=1.0 if patchify else 0.5)
         encoder = tokenizer = None
         if text_encoder is not None:
-            encoder = T5EncoderModel.from_pretrained(text_encoder, **{_DTYPE: torch_dtype or "auto"})
-            tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+            try:
+                encoder = T5EncoderModel.from_pretrained(text_encoder, **{_DTYPE: torch_dtype or "auto"})
+                tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+            except (OSError, ValueError) as error:  # transformers' messages have several lines
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"text encoder {str(text_encoder)!r} cannot be loaded: {reason}") from error
         return cls(model, autoencoder, scheduler, encoder, tokenizer)
 
     def _new_cache(self, scales: Scales, key_dtype: torch.dtype | None) -> KVCache:

@@ -1,14 +1,16 @@
-"""What both next-scale pipelines share of ScaleKV: on, off, calibration, and the cache of a generation."""
+"""What both next-scale pipelines share of their caches: ScaleKV on, off and calibrated, draft attention on and off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from draftdiff.var.cache import KVCache
+from draftdiff.var.last_scales import LastScales
 from draftdiff.var.scale_kv import Drafters, ScaleKVCache, ScaleKVConfig
 from draftdiff.var.selectivity import Selectivity, SelectivityCache, selectivity
 
@@ -18,6 +20,7 @@ class ScaleKVMixin:
 
     transformer: Any
     scale_kv: ScaleKVConfig | None = None
+    last_scales: LastScales | None = None
     _measuring: list[SelectivityCache] | None = None
 
     def enable_scale_kv(
@@ -61,15 +64,29 @@ class ScaleKVMixin:
         finally:
             self._measuring = None
 
+    def enable_draft_attention(self, density: float = 0.25, *, min_tokens: int = 1024) -> None:
+        """At scales of at least min_tokens tokens, let each read of its own scale only the share `density`, in (0, 1],
+        of key tiles that a draft map chooses; earlier scales are read wholly.
+
+        Off by default: it pays at Infinity's largest sizes only (`samples/bench_var_attention.py`).
+        Raises ValueError for a value that cannot be.
+        """
+        self.last_scales = LastScales(density, min_tokens)
+
+    def disable_draft_attention(self) -> None:
+        """Dense attention at every scale again."""
+        self.last_scales = None
+
     def _make_cache(self, scales: Sequence[tuple[int, int]], model: Any, key_dtype: torch.dtype | None) -> KVCache:
         if self._measuring is not None:
             self._measuring.append(SelectivityCache(key_dtype))
             return self._measuring[-1]
         config = self._scale_kv_for(model)
+        last_scales = None if self.last_scales is None else replace(self.last_scales, scales=tuple(scales))
         if config is None:
-            return KVCache(key_dtype)
+            return KVCache(key_dtype, last_scales)
         capacities = config.capacities([h * w for h, w in scales], model.config.num_layers)
-        return ScaleKVCache(scales, capacities, config, key_dtype)
+        return ScaleKVCache(scales, capacities, config, key_dtype, last_scales)
 
     def _scale_kv_for(self, model: Any) -> ScaleKVConfig | None:
         return self.scale_kv

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from draftdiff.var.last_scales import LastScales
+
 Value = TypeVar("Value")
 
 
@@ -20,10 +22,12 @@ class KVCache:
     key_dtype: dtype in which keys are kept, that of the values if None. The originals keep fp32 keys beside half
     values, because normalisation and rotation upcast; attention rounds them to half either way, so logits are the same
     to the bit without, and a third of the cache is saved.
+    last_scales: which scales attend by a draft map, none if None.
     """
 
-    def __init__(self, key_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, key_dtype: torch.dtype | None = None, last_scales: LastScales | None = None) -> None:
         self.key_dtype = key_dtype
+        self.last_scales = last_scales
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._fixed: dict[Any, Any] = {}
@@ -39,6 +43,8 @@ class KVCache:
             stored = torch.cat([self.keys[layer], stored], dim=2)
             value = torch.cat([self.values[layer], value], dim=2)
         if keep:
+            # The first ones may be views of a projection that holds queries too, which would stay in memory with them.
+            stored, value = stored.contiguous(), value.contiguous()
             self.keys[layer], self.values[layer] = stored, value
         return stored.to(value.dtype), value
 

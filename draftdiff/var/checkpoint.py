@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 Tensors = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +94,8 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{indices[0]} is not an index of shards") from None
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(placed.values())):
+    names = sorted(set(placed.values()))
+    for name in tqdm(names, desc=f"reading {folder.name}", unit="shard", disable=len(names) < 2):
         tensors |= read_checkpoint(folder / name)
     absent = [name for name in placed if name not in tensors]
     if absent:

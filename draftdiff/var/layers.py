@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from draftdiff.var.cache import KVCache
+from draftdiff.var.last_scales import attend_scale
 
 LARGEST_SCALE = math.log(100)
 
@@ -62,14 +64,16 @@ class CosineAttention(nn.Module):
 
         # A call per scale needs no mask: fewer products than under a block-causal one, and the same as without prefill.
         history = keys.shape[2] - q.shape[2]
+        last_scales = None if cache is None else cache.last_scales
         parts, start = [], 0
         for length in lengths:
             rows, seen = slice(start, start + length), history + start + length
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, rows], keys[:, :, :seen], values[:, :, :seen], scale=self.softmax_scale
-                )
-            )
+            part = q[:, :, rows], keys[:, :, :seen], values[:, :, :seen]
+            grid = None if last_scales is None else last_scales.grid(length)
+            if last_scales is None or grid is None:
+                parts.append(F.scaled_dot_product_attention(*part, scale=self.softmax_scale))
+            else:
+                parts.append(_attend_scale(*part, grid, last_scales.density, self.softmax_scale))
             start += length
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if cache is not None:
@@ -83,6 +87,11 @@ class CosineAttention(nn.Module):
 @torch.compiler.disable
 def _extend(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return cache.extend(layer, key, value, keep=keep)
+
+
+@torch.compiler.disable
+def _attend_scale(*arguments: Any) -> Tensor:
+    return attend_scale(*arguments)
 
 
 @torch.compiler.disable

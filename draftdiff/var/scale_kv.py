@@ -17,6 +17,7 @@ from torch import Tensor
 from draftdiff.core.budget import check_cache_budget, scale_capacities
 from draftdiff.core.importance import POOLINGS, attention_mass, gather_kv, keep_topk, smooth
 from draftdiff.var.cache import KVCache
+from draftdiff.var.last_scales import LastScales
 
 SCORINGS = {"paper": "average", "upstream": "max"}  # and the pooling that goes with it
 ALLOCATIONS = ("full", "linear")
@@ -113,8 +114,9 @@ class ScaleKVCache(KVCache):
         capacities: Sequence[Sequence[int] | None],
         config: ScaleKVConfig,
         key_dtype: torch.dtype | None = None,
+        last_scales: LastScales | None = None,
     ) -> None:
-        super().__init__(key_dtype)
+        super().__init__(key_dtype, last_scales)
         self.scales = [tuple(scale) for scale in scales]
         self.capacities = capacities
         self.config = config
@@ -127,6 +129,11 @@ class ScaleKVCache(KVCache):
         self._seen[layer] = self._seen.get(layer, 0) + key.shape[2]
         self._keeping = keep
         return super().extend(layer, key, value, keep=keep)
+
+    def clear(self) -> None:
+        """See KVCache."""
+        super().clear()
+        self._seen.clear()
 
     def observe(self, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
         """Cut the layer down to its capacity after the scale that has just been attended."""

@@ -137,3 +137,11 @@ def test_parts_that_do_not_fit_together_are_named(pipe):
         InfinityPipeline(other, pipe.vae, pipe.scheduler)
     with pytest.raises(ValueError, match="no text encoder: pass prompt_embeds"):
         InfinityPipeline(pipe.transformer, pipe.vae, pipe.scheduler)("a red circle", **SMALL)
+
+
+def test_model_offload_changes_no_picture():
+    pipe = tiny_infinity.infinity_pipeline()
+    plain = pipe("a red circle", generator=seeded(), **SMALL).images
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(pipe("a red circle", generator=seeded(), **SMALL).images, plain)

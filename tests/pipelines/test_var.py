@@ -216,3 +216,12 @@ def test_a_repository_of_the_hub_is_downloaded_and_then_loaded(pipe, tmp_path, m
     monkeypatch.setattr("draftdiff.pipelines.hub.snapshot_download", snapshot_download)
     loaded = VARPipeline.from_pretrained("owner/name", revision="v1")
     assert asked == [("owner/name", {"revision": "v1"})] and loaded.get_label_ids("star") == [3]
+
+
+def test_model_offload_changes_no_picture_with_two_models():
+    pipe = tiny.var_pipeline()
+    pipe.enable_collaborative(tiny.transformer(7), 3)
+    plain = pipe([1], generator=seeded(), output_type="pt").images
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(pipe([1], generator=seeded(), output_type="pt").images, plain)

@@ -107,3 +107,17 @@ def test_a_number_of_drafted_scales_out_of_range_is_an_error(drafted):
 def test_models_that_do_not_share_codes_classes_and_scales_are_an_error(name, value):
     with pytest.raises(ValueError, match=f"drafter and refiner must have the same {name}, got .* and .*{value}"[:60]):
         tiny.var_pipeline().enable_collaborative(tiny.transformer(7, **{name: value}), 2)
+
+
+def test_the_refiners_first_cache_holds_no_memory_but_its_own():
+    pipe, sizes = tiny.var_pipeline(), []
+
+    def look(_pipe, scale, _step, tensors):
+        sizes.append((tensors["cache"].tokens(), tensors["cache"].nbytes))
+        return {}
+
+    pipe.enable_collaborative(tiny.transformer(7, num_layers=3, num_attention_heads=1), 4)
+    latents(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["cache"])
+    # Keys and values in fp32 of twice two pictures: two layers of two heads, then three of one, of 16 channels.
+    expected = [tokens * 2 * 4 * 2 * 2 * 16 * (4 if scale < 4 else 3) for scale, (tokens, _) in enumerate(sizes)]
+    assert [nbytes for _, nbytes in sizes] == expected
