@@ -44,7 +44,7 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
         scheduler: VARScheduler,
         refiner: VARTransformer2DModel | None = None,
         draft_scales: int | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,  # a saved pipeline's numbers are strings
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, refiner=refiner)

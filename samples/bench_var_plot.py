@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from draftdiff.compare.charts import PALETTE
 from draftdiff.media import replacing
 
+COLUMNS = 4
 _STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
 
 
@@ -59,24 +60,33 @@ def _colour(row: dict[str, Any]) -> str:
 
 
 def plot(payload: dict[str, Any], path: Path) -> None:
-    """Write the picture: a column per model and batch size."""
+    """Write the picture: a pair of charts per model and batch size."""
     results = [result for result in payload["results"] if result["rows"]]
     if not results:
         return
     with matplotlib.rc_context(_STYLE):
-        widths = [len(result["rows"]) for result in results]
-        figure = Figure(figsize=(max(0.42 * sum(widths) + 0.9 * len(results), 8), 6.8), layout="constrained")
+        columns = min(len(results), COLUMNS)
+        bands = -(-len(results) // columns)
+        figure = Figure(figsize=(max(4.3 * columns, 8), 5.2 * bands + 0.6), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2, len(results), squeeze=False, width_ratios=widths)
-        for result, (above, below) in zip(results, axes.T):
-            above.set_title(f"{result['model']} ({result['size']})\nbatch {result['batch']}")
+        axes = figure.subplots(2 * bands, columns, squeeze=False)
+        for each in axes.flat:
+            each.set_visible(False)  # until it is drawn on
+        for number, result in enumerate(results):
+            band, column = divmod(number, columns)
+            above, below = axes[2 * band : 2 * band + 2, column]
+            above.set_visible(True)
+            below.set_visible(True)
+            above.set_title(f"{result['model']} ({result['size']}), batch {result['batch']}")
             draw_speed(above, result["rows"])
             draw_cache(below, result["rows"])
+            for each in (above, below):
+                each.set_xlim(-0.6, len(result["rows"]) - 0.4)
         figure.suptitle(
             f"CoDe and ScaleKV on {payload['device']}\n"
             "above: speed-up, measured (CoDe blue, ScaleKV orange, both green) and predicted by operations (dashes)\n"
             "below: cache (blue) and memory above the weights (grey)",
-            fontsize=9,
+            fontsize=10,
         )
         with replacing(path) as partial:
             figure.savefig(partial, dpi=110, format="png")
