@@ -1,4 +1,4 @@
-"""The command `draftdiff`: generate a video, compare dense and sparse runs, or see what works here.
+"""The command `draftdiff`: generate a video or pictures, compare runs, convert models, or see what works here.
 
 A mistake of the user is one line on standard error and exit code 2; Ctrl-C is 130; a bug keeps its traceback.
 """
@@ -69,7 +69,10 @@ def _is_users(error: Exception) -> bool:
 def _parser() -> argparse.ArgumentParser:
     from draftdiff._version import __version__
 
-    parser = _Parser(prog="draftdiff", description="Draft-guided sparse attention for diffusers pipelines.")
+    parser = _Parser(
+        prog="draftdiff",
+        description="Cheap drafts that speed up diffusers pipelines: sparse attention, CoDe and ScaleKV.",
+    )
     parser.add_argument("--version", action="version", version=f"draftdiff {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -103,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(compare)
     compare.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     compare.set_defaults(func=_compare)
+
+    from draftdiff.image_cli import add_commands
+
+    add_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what works here: devices, backends, tools, models")
     doctor.add_argument("--json", action="store_true")
@@ -309,9 +316,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from draftdiff.compare.run import check_folder, compare
+    from draftdiff.compare.folder import check_folder
+    from draftdiff.compare.run import MADE_BY, compare
 
-    check_folder(options.output)
+    check_folder(options.output, MADE_BY)
     settings = _settings(options)
     from draftdiff.doctor import device_name, versions
 

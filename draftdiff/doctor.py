@@ -16,6 +16,7 @@ from draftdiff import __version__
 from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import BlockMask
+from draftdiff.generate import quiet_diffusers
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
@@ -64,7 +65,7 @@ def examine() -> dict[str, Any]:
         "backends": {str(device): {name: try_backend(name, device) for name in BACKENDS} for device in tried},
         "ffmpeg": _ffmpeg(),
         "extras": {extra: _missing(names) for extra, names in _EXTRAS.items()},
-        "embedded_model": _embedded_model(),
+        "embedded_models": _embedded_models(),
         "models": [{"family": family, "class": name, "note": note} for family, name, note in supported_models()],
     }
 
@@ -112,21 +113,34 @@ def _missing(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
-def _embedded_model() -> dict[str, Any]:
-    from draftdiff.pipelines.mini_video import WEIGHTS, load_mini_video
+def _embedded_models() -> dict[str, dict[str, Any]]:
+    from draftdiff.pipelines import mini_image, mini_video
 
-    size = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
-    try:
-        load_mini_video()
-    except (OSError, ValueError) as error:
-        return {"status": str(error), "bytes": size}
-    return {"status": "ok", "bytes": size}
+    def load_pair() -> None:
+        mini_image.load_mini_image()
+        mini_image.load_mini_refiner()
+
+    found = {}
+    for name, folder, load in (
+        ("mini-video", mini_video.WEIGHTS, lambda: mini_video.load_mini_video()),
+        ("mini-image", mini_image.WEIGHTS, load_pair),
+    ):
+        status = "ok"
+        try:
+            with quiet_diffusers():
+                load()
+        except (OSError, ValueError) as error:
+            status = str(error)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        found[name] = {"status": status, "bytes": size}
+    return found
 
 
 def is_healthy(findings: dict[str, Any]) -> bool:
     """Whether nothing that should work is broken; what is merely not there does not count."""
     backends = [state for states in findings["backends"].values() for state in states.values()]
-    return not any(state.startswith("broken") for state in backends) and findings["embedded_model"]["status"] == "ok"
+    works = all(model["status"] == "ok" for model in findings["embedded_models"].values())
+    return works and not any(state.startswith("broken") for state in backends)
 
 
 def to_text(findings: dict[str, Any]) -> str:
@@ -137,7 +151,7 @@ def to_text(findings: dict[str, Any]) -> str:
     }
     for device, states in findings["backends"].items():
         sections[f"backends on {device}"] = states
-    ffmpeg, model = findings["ffmpeg"], findings["embedded_model"]
+    ffmpeg = findings["ffmpeg"]
     sections["tools"] = {
         "ffmpeg": ffmpeg["path"] if ffmpeg["found"] else f"missing: {ffmpeg['reason']}",
         "libvmaf": "ok" if ffmpeg["libvmaf"] else "missing: no VMAF scores",
@@ -145,7 +159,9 @@ def to_text(findings: dict[str, Any]) -> str:
     for extra, missing in findings["extras"].items():
         hint = f"missing {', '.join(missing)}: pip install 'draftdiff[{extra}]'"
         sections["tools"][f"extra {extra}"] = hint if missing else "ok"
-    sections["embedded model"] = {"mini-video": f"{model['status']}, {model['bytes'] / 1e6:.1f} MB"}
+    sections["embedded models"] = {
+        name: f"{model['status']}, {model['bytes'] / 1e6:.1f} MB" for name, model in findings["embedded_models"].items()
+    }
     sections["supported transformers"] = {
         entry["class"]: entry["family"] + (f" ({entry['note']})" if entry["note"] else "")
         for entry in findings["models"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from diffusers.utils import logging
 from packaging.version import Version
 
 EMBEDDED = "mini-video"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# The argument's new name; the old one warns where the new one exists.
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 # What the options of a call are named in the pipelines, first match first.
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
@@ -54,15 +58,15 @@ def load(name: str | None, *, dtype: str | None = None, device: str | None = Non
     offload: "model" or "sequential" keep weights in main memory until they are needed.
     Raises ValueError, in one line, for what cannot be loaded.
     """
-    place = _device(device)
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    place = find_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if offload is not None and place.type == "cpu":
         raise ValueError("--offload needs a GPU")
     if name is None:
-        model = _embedded(_DTYPES[dtype or "float32"])
+        model = _embedded(DTYPES[dtype or "float32"])
     else:
-        model = _pretrained(name, _DTYPES[dtype or ("float32" if place.type == "cpu" else "bfloat16")])
+        model = _pretrained(name, DTYPES[dtype or ("float32" if place.type == "cpu" else "bfloat16")])
     if offload == "model":
         model.pipeline.enable_model_cpu_offload(device=place)
     elif offload == "sequential":
@@ -72,14 +76,15 @@ def load(name: str | None, *, dtype: str | None = None, device: str | None = Non
     return model
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; CUDA if there is, else the CPU, for None. Raises ValueError for one that is not here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # torch raises a different class for every kind of device that is not there
-        raise ValueError(f"device {name!r} cannot be used: {_one_line(error)}") from None
+        raise ValueError(f"device {name!r} cannot be used: {one_line(error)}") from None
     return device
 
 
@@ -97,21 +102,29 @@ def _pretrained(name: str, dtype: torch.dtype) -> Model:
             raise ValueError(f"model folder {name!r} holds no diffusers pipeline (model_index.json)")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
-    argument = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what fails is said once, below
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{argument: dtype})
+        with quiet_diffusers():
+            pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{DTYPE_ARGUMENT: dtype})
     except Exception as error:  # hub, transformers and safetensors each have their own
-        raise ValueError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+        raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
     parameters = inspect.signature(type(pipeline).__call__).parameters
     fps = next((parameters[p].default for p in _FPS if p in parameters), None)
     return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)
 
 
-def _one_line(error: Exception) -> str:
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' warnings: what fails is said once, by us."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without line breaks, cut where it grows long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 

@@ -18,10 +18,14 @@ IMAGE_SUFFIXES = (".png", ".jpg")
 def frames_of(output: Any) -> np.ndarray:
     """The first video or image of a pipeline's output (`output_type="np"`), as uint8 [frames, height, width, 3]."""
     first = np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[0])
-    frames = first if first.ndim == 4 else first[None]
-    if not np.isfinite(frames).all():
+    return to_uint8(first if first.ndim == 4 else first[None])
+
+
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """Pictures in 0..1 as uint8 of the same shape. Raises ValueError for NaN or inf in them."""
+    if not np.isfinite(pictures).all():
         raise ValueError("the pipeline's frames hold NaN or inf; another --dtype may help")
-    return (frames * 255).round().clip(0, 255).astype(np.uint8)
+    return (pictures * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES + IMAGE_SUFFIXES) -> None:

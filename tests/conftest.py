@@ -8,6 +8,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+# Their assertions explain themselves like those of a test module.
+for name in ("cases", "infinity", "scale_kv", "var"):
+    pytest.register_assert_rewrite(f"tests.golden_{name}")
+
 # Test workers share the cores; threads of their own would only get into each other's way.
 torch.set_num_threads(1)
 

@@ -36,7 +36,8 @@ def test_json_and_exit_code(findings, capsys, monkeypatch):
     monkeypatch.setattr("draftdiff.doctor.examine", lambda: findings)
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == findings
-    broken = {**findings, "embedded_model": {"status": "mini video weights are missing", "bytes": 0}}
+    missing = {"mini-video": {"status": "mini video weights are missing", "bytes": 0}}
+    broken = {**findings, "embedded_models": missing}
     monkeypatch.setattr("draftdiff.doctor.examine", lambda: broken)
     assert main(["doctor"]) == 1
     assert "weights are missing" in capsys.readouterr().out
@@ -76,4 +77,4 @@ def test_missing_weights_are_told(monkeypatch):
 
     monkeypatch.setattr("draftdiff.pipelines.mini_video.load_mini_video", missing)
     findings = examine()
-    assert "weights are missing" in findings["embedded_model"]["status"] and not is_healthy(findings)
+    assert "weights are missing" in findings["embedded_models"]["mini-video"]["status"] and not is_healthy(findings)

@@ -1,38 +1,50 @@
 """Parity with the original implementations, case by case of the data in DRAFTDIFF_GOLDEN (default tests/golden)."""
 
-import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from draftdiff.core.draft import draft_map, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import select_upstream, with_text
 from draftdiff.video.attention import draft_attention
 from draftdiff.video.config import DraftAttentionConfig
+from tests import golden_cases
+from tests.golden_infinity import check_infinity
+from tests.golden_scale_kv import check_scale_kv
+from tests.golden_var import check_code, check_var
 
-FOLDER = Path(os.environ.get("DRAFTDIFF_GOLDEN", Path(__file__).parent / "golden"))
-DRAFT_CASES = [p.stem for p in sorted(FOLDER.glob("*.json")) if '"kind": "draft attention"' in p.read_text()]
+KINDS = golden_cases.kinds()
+DRAFT_CASES = [name for name, kind in KINDS.items() if kind.startswith("draft attention")]
+IMAGE_CHECKS = {"VAR ": check_var, "CoDe": check_code, "Infinity": check_infinity, "ScaleKV": check_scale_kv}
 
 
 def test_there_are_golden_cases():
-    assert DRAFT_CASES, f"no draft attention case in {FOLDER}"
+    assert KINDS, f"no golden case in {golden_cases.FOLDER}"
+    if "DRAFTDIFF_GOLDEN" not in os.environ:
+        for start in ("draft attention", *IMAGE_CHECKS):
+            assert any(kind.startswith(start) for kind in KINDS.values()), f"no case of {start}"
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in DRAFT_CASES])
+def test_image_generation_is_the_originals(name):
+    checks = [check for start, check in IMAGE_CHECKS.items() if KINDS[name].startswith(start)]
+    assert len(checks) == 1, f"{name} is of an unknown kind: {KINDS[name]}"
+    checks[0](golden_cases.load(name))
 
 
 @pytest.fixture(params=DRAFT_CASES)
 def case(request):
-    info = json.loads((FOLDER / f"{request.param}.json").read_text())
-    tensors = load_file(FOLDER / info["file"])
+    loaded = golden_cases.load(request.param)
+    info, tensors = loaded.info, loaded.tensors
     config = info["config"]
     grid = LatentGrid(config["frames"], config["latent_h"], config["latent_w"])
     tile = (1, config["pool_h"], config["pool_w"])
     tiling = tiling_for(grid, tile, config["block"], config["text_len"])
     # The originals fold the batch into the tokens.
     q, k, v = (tensors[name].float().unflatten(0, (config["batch_size"], -1)) for name in "qkv")
-    tolerance = {name: float(text.split()[0]) for name, text in info["tolerance"].items() if text != "exact"}
+    tolerance = golden_cases.tolerances(info["tolerance"])
     return info, tensors, tiling, (q, k, v), tolerance
 
 

@@ -67,8 +67,9 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         tops = {name.split("/")[0] for name in packed}
         assert {top for top in tops if not top.endswith(".dist-info")} == {"draftdiff"}
         assert {"draftdiff/py.typed", "draftdiff/kernels/cpu.cpp"} <= packed
-        weights = ROOT / "pipelines" / "mini_video_weights"
-        files = {str(file.relative_to(ROOT)) for file in weights.rglob("*") if file.is_file()}
+        folders = [ROOT / "pipelines" / f"mini_{kind}_weights" for kind in ("image", "video")]
+        files = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*") if file.is_file()}
+        assert all(folder.is_dir() for folder in folders)
         assert {f"draftdiff/{name}" for name in files} <= packed
         before = f"import sys; sys.path.insert(1, {str(home)!r})\n"
         came_from = home / "draftdiff"

@@ -18,8 +18,15 @@ _DENSITY_COLOURS = np.array([(247, 251, 255), (158, 202, 225), (66, 146, 198), (
 _SKIPPED = (176, 176, 176)
 
 
-def scatter(points: list[tuple[str, dict[str, float], float]], quality: str, ceiling: float) -> str:
-    """Quality against speed-up. points: (setting, speed-up as median, min and max, quality)."""
+def scatter(
+    points: list[tuple[str, dict[str, float], float]],
+    quality: str,
+    ceiling: float = math.inf,
+    base: str = "dense",
+    best: float = math.inf,
+) -> str:
+    """Quality against speed-up. points: (setting, speed-up as median, min and max, quality).  base: what is sped up.
+    best: the highest quality there is."""
     width, height, left, right, top, bottom = 640, 360, 64, 24, 28, 52
     fastest = max([1.0, *(speed["max"] for _, speed, _ in points)])
     slowest = min([1.0, *(speed["min"] for _, speed, _ in points)])
@@ -27,7 +34,7 @@ def scatter(points: list[tuple[str, dict[str, float], float]], quality: str, cei
     reachable = ceiling <= 1 + 3 * (fastest - 1) or ceiling < 1.5
     x_ticks = ticks(slowest, max(fastest, ceiling) if reachable else fastest)
     lowest, highest = min(y for *_, y in points), max(y for *_, y in points)
-    y_ticks = ticks(lowest, highest + 0.15 * (highest - lowest))  # room for a name above the best
+    y_ticks = ticks(lowest, min(highest + 0.15 * (highest - lowest), best))  # room for a name above the best
 
     def x_at(value: float) -> float:
         return left + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - left - right)
@@ -43,11 +50,12 @@ def scatter(points: list[tuple[str, dict[str, float], float]], quality: str, cei
         parts.append(_line(left, y_at(tick), width - right, y_at(tick), "grid"))
         parts.append(_text(left - 8, y_at(tick) + 4, f"{tick:g}", "end"))
     parts.append(_line(x_at(1), top, x_at(1), height - bottom, "mark"))
-    parts.append(_text(x_at(1), top - 8, "dense", "middle", "small"))
+    parts.append(_text(x_at(1), top - 8, base, "middle", "small"))
     if reachable:
         parts.append(_line(x_at(ceiling), top, x_at(ceiling), height - bottom, "mark dashed"))
         anchor = "middle" if x_at(ceiling) < width - 70 else "end"
         parts.append(_text(x_at(ceiling), top - 8, f"ceiling {ceiling:.2f}x", anchor, "small"))
+    names: list[tuple[float, float, float]] = []
     for (name, speed, y), colour in zip(points, _cycle(1)):
         x, at = x_at(speed["median"]), y_at(y)
         parts.append(
@@ -57,17 +65,29 @@ def scatter(points: list[tuple[str, dict[str, float], float]], quality: str, cei
         hint = f"{name}: {speed['median']:.2f}x ({speed['min']:.2f} to {speed['max']:.2f}), {quality} {y:.2f}"
         parts.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="6" fill="{colour}"><title>{escape(hint)}</title></circle>')
         over = x > width * 0.7
-        parts.append(_text(x - 10 if over else x + 10, at - 9, name, "end" if over else "start"))
-    parts.append(_text((left + width - right) / 2, height - 12, "speed-up over dense, whole pipeline call", "middle"))
+        left_end = x - 10 - 7.8 * len(name) if over else x + 10
+        height_of = _free_line(at - 9, left_end, 7.8 * len(name), names)
+        parts.append(_text(x - 10 if over else x + 10, height_of, name, "end" if over else "start"))
+    parts.append(_text((left + width - right) / 2, height - 12, f"speed-up over {base}, whole pipeline call", "middle"))
     parts.append(_upright(18, (top + height - bottom) / 2, quality))
     return _svg(width, height, parts, f"{quality} against speed-up")
 
 
-def bars(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Seconds by what they were spent on, one stacked bar per setting."""
+def _free_line(y: float, x: float, width: float, taken: list[tuple[float, float, float]]) -> float:
+    """Where near y a text at x does not cover one of those taken, (x, y, width) each; adds it to them."""
+    for shift in (0, 27, -14, 41, -28, 55, -42, 69, -56):
+        free = all(abs(y + shift - b) >= 13 or x + width <= a or a + w <= x for a, b, w in taken)
+        if free:
+            break
+    taken.append((x, y + shift, width))
+    return y + shift
+
+
+def bars(rows: list[tuple[str, dict[str, float]]], unit: str = "s", title: str = "where the time goes") -> str:
+    """Seconds, or another unit, by what they were spent on: one stacked bar per setting."""
     names = list({part: None for _, split in rows for part in split})
     colours = dict(zip(names, _cycle(0)))
-    label = 16 + 7.2 * max(len(name) for name, _ in rows)
+    label = 16 + 7.8 * max(len(name) for name, _ in rows)
     width, line, right = 860, 34, 84
     top = 30 * math.ceil(len(names) / 4) + 8
     longest = max(sum(split.values()) for _, split in rows)
@@ -81,14 +101,14 @@ def bars(rows: list[tuple[str, dict[str, float]]]) -> str:
         y, x, total = top + i * line, label, sum(split.values())
         parts.append(_text(label - 10, y + 18, setting, "end"))
         for part, seconds in split.items():
-            hint = f"{setting}, {part}: {seconds:.3g} s, {seconds / total:.1%}"
+            hint = f"{setting}, {part}: {seconds:.3g} {unit}, {seconds / total:.1%}"
             parts.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{seconds * scale:.1f}" height="24" fill="{colours[part]}">'
                 f"<title>{escape(hint)}</title></rect>"
             )
             x += seconds * scale
-        parts.append(_text(x + 8, y + 17, f"{total:.3g} s", "start"))
-    return _svg(width, top + len(rows) * line + 4, parts, "where the time goes")
+        parts.append(_text(x + 8, y + 17, f"{total:.3g} {unit}", "start"))
+    return _svg(width, top + len(rows) * line + 4, parts, title)
 
 
 def heat_map(title: str, rows: list[list[float | None]]) -> str:

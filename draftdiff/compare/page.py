@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from draftdiff.compare.charts import bars, density_legend, heat_map, scatter
+from draftdiff.compare.html import Column, document, facts_list, figure, html_table, with_spread
 from draftdiff.media import write_frames
 
 if TYPE_CHECKING:
@@ -22,20 +22,10 @@ SIDE_BY_SIDE = "side by side"
 STRIP = 34  # height of the names above the clips, in pixels
 
 
-def _with_spread(unit: str, digits: int) -> Callable[[dict[str, float]], str]:
-    def show(value: dict[str, float]) -> str:
-        middle, low, high = (f"{value[name]:.{digits}f}" for name in ("median", "min", "max"))
-        # One run has no spread.
-        return f"{middle}{unit}" if value["min"] == value["max"] else f"{middle}{unit} ({low}-{high})"
-
-    return show
-
-
-# Title, key of the row, how to write the value, what it means.
-COLUMNS: tuple[tuple[str, str, Callable[[Any], str], str], ...] = (
+COLUMNS: tuple[Column, ...] = (
     ("setting", "setting", str, "dense is the pipeline without draftdiff"),
-    ("time", "seconds", _with_spread(" s", 2), "wall time of the whole pipeline call: median (least-most)"),
-    ("speed-up", "speedup", _with_spread("x", 2), "dense time over this time in the same round: median (least-most)"),
+    ("time", "seconds", with_spread(" s", 2), "wall time of the whole pipeline call: median (least-most)"),
+    ("speed-up", "speedup", with_spread("x", 2), "dense time over this time in the same round: median (least-most)"),
     (
         "attention",
         "attention_speedup",
@@ -67,16 +57,6 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str], str], ...] = (
         "share of videos that show all that the prompt says, by the rule-based judge",
     ),
 )
-
-
-def shown_columns(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
-    """(title, meaning, cells) of the columns that have a value in some row."""
-    rows, shown = comparison.rows(), []
-    for title, key, write, meaning in COLUMNS:
-        values = [row[key] for row in rows]
-        if any(value is not None for value in values):
-            shown.append((title, meaning, ["" if value is None else write(value) for value in values]))
-    return shown
 
 
 def write_videos(comparison: Comparison, folder: Path) -> None:
@@ -146,7 +126,7 @@ def page(comparison: Comparison, videos: Path) -> str:
     sections = [
         f"<h1>Dense and sparse attention: {escape(str(model))}</h1>",
         f'<p class="lead">{headline}</p>',
-        _table(comparison),
+        html_table(comparison.rows(), COLUMNS),
         *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
         "<h2>Videos</h2>",
         *(_videos(comparison, index, videos) for index in range(len(comparison.prompts))),
@@ -161,22 +141,7 @@ def page(comparison: Comparison, videos: Path) -> str:
         "<h2>How it was run</h2>",
         _details(comparison),
     ]
-    return _PAGE.format(title=escape(f"draftdiff compare: {model}"), style=_STYLE, body="\n".join(sections))
-
-
-def _table(comparison: Comparison) -> str:
-    columns = shown_columns(comparison)
-    head = "".join(f'<th title="{escape(meaning)}">{escape(title)}</th>' for title, meaning, _ in columns)
-    lines = []
-    for cells in zip(*(cells for *_, cells in columns)):
-        # The spread goes into a second line.
-        row = "".join(f"<td>{escape(cell).replace(' (', '<small>(') or '&ndash;'}</td>" for cell in cells)
-        lines.append(f"<tr>{row}</tr>")
-    meanings = "".join(f"<dt>{escape(title)}</dt><dd>{escape(meaning)}</dd>" for title, meaning, _ in columns)
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
-    )
+    return document(f"draftdiff compare: {model}", sections)
 
 
 def _videos(comparison: Comparison, index: int, folder: Path) -> str:
@@ -200,8 +165,7 @@ def _videos(comparison: Comparison, index: int, folder: Path) -> str:
         if clip.verdict:
             wrong = [name for name, right in clip.verdict.items() if not right]
             facts.append(f"wrong: {', '.join(wrong)}" if wrong else "prompt right")
-        caption = f"<b>{escape(result.name)}</b><span>{escape(' · '.join(facts))}</span>"
-        figures.append(f"<figure>{media}<figcaption>{caption}</figcaption></figure>")
+        figures.append(figure(media, result.name, facts))
     return f'<h3>“{escape(comparison.prompts[index])}”</h3><div class="videos">{"".join(figures)}</div>'
 
 
@@ -234,62 +198,4 @@ def _details(comparison: Comparison) -> str:
     for result in comparison.results:
         if result.config is not None:
             facts[f"setting “{result.name}”"] = result.config
-    cells = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry is not None)
-        kind = "code" if name == "command" else "span"
-        cells.append(f"<dt>{escape(str(name))}</dt><dd><{kind}>{escape(str(value))}</{kind}></dd>")
-    return f"<dl>{''.join(cells)}</dl>"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1d2127; --soft: #606975; --back: #fbfbfc; --card: #fff; --line: #dfe3e8; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e8eb; --soft: #9aa3ad; --back: #15181c; --card: #1d2127; --line: #343a42; }
-}
-body { margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 88rem; background: var(--back);
-  color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0 0 .4rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; }
-h3 { font-size: 1rem; font-weight: 500; margin: 1.4rem 0 .6rem; } .lead { margin: 0 0 1.4rem; }
-.note { color: var(--soft); font-size: .9rem; margin: .5rem 0; }
-.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .7rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); cursor: help; } tbody tr { border-top: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } td:first-child { font-weight: 600; }
-td small { display: block; color: var(--soft); font-size: .8em; font-weight: 400; }
-details { margin: .6rem 0; font-size: .9rem; } summary { cursor: pointer; color: var(--soft); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; font-size: .9rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; } code { font-size: .95em; }
-.videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-video, img { display: block; width: 100%; background: #000; }
-figcaption { padding: .5rem .8rem; display: flex; flex-direction: column; font-size: .92rem; }
-figcaption span { color: var(--soft); font-size: .85rem; }
-.charts { display: flex; flex-wrap: wrap; gap: 1.4rem; align-items: flex-start; }
-svg { max-width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; }
-svg text { fill: var(--text); } svg .small { font-size: 12px; fill: var(--soft); } svg .strong { font-weight: 600; }
-svg .grid { stroke: var(--line); } svg .frame { fill: none; stroke: var(--line); }
-svg .mark { stroke: var(--soft); stroke-width: 1.5; } svg .dashed { stroke-dasharray: 5 4; }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script>
-// Start together, so that the same moment is seen in every video.
-addEventListener("load", () => {{
-  for (const video of document.querySelectorAll("video")) {{ video.currentTime = 0; video.play(); }}
-}});
-</script>
-</body>
-</html>
-"""
+    return facts_list(facts)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -23,15 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from draftdiff.compare.folder import check_folder, replacing_folder
+from draftdiff.compare.html import text_table
 from draftdiff.compare.metrics import Quality, quality
-from draftdiff.compare.page import SIDE_BY_SIDE, file_name, shown_columns, write_page, write_videos
-from draftdiff.media import check_writable, frames_of
+from draftdiff.compare.page import COLUMNS, SIDE_BY_SIDE, file_name, write_page, write_videos
+from draftdiff.media import frames_of
 from draftdiff.video.config import DraftAttentionConfig
 from draftdiff.video.patch import disable, enable, report
 
 DENSE = "dense"
 ATTENTION_PARTS = ("draft", "select", "kernel", "dense attention")
-_MADE_BY = "draftdiff compare"
+MADE_BY = "draftdiff compare"
 
 Judge = Callable[[str, np.ndarray], dict[str, bool] | None]
 
@@ -111,21 +111,21 @@ class Comparison:
     def row(self, result: SettingResult) -> dict[str, Any]:
         """The figures of one setting; None for what does not apply or cannot be had."""
         times = [run.seconds for row in result.timings for run in row]
-        row: dict[str, Any] = {"setting": result.name, "seconds": _spread(times)}
+        row: dict[str, Any] = {"setting": result.name, "seconds": spread(times)}
         pairs = [(run, base) for own, dense in zip(result.timings, self.dense.timings) for run, base in zip(own, dense)]
-        row["speedup"] = _spread([base.seconds / run.seconds for run, base in pairs]) if result.config else None
+        row["speedup"] = spread([base.seconds / run.seconds for run, base in pairs]) if result.config else None
         pairs = [(run, base) for own, dense in zip(result.timings, self.dense.clocked) for run, base in zip(own, dense)]
         attention = [base.attention / run.attention for run, base in pairs if run.attention]
-        row["attention_speedup"] = _spread(attention) if attention else None
+        row["attention_speedup"] = spread(attention) if attention else None
         predicted = None
         if row["attention_speedup"]:
             share = self.attention_share
             predicted = 1 / (1 - share + share / row["attention_speedup"]["median"])
         row["predicted_speedup"] = predicted
         for name in ("density", "missed_mass"):
-            row[name] = _mean(r[name] for clip in result.clips for r in clip.reports)
+            row[name] = mean_of_known(r[name] for clip in result.clips for r in clip.reports)
         for name in ("psnr", "ssim", "vmaf", "lpips", "latent_l2"):
-            row[name] = _mean(getattr(clip.quality, name, None) for clip in result.clips)
+            row[name] = mean_of_known(getattr(clip.quality, name, None) for clip in result.clips)
         verdicts = [all(clip.verdict.values()) for clip in result.clips if clip.verdict is not None]
         row["accuracy"] = fmean(verdicts) if verdicts else None
         return row
@@ -175,7 +175,7 @@ class Comparison:
                 }
             )
         return {
-            "made_by": _MADE_BY,
+            "made_by": MADE_BY,
             "pipeline": self.pipeline,
             "prompts": self.prompts,
             "seed": self.seed,
@@ -190,12 +190,7 @@ class Comparison:
 
     def table(self) -> str:
         """Aligned columns for a terminal; columns without a value are left out."""
-        columns: list[list[str]] = []
-        for title, _, cells in shown_columns(self):
-            width = max(map(len, (title, *cells)))
-            columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in (title, *cells)])
-        lines = ["  ".join(cells) for cells in zip(*columns)]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = text_table(self.rows(), COLUMNS)
         lines.append(
             f"attention is {self.attention_share:.0%} of the dense run: no sparse attention can be faster than "
             f"{self.ceiling:.2f}x here"
@@ -206,8 +201,8 @@ class Comparison:
     def write(self, folder: Path | str) -> Path:
         """Write results.json, the videos and report.html. Raises ValueError as `check_folder` does."""
         folder = Path(folder)
-        check_folder(folder)
-        with _replacing_folder(folder) as partial:
+        check_folder(folder, MADE_BY)
+        with replacing_folder(folder) as partial:
             text = json.dumps(self.to_dict(), indent=1, allow_nan=False, default=str)
             (partial / "results.json").write_text(text + "\n", encoding="utf-8")
             write_videos(self, partial / "videos")
@@ -215,11 +210,13 @@ class Comparison:
         return folder
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def _mean(values: Any) -> float | None:
+def mean_of_known(values: Any) -> float | None:
+    """The mean of what is not None, None if nothing is."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
@@ -335,37 +332,3 @@ def _timed_call(
         for part, value in transformer.seconds.items():
             parts[part] = parts.get(part, 0.0) + value
     return frames_of(output), last[0].cpu() if last else None, Timing(seconds, parts)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError unless the folder is new, empty, or from an earlier comparison, and can be written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {str(folder)!r} is a file, not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise ValueError(f"output folder {str(folder)!r} holds other files; name a new or an empty one")
-    check_writable(folder.absolute().parent)
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["made_by"] == _MADE_BY
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-@contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` to fill. It takes its place at the end, or is removed after an exception."""
-    folder = folder.absolute()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-        new = Path(partial, "new")
-        new.mkdir()
-        yield new
-        old = Path(partial, "old")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        finally:
-            if old.exists() and not folder.exists():
-                old.rename(folder)

@@ -161,3 +161,10 @@ def test_a_contact_sheet_shows_the_first_and_the_last_frame_under_one_row_of_nam
     assert sheet.shape == (2 * height - STRIP, together.shape[2], 3)
     assert np.array_equal(sheet[:height], together[0])
     assert np.array_equal(sheet[height:], together[-1, STRIP:])
+
+
+def test_names_in_the_scatter_do_not_cover_each_other():
+    speed = {"median": 1.2, "min": 1.1, "max": 1.3}
+    svg = scatter([(name * 5, speed, 40.0 + i / 10) for i, name in enumerate("abc")] + [("far", speed, 60.0)], "PSNR")
+    heights = [float(y) for y, name in re.findall(r'y="([\d.]+)"[^>]*>(\w+)<', svg) if name[0] in "abc"]
+    assert len(heights) == 3 and min(np.diff(sorted(heights))) >= 13

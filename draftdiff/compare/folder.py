@@ -1,0 +1,45 @@
+"""The folder that a comparison writes: new, or in place of an earlier one of its kind, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from draftdiff.media import check_writable
+
+
+def check_folder(folder: Path, made_by: str) -> None:
+    """Raise ValueError unless the folder is new, empty, or was made by the same command, and can be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {str(folder)!r} is a file, not a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not _is_from(folder, made_by):
+        raise ValueError(f"output folder {str(folder)!r} holds other files; name a new or an empty one")
+    check_writable(folder.absolute().parent)
+
+
+def _is_from(folder: Path, made_by: str) -> bool:
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["made_by"] == made_by
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` to fill. It takes its place at the end, or is removed after an exception."""
+    folder = folder.absolute()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+        new = Path(partial, "new")
+        new.mkdir()
+        yield new
+        old = Path(partial, "old")
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)

@@ -1,0 +1,136 @@
+"""A comparison of image settings for the eye: the columns of its table, a contact sheet, one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from draftdiff.compare.charts import bars, scatter
+from draftdiff.compare.html import Column, document, facts_list, figure, html_table, with_spread
+from draftdiff.compare.page import contact_sheet, side_by_side
+from draftdiff.media import replacing
+
+if TYPE_CHECKING:
+    from draftdiff.compare.images import ImageComparison
+
+SHEET_ROWS, PAGE_ROWS = 8, 4  # pictures per setting that are shown
+LARGEST = 512  # pixels a side of a picture in the page
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("setting", "setting", str, "plain is the model alone with its whole cache"),
+    ("images/s", "images_per_second", with_spread("", 2), "pictures per second of whole calls: median (least-most)"),
+    ("speed-up", "speedup", with_spread("x", 2), "plain time over this time in the same round: median (least-most)"),
+    (
+        "predicted",
+        "predicted_speedup",
+        "{:.2f}x".format,
+        "plain operations over these: the speed-up if all operations took the same time",
+    ),
+    ("memory", "memory", _megabytes, "most memory of a call above what was in use before it: its weights are left out"),
+    ("cache", "cache", _megabytes, "most bytes of keys and values held between two scales, measured"),
+    ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
+    ("PSNR", "psnr", "{:.1f} dB".format, "against the plain picture of the same seed, RGB, mean; 100 is identical"),
+    ("SSIM", "ssim", "{:.3f}".format, "structural similarity to the plain picture, RGB; 1 is identical"),
+    ("ST-LPIPS", "lpips", "{:.3f}".format, "learned perceptual distance (shift-tolerant, AlexNet); 0 is identical"),
+    ("class right", "accuracy", "{:.0%}".format, "share of pictures that show their class, by the rule-based judge"),
+)
+
+
+def write_sheet(comparison: ImageComparison, path: Path) -> None:
+    """One PNG: a column per setting under its name, a row per picture."""
+    from PIL import Image
+
+    rows = min(len(comparison.subjects), SHEET_ROWS)
+    together = side_by_side({result.setting.name: result.pictures[:rows] for result in comparison.results})
+    with replacing(path) as partial:
+        Image.fromarray(contact_sheet(together, moments=rows)).save(partial)
+
+
+def write_page(comparison: ImageComparison, path: Path) -> None:
+    path.write_text(page(comparison), encoding="utf-8")
+
+
+def page(comparison: ImageComparison) -> str:
+    rows = comparison.rows()
+    fastest = max(rows[1:], key=lambda row: row["speedup"]["median"])
+    smallest = min(rows[1:], key=lambda row: row["cache"])
+    pictures = len(comparison.subjects)
+    headline = (
+        f"{pictures} picture{'s' * (pictures > 1)} in one batch. Fastest: <b>{fastest['setting']}</b>, "
+        f"{fastest['speedup']['median']:.2f}x. Smallest cache: <b>{smallest['setting']}</b>, "
+        f"{smallest['cache_share']:.0%} of the plain one."
+    )
+    title = f"CoDe and ScaleKV: {comparison.model}"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="lead">{headline}</p>',
+        html_table(rows, COLUMNS),
+        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
+        "<h2>Pictures</h2>",
+        '<p class="note">One seed per row. CoDe and a cut cache lead to other draws: a picture that differs from the '
+        "plain one is not worse for that; judge each by what it shall show.</p>",
+        *(_pictures(comparison, index) for index in range(min(pictures, PAGE_ROWS))),
+        "<h2>Likeness against speed</h2>",
+        _scatters(rows),
+        "<h2>Time and cache</h2>",
+        _bars(rows),
+        "<h2>How it was run</h2>",
+        _details(comparison),
+    ]
+    return document(f"draftdiff image --compare: {comparison.model}", sections)
+
+
+def _pictures(comparison: ImageComparison, index: int) -> str:
+    figures = []
+    for result in comparison.results:
+        facts = []
+        if result is not comparison.plain:
+            same = np.array_equal(result.pictures[index], comparison.plain.pictures[index])
+            facts.append("the plain picture" if same else "another sample")
+        if result.right is not None:
+            facts.append("class right" if result.right[index] else "class wrong")
+        figures.append(figure(_picture(result.pictures[index], result.setting.name), result.setting.name, facts))
+    subject = escape(str(comparison.subjects[index]))
+    return f'<h3>“{subject}”, seed {comparison.seed + index}</h3><div class="pictures">{"".join(figures)}</div>'
+
+
+def _picture(picture: np.ndarray, name: str) -> str:
+    from PIL import Image
+
+    image, buffer = Image.fromarray(picture), io.BytesIO()
+    image.thumbnail((LARGEST, LARGEST))
+    image.save(buffer, "PNG")
+    data, (width, height) = base64.b64encode(buffer.getvalue()).decode(), image.size
+    return f'<img src="data:image/png;base64,{data}" style="aspect-ratio:{width}/{height}" alt="{escape(name)}">'
+
+
+def _scatters(rows: list[dict[str, Any]]) -> str:
+    charts = []
+    for key, title, best in (("psnr", "PSNR (dB)", math.inf), ("accuracy", "class right (share)", 1.0)):
+        points = [(row["setting"], row["speedup"], row[key]) for row in rows[1:] if row[key] is not None]
+        if points:
+            charts.append(scatter(points, title, base="plain", best=best))
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _bars(rows: list[dict[str, Any]]) -> str:
+    time = [(row["setting"], {"seconds per picture": row["seconds_per_image"]["median"]}) for row in rows]
+    cache = [(row["setting"], {"MB of keys and values": row["cache"] / 1e6}) for row in rows]
+    return bars(time, title="time per picture") + bars(cache, "MB", "cache")
+
+
+def _details(comparison: ImageComparison) -> str:
+    facts: dict[str, Any] = {"model": comparison.model, **comparison.about, "seed": comparison.seed, **comparison.call}
+    facts["pictures"] = ", ".join(map(str, comparison.subjects))
+    return facts_list(facts)

@@ -1,0 +1,221 @@
+"""Next-scale image models with CoDe, ScaleKV and both, measured against the plain model on the same seeds.
+
+All settings run in turn within a round, in one process, so that a machine that slows down slows all of them; a speed-up
+is a ratio within a round. What a setting costs besides time (operations, memory, cache) and its pictures come from
+untimed runs before the rounds; every timed run is checked against those pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from draftdiff.compare.folder import check_folder, replacing_folder
+from draftdiff.compare.html import text_table
+from draftdiff.compare.image_page import COLUMNS, write_page, write_sheet
+from draftdiff.compare.metrics import Unavailable, lpips, psnr, ssim
+from draftdiff.compare.run import spread
+from draftdiff.image import PLAIN, ImageModel, Setting
+from draftdiff.measure import count_flops, peak_memory
+
+MADE_BY = "draftdiff image --compare"
+
+
+@dataclass
+class SettingResult:
+    """pictures: uint8 [pictures, height, width, 3].  flops: of the whole call, as counted while it ran.
+    memory: most bytes above what was in use before, None where unknown.  cache: bytes held after each scale.
+    quality: against the plain pictures, by metric.  right: whether each picture shows its class.
+    repeat_error: largest difference of a timed run's pictures to `pictures`, of 255."""
+
+    setting: Setting
+    pictures: np.ndarray
+    flops: int
+    memory: int | None
+    cache: list[int]
+    seconds: list[float] = field(default_factory=list)
+    quality: dict[str, float] = field(default_factory=dict)
+    right: list[bool] | None = None
+    repeat_error: int = 0
+
+
+@dataclass
+class ImageComparison:
+    """Results, the plain setting first. call: arguments of the pipeline's call.  missing: metrics, and why.
+    about: where and with what it ran."""
+
+    model: str
+    subjects: list[Any]
+    seed: int
+    call: dict[str, Any]
+    results: list[SettingResult]
+    missing: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> SettingResult:
+        return self.results[0]
+
+    def row(self, result: SettingResult) -> dict[str, Any]:
+        """The figures of one setting; None for what does not apply or cannot be had."""
+        count, others = len(self.subjects), result is not self.plain
+        held = max(result.cache)
+        return {
+            "setting": result.setting.name,
+            "images_per_second": spread([count / seconds for seconds in result.seconds]),
+            "seconds_per_image": spread([seconds / count for seconds in result.seconds]),
+            "speedup": spread([base / own for base, own in zip(self.plain.seconds, result.seconds)])
+            if others
+            else None,
+            "predicted_speedup": self.plain.flops / result.flops if others else None,
+            "flops": result.flops,
+            "memory": result.memory,
+            "cache": held,
+            "cache_share": held / max(self.plain.cache) if others else None,
+            "psnr": result.quality.get("psnr"),
+            "ssim": result.quality.get("ssim"),
+            "lpips": result.quality.get("lpips"),
+            "accuracy": fmean(result.right) if result.right else None,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.row(result) for result in self.results]
+
+    def notes(self) -> list[str]:
+        """What a reader of the table should know."""
+        notes = [f"no {name.upper()}: {reason}" for name, reason in self.missing.items()]
+        notes += [
+            f"{result.setting.name} did not repeat its pictures: they differ by up to {result.repeat_error} of 255"
+            for result in self.results
+            if result.repeat_error > 1  # rounding
+        ]
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, ready for JSON."""
+        settings = [
+            {
+                **row,
+                **asdict(result.setting),
+                "seconds": result.seconds,
+                "cache_after_each_scale": result.cache,
+                "right": result.right,
+                "repeat_error": result.repeat_error,
+            }
+            for result, row in zip(self.results, self.rows())
+        ]
+        return {
+            "made_by": MADE_BY,
+            "model": self.model,
+            "subjects": self.subjects,
+            "seed": self.seed,
+            "call": self.call,
+            "missing": self.missing,
+            "settings": settings,
+            "about": self.about,
+        }
+
+    def table(self) -> str:
+        """Aligned columns for a terminal; columns without a value are left out."""
+        return "\n".join(line.rstrip() for line in [*text_table(self.rows(), COLUMNS), *self.notes()])
+
+    def write(self, folder: Path | str) -> Path:
+        """Write results.json, contact-sheet.png and report.html. Raises ValueError as `check_folder` does."""
+        folder = Path(folder)
+        check_folder(folder, MADE_BY)
+        with replacing_folder(folder) as partial:
+            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+            (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+            write_sheet(self, partial / "contact-sheet.png")
+            write_page(self, partial / "report.html")
+        return folder
+
+
+def compare_images(
+    model: ImageModel,
+    subjects: Sequence[Any],
+    settings: Sequence[Setting],
+    *,
+    repeat: int = 3,
+    seed: int = 0,
+    call: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> ImageComparison:
+    """Run the plain model and every setting on all subjects as one batch, `repeat` times, and compare.
+
+    subjects: class names or ids, or prompts, one per picture.  call: further arguments of the pipeline's call.
+    The model is left plain. Raises ValueError for no subjects or settings, or a setting that the model cannot have.
+    """
+    call = dict(call or {})
+    if not subjects or not settings:
+        raise ValueError("a comparison needs at least one picture and one setting besides plain")
+    if repeat < 1:
+        raise ValueError(f"repeat must be at least 1, got {repeat}")
+    for setting in settings:
+        model.check(setting, call)
+    every = [PLAIN, *(setting for setting in dict.fromkeys(settings) if setting != PLAIN)]
+    model.pipeline.set_progress_bar_config(disable=True)
+    results: list[SettingResult] = []
+    try:
+        with tqdm(total=len(every) * (2 + repeat), desc="compare", unit="run", disable=not progress) as bar:
+            for setting in every:
+                bar.set_postfix_str(f"{setting.name} (warm-up)")
+                results.append(_examine(model, setting, subjects, seed, call, bar))
+            for result in (result for _ in range(repeat) for result in results):
+                bar.set_postfix_str(result.setting.name)
+                model.apply(result.setting)
+                start = time.perf_counter()
+                pictures = model.pictures(subjects, seed, **call)
+                result.seconds.append(time.perf_counter() - start)  # the pictures are on the host: nothing still runs
+                error = np.abs(pictures.astype(np.int16) - result.pictures).max()
+                result.repeat_error = max(result.repeat_error, int(error))
+                bar.update()
+    finally:
+        model.apply(PLAIN)
+        model.pipeline.set_progress_bar_config(disable=False)
+    missing = _judge(results, subjects, model)
+    return ImageComparison(model.name, list(subjects), seed, call, results, missing)
+
+
+def _examine(
+    model: ImageModel, setting: Setting, subjects: Sequence[Any], seed: int, call: dict[str, Any], bar: tqdm
+) -> SettingResult:
+    """All about a setting that needs no clock. It also warms up."""
+    held: list[int] = []
+
+    def look(_pipeline: Any, _scale: int, _step: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        held.append(tensors["cache"].nbytes)
+        return {}
+
+    looking = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["cache"]}
+    model.apply(setting)
+    pictures, flops = count_flops(lambda: model.pictures(subjects, seed, **call, **looking))
+    bar.update()
+    _, memory = peak_memory(lambda: model.pictures(subjects, seed, **call), model.device)
+    bar.update()
+    return SettingResult(setting, pictures, flops, memory, held)
+
+
+def _judge(results: list[SettingResult], subjects: Sequence[Any], model: ImageModel) -> dict[str, str]:
+    """Fill in quality and verdicts; returns the metrics that cannot be had, and why."""
+    missing: dict[str, str] = {}
+    plain = results[0].pictures
+    for result in results:
+        if model.judge is not None:
+            result.right = [model.judge(subject, picture) for subject, picture in zip(subjects, result.pictures)]
+        if result is results[0]:
+            continue
+        for metric in (psnr, ssim, lpips):
+            try:
+                result.quality[metric.__name__] = metric(result.pictures, plain)
+            except Unavailable as reason:  # noqa: PERF203
+                missing[metric.__name__] = str(reason)
+    return missing

@@ -1,0 +1,59 @@
+"""Which keys matter to a few queries, and a cache cut down to them.
+
+The steps that cache compression methods share (SnapKV, arXiv 2404.14469; ScaleKV, arXiv 2505.19602; SpecKV and SpecPC,
+arXiv 2506.08373): score keys by attention from chosen queries, smooth over neighbours, keep the best.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POOLINGS = ("max", "average")
+
+
+def attention_mass(query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
+    """Softmax attention that each key gets from all given queries together, fp32 [batch, key heads, keys].
+
+    query: [batch, heads, queries, head_dim].  key: [batch, key heads, keys, head_dim]; several query heads may share a
+    key head, and their masses add.  scale: of the scores, 1/sqrt(head_dim) if None.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    groups = query.unflatten(1, (key.shape[1], -1))
+    scores = groups.flatten(2, 3) @ key.transpose(-1, -2)
+    return (scores.float() * scale).softmax(-1).sum(2)
+
+
+def smooth(scores: Tensor, kernel: int = 5, pooling: str = "average") -> Tensor:
+    """Scores [batch, heads, keys] pooled over `kernel` neighbours in key order, so that a key's context stays with it.
+
+    The average counts missing neighbours at the ends as 0.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd and positive, got {kernel}")
+    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return pool(scores, kernel, stride=1, padding=kernel // 2)
+
+
+def keep_topk(scores: Tensor, count: int, always: Tensor | None = None) -> Tensor:
+    """The `count` best keys of each row, int64 [batch, heads, count], ascending.
+
+    scores: [batch, heads, keys].  always: int64 [n], keys that are kept in every row whatever they score, n <= count.
+    """
+    if always is None:
+        return scores.topk(count, dim=-1).indices.sort(-1).values
+    lowest = torch.finfo(scores.dtype).min
+    rest = scores.clamp(min=lowest).index_fill(-1, always, -torch.inf)
+    best = rest.topk(count - len(always), dim=-1).indices
+    return torch.cat([always.expand(*best.shape[:-1], -1), best], dim=-1).sort(-1).values
+
+
+def gather_kv(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, heads, keys, head_dim] at indices [batch, heads, kept], in memory of their own."""
+    where = indices[..., None].expand(-1, -1, -1, key.shape[-1])
+    return key.gather(2, where), value.gather(2, where)

@@ -1,0 +1,212 @@
+"""From a model's name to a next-scale pipeline (VAR, Infinity) in a setting of CoDe and ScaleKV, and its pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from draftdiff.core.budget import check_cache_budget
+from draftdiff.generate import DTYPE_ARGUMENT, DTYPES, find_device, one_line, quiet_diffusers
+from draftdiff.media import to_uint8
+from draftdiff.pipelines.hub import local_folder
+from draftdiff.pipelines.infinity import InfinityPipeline
+from draftdiff.pipelines.var import VARPipeline
+from draftdiff.var.collaborative import check_draft_scales, check_pair
+from draftdiff.var.transformer_var import VARTransformer2DModel
+
+EMBEDDED = "mini-image"
+PIPELINES: dict[str, Any] = {kind.__name__: kind for kind in (VARPipeline, InfinityPipeline)}
+
+Judge = Callable[[Any, np.ndarray], bool]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is switched on. draft_scales: scales that CoDe's drafter draws.  budget: share of the cache that ScaleKV
+    keeps. None: off."""
+
+    draft_scales: int | None = None
+    budget: float | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [] if self.draft_scales is None else [f"CoDe N={self.draft_scales}"]
+        parts += [] if self.budget is None else [f"ScaleKV {100 * self.budget:g}%"]
+        return " + ".join(parts) or "plain"
+
+
+PLAIN = Setting()
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """A loaded pipeline. refiner: CoDe's second model, if there is one.  defaults: arguments of its call that are not
+    the pipeline's own defaults.  drafters: which layers look widely, as arguments of `enable_scale_kv`.
+    judge: (class name or id, picture) -> whether the picture shows it."""
+
+    name: str
+    pipeline: Any
+    refiner: VARTransformer2DModel | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    drafters: dict[str, Any] = field(default_factory=dict)
+    judge: Judge | None = None
+
+    @property
+    def by_class(self) -> bool:
+        return isinstance(self.pipeline, VARPipeline)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline._execution_device
+
+    @property
+    def saved_setting(self) -> Setting:
+        """That of the folder it came from: a pair of models decodes together."""
+        return Setting(self.pipeline.config.draft_scales) if self.by_class and self.refiner is not None else PLAIN
+
+    def tokens(self, call: dict[str, Any]) -> list[int]:
+        """How many tokens each scale of a picture has."""
+        if self.by_class:
+            return [side**2 for side in self.pipeline.scheduler.patch_nums]
+        sizes = {name: call.get(name) for name in ("height", "width")}
+        scales = self.pipeline._scales(**sizes, aspect_ratio=call.get("aspect_ratio", 1.0), size=call.get("size", "1M"))
+        return [height * width for height, width in scales]
+
+    def scales(self, call: dict[str, Any]) -> int:
+        """How many scales a picture has. Raises ValueError for a size or aspect ratio that is unknown."""
+        return len(self.tokens(call))
+
+    def check(self, setting: Setting, call: dict[str, Any]) -> None:
+        """Raise ValueError for a setting that this model cannot have."""
+        if setting.draft_scales is not None:
+            if not self.by_class:
+                raise ValueError("--draft-scales is for VAR, whose models come in pairs; Infinity's do not")
+            check_draft_scales(setting.draft_scales, self.scales(call))
+            if self.refiner is None:
+                raise ValueError(f"--draft-scales needs a second model: {self.name} has none; name one by --refiner")
+            check_pair(self.pipeline.transformer, self.refiner, setting.draft_scales)
+        if setting.budget is not None:
+            check_cache_budget(setting.budget)
+
+    def apply(self, setting: Setting) -> None:
+        """Switch CoDe and ScaleKV on or off."""
+        if self.by_class:
+            self.pipeline.disable_collaborative()
+            if setting.draft_scales is not None:
+                assert self.refiner is not None
+                self.pipeline.enable_collaborative(self.refiner, setting.draft_scales)
+        if setting.budget is None:
+            self.pipeline.disable_scale_kv()
+        else:
+            drafters = dict(self.drafters)
+            if setting.draft_scales is None:
+                drafters.pop("refiner_drafters", None)
+            self.pipeline.enable_scale_kv(setting.budget, **drafters)
+
+    def pictures(self, subjects: Sequence[Any], seed: int, **call: Any) -> np.ndarray:
+        """One picture per subject (class or prompt), the i-th drawn from seed + i whatever the others are: uint8
+        [pictures, height, width, 3]."""
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(subjects))]
+        made = self.pipeline(list(subjects), generator=generators, output_type="np", **call)
+        return to_uint8(np.asarray(made.images))
+
+
+def load(
+    name: str | None, *, refiner: str | None = None, dtype: str | None = None, device: str | None = None
+) -> ImageModel:
+    """Load a next-scale pipeline and put it on its device.
+
+    name: folder or hub repository; None is the embedded mini model.  refiner: likewise, of a second VAR model.
+    dtype: float32, float16 or bfloat16; None is bfloat16 on a GPU, and float32 on a CPU and for the embedded model.
+    Raises ValueError, in one line, for what cannot be loaded.
+    """
+    place = find_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    wanted = DTYPES[dtype or ("float32" if name is None or place.type == "cpu" else "bfloat16")]
+    if name is None:
+        model = _embedded(wanted)
+    else:
+        pipeline = _pretrained(name, wanted)
+        model = ImageModel(name, pipeline, getattr(pipeline, "refiner", None))
+    if refiner is not None:
+        if not model.by_class:
+            raise ValueError("--refiner is for VAR, whose models come in pairs; Infinity's do not")
+        model = replace(model, refiner=_pretrained(refiner, wanted, expect="VARPipeline").transformer)
+    model.pipeline.to(place)
+    if model.refiner is not None:
+        model.refiner.to(place)
+    return model
+
+
+def _embedded(dtype: torch.dtype) -> ImageModel:
+    from draftdiff.pipelines.mini_image import load_mini_image, load_mini_refiner, mini_image_defaults
+    from draftdiff.pipelines.mini_picture_judge import judge
+
+    with quiet_diffusers():
+        pipeline = load_mini_image(torch_dtype=dtype)
+
+    def shows(subject: Any, picture: np.ndarray) -> bool:
+        label = pipeline.get_label_ids(subject)[0] if isinstance(subject, str) else subject
+        return judge(picture / 255).shows(label)
+
+    return ImageModel(EMBEDDED, pipeline, load_mini_refiner(dtype), mini_image_defaults()["generate"], judge=shows)
+
+
+def _pretrained(name: str, dtype: torch.dtype, expect: str | None = None) -> Any:
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ValueError(f"model {name!r} is a file; make a folder of original checkpoints by: draftdiff convert")
+    try:
+        folder = local_folder(path if path.is_dir() else name, {})
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    except Exception as error:  # the hub has its own
+        raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from None
+    allowed = list(PIPELINES) if expect is None else [expect]
+    if kind not in allowed:
+        hint = "" if expect else "; diffusers' own pipelines run by: draftdiff generate"
+        raise ValueError(f"model {name!r} is a {kind}, not a {' or '.join(allowed)}{hint}")
+    try:
+        with quiet_diffusers():
+            return PIPELINES[kind].from_pretrained(folder, **{DTYPE_ARGUMENT: dtype})
+    except Exception as error:  # transformers and safetensors each have their own
+        raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def default_settings(scales: int, pair: bool) -> tuple[list[int], list[float]]:
+    """Numbers of drafted scales (the last four possible) and budgets that a comparison tries."""
+    return list(range(max(scales - 4, 1), scales)) if pair else [], [0.2, 0.1, 0.04]
+
+
+def settings_of(draft_scales: Sequence[int], budgets: Sequence[float], scales: int) -> list[Setting]:
+    """Each alone, and each budget with the number of drafted scales nearest to the paper's (all but two)."""
+    alone = [Setting(n) for n in draft_scales] + [Setting(budget=budget) for budget in budgets]
+    if not draft_scales:
+        return alone
+    middle = min(draft_scales, key=lambda n: (abs(n - (scales - 2)), n))
+    return alone + [Setting(middle, budget) for budget in budgets]
+
+
+def calibrated(model: ImageModel, subjects: Sequence[Any], seed: int, share: float, call: dict[str, Any]) -> dict:
+    """Drafter layers by scale of the model, and of its refiner where there is one, with the index that they were chosen
+    by: [layers][scales], None where there is no history. The model must be plain."""
+    found: dict[str, Any] = {}
+    pipeline = model.pipeline
+    models = {"drafters": pipeline}
+    if model.refiner is not None:
+        models["refiner_drafters"] = VARPipeline(model.refiner, pipeline.vae, pipeline.scheduler)
+    for name, pipe in models.items():
+        pipe.set_progress_bar_config(disable=True)  # there is one over the subjects
+        ids = pipeline._class_labels(subjects, 1, None).tolist() if model.by_class else subjects
+        measured = pipe.calibrate_scale_kv(ids, generator=torch.Generator().manual_seed(seed), **call)
+        found[name] = {scale: list(layers) for scale, layers in measured.drafters(share).items()}
+        index = [[None if math.isnan(value) else value for value in row] for row in measured.index.tolist()]
+        found[name.replace("drafters", "index")] = index
+    return found

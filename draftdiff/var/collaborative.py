@@ -1,0 +1,77 @@
+"""Collaborative decoding (CoDe, arXiv 2411.17787): a large drafter for the first scales, a small refiner after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from draftdiff.var.cache import KVCache
+from draftdiff.var.decoding import ScaleDecoder
+from draftdiff.var.transformer_var import VARTransformer2DModel
+
+SHARED = ("vocab_size", "in_channels", "num_classes", "patch_nums")
+
+
+def check_pair(drafter: VARTransformer2DModel, refiner: VARTransformer2DModel, draft_scales: int) -> None:
+    """Raise ValueError unless these two can work together for that many drafted scales."""
+    for name in SHARED:
+        ours, theirs = drafter.config[name], refiner.config[name]
+        if (tuple(ours) != tuple(theirs)) if name == "patch_nums" else (ours != theirs):
+            raise ValueError(f"drafter and refiner must have the same {name}, got {ours} and {theirs}")
+    check_draft_scales(draft_scales, len(drafter.config.patch_nums))
+
+
+def check_draft_scales(draft_scales: int, scales: int) -> None:
+    """Raise ValueError unless both models have a scale to do."""
+    if isinstance(draft_scales, bool) or not isinstance(draft_scales, int) or not 1 <= draft_scales < scales:
+        raise ValueError(f"draft_scales must be a whole number from 1 to {scales - 1}, got {draft_scales!r}")
+
+
+class CollaborativeDecoder:
+    """Drafter for scales 0 to draft_scales - 1, refiner for the others.
+
+    At the hand-over the drafter's cache is dropped and the refiner reads all drafted scales in one block-causal
+    forward, which fills its cache and gives the logits of the next scale alone.
+    """
+
+    def __init__(
+        self,
+        drafter: VARTransformer2DModel,
+        refiner: VARTransformer2DModel,
+        draft_scales: int,
+        new_cache: Callable[[VARTransformer2DModel], KVCache],
+    ) -> None:
+        check_pair(drafter, refiner, draft_scales)
+        self.draft_scales = draft_scales
+        self.refiner = refiner
+        self.new_cache = new_cache
+        self.active = ScaleDecoder(drafter, new_cache)
+        self.drafted: list[Tensor] = []
+
+    @property
+    def cache(self) -> KVCache:
+        """Of the model at work."""
+        return self.active.cache
+
+    def logits(self, scale: int, inputs: Tensor | None, class_labels: Tensor) -> Tensor:
+        """See Decoder."""
+        if scale > self.draft_scales:
+            return self.active.logits(scale, inputs, class_labels)
+        if inputs is not None:
+            self.drafted.append(inputs)
+        if scale < self.draft_scales:
+            return self.active.logits(scale, inputs, class_labels)
+        self.active.cache.clear()  # before the refiner's grows
+        self.active = ScaleDecoder(self.refiner, self.new_cache)
+        history = torch.cat(self.drafted, dim=1)
+        self.drafted.clear()
+        return self.refiner(
+            history,
+            class_labels,
+            logits_from=scale,
+            cache=self.active.cache,
+            keep=scale < self.active.last,
+            return_dict=False,
+        )[0]

@@ -1,0 +1,147 @@
+"""The text-to-image pipeline as its users call it."""
+
+import numpy as np
+import pytest
+import torch
+
+from draftdiff.pipelines.infinity import InfinityPipeline
+from draftdiff.var.schedules import SCHEDULES
+from tests.var import tiny_infinity
+
+SMALL = {"size": "0.06M", "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_infinity.infinity_pipeline()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_every_output_type_is_the_same_picture(pipe):
+    call = {"prompt": "a red circle", "height": 336, "width": 224}
+    pt, array, pictures, latents = (
+        pipe(**call, generator=seeded(), output_type=kind).images for kind in ("pt", "np", "pil", "latent")
+    )
+    assert pt.shape == (1, 3, 336, 224) and latents.shape == (1, 6, 21, 14) and pictures[0].size == (224, 336)
+    np.testing.assert_allclose(array, pt.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    torch.testing.assert_close(pipe.vae.decode(latents).sample / 2 + 0.5, pt, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("ratio", SCHEDULES)
+def test_every_aspect_ratio_gives_its_size(pipe, ratio):
+    latents = pipe("a red circle", aspect_ratio=ratio, **SMALL, generator=seeded()).images
+    assert latents.shape[-2:] == SCHEDULES[ratio][6]
+
+
+def test_a_batch_of_different_prompts_is_its_pictures_alone(pipe):
+    prompts = ["a red circle", "the green square on the left"]
+    together = pipe(prompts, generator=[seeded(1), seeded(2)], **SMALL).images
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt, generator=[seeded(index + 1)], **SMALL).images
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_several_pictures_per_prompt_stand_next_to_each_other(pipe):
+    generators = [seeded(n) for n in range(4)]
+    prompts = ["a red circle", "a green square"]
+    four = pipe(prompts, num_images_per_prompt=2, generator=generators, **SMALL).images
+    third = pipe(prompts[1], generator=[seeded(2)], **SMALL).images
+    torch.testing.assert_close(four[2:3], third, atol=1e-5, rtol=0)
+
+
+def test_prompts_and_their_embeddings_mean_the_same(pipe):
+    prompts = ["a red circle", "the green square on the left"]
+    embeds, mask = pipe.encode_prompt(prompts)
+    negative, negative_mask = pipe.encode_prompt("a red square")
+    by_text = pipe(prompts, negative_prompt="a red square", generator=seeded(), **SMALL).images
+    by_embeds = pipe(
+        prompt_embeds=embeds,
+        prompt_mask=mask,
+        negative_prompt_embeds=negative,
+        negative_prompt_mask=negative_mask,
+        generator=seeded(),
+        **SMALL,
+    ).images
+    assert torch.equal(by_text, by_embeds)
+    assert not torch.equal(by_text, pipe(prompts, generator=seeded(), **SMALL).images)
+
+
+def test_guidance_one_is_the_conditional_model_alone(pipe):
+    off = pipe("a red circle", guidance_scale=1, generator=seeded(), **SMALL).images
+    almost = pipe("a red circle", guidance_scale=1 + 1e-9, generator=seeded(), **SMALL).images
+    torch.testing.assert_close(off, almost, atol=1e-5, rtol=0)
+
+
+def test_patchified_models_have_two_by_two_cells_per_token():
+    pipe = tiny_infinity.infinity_pipeline(patchify=True)
+    image = pipe("a red circle", size="0.06M", generator=seeded(), output_type="pt").images
+    assert image.shape == (1, 3, 256, 256)
+
+
+def test_a_saved_pipeline_comes_back_whole(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "whole")
+    loaded = InfinityPipeline.from_pretrained(tmp_path / "whole")
+    loaded.set_progress_bar_config(disable=True)
+    expected = pipe("a red circle", generator=seeded(), **SMALL).images
+    assert torch.equal(loaded("a red circle", generator=seeded(), **SMALL).images, expected)
+
+    bare = InfinityPipeline(pipe.transformer, pipe.vae, pipe.scheduler)
+    bare.save_pretrained(tmp_path / "bare")
+    assert InfinityPipeline.from_pretrained(tmp_path / "bare").text_encoder is None
+
+
+def test_half_precision_works(pipe):
+    half = tiny_infinity.infinity_pipeline().to(torch.bfloat16)
+    assert half("a red circle", size="0.06M", generator=seeded(), output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": ["a", "  "]}, "prompt is empty"),
+        ({"prompt": []}, r"prompt must be a text or a list of texts, got \[\]"),
+        ({"prompt": 3}, "prompt must be a text or a list of texts, got 3"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 7)}, r"must be \[prompts, tokens, 128\], got \(1, 3, 7\)"),
+        ({"negative_prompt": ["a", "b", "c"]}, "1 prompts need 1 or as many negative ones: 3"),
+        ({"aspect_ratio": 1.1}, r"unknown aspect ratio \(height / width\) 1.1"),
+        ({"size": "4M"}, "size must be one of"),
+        ({"height": 1000, "width": 1000}, "no schedule ends at 1000x1000 pixels"),
+        ({"height": 1024}, "give both height and width or neither"),
+        (
+            {"guidance_scale": [3.0, 3.0]},
+            r"guidance_scale must be one number or one for each of 7 scales, got \[3.0, 3.0\]",
+        ),
+        ({"generator": [seeded(), seeded()]}, "1 pictures need one generator or a list of 1, got 2"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1"),
+        ({"output_type": "jpeg"}, "output_type must be"),
+        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"top_p": -1}, "top_p must be from 0 to 1, got -1"),
+        ({"rng": "slow"}, "rng must be one of fast, upstream"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback tensors must be of"),
+    ],
+)
+def test_what_cannot_be_is_named_in_one_line(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipe(**{"prompt": "a red circle", "size": "0.06M", **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_fit_together_are_named(pipe):
+    other = tiny_infinity.transformer(bits=5)
+    with pytest.raises(ValueError, match="5 bits per token, but latent_channels 6 with patchify=False are 6"):
+        InfinityPipeline(other, pipe.vae, pipe.scheduler)
+    with pytest.raises(ValueError, match="no text encoder: pass prompt_embeds"):
+        InfinityPipeline(pipe.transformer, pipe.vae, pipe.scheduler)("a red circle", **SMALL)
+
+
+def test_model_offload_changes_no_picture():
+    pipe = tiny_infinity.infinity_pipeline()
+    plain = pipe("a red circle", generator=seeded(), **SMALL).images
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(pipe("a red circle", generator=seeded(), **SMALL).images, plain)

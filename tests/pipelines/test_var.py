@@ -1,0 +1,227 @@
+"""The class-conditional pipeline as its users call it."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from draftdiff.pipelines.var import VARPipeline
+from draftdiff.var.scheduler_var import VARScheduler
+from tests.var import tiny
+
+NAMES = {0: "circle", 1: "square", 2: "triangle", 3: "star", 4: "cross"}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = VARPipeline(
+        tiny.transformer(), tiny.vq_model(), VARScheduler(tiny.PATCH_NUMS, top_k=20, top_p=0.9), id2label=NAMES
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_every_output_type_is_the_same_picture(pipe):
+    pt = pipe([1], generator=seeded(), output_type="pt").images
+    array = pipe([1], generator=seeded(), output_type="np").images
+    picture = pipe([1], generator=seeded()).images[0]
+    latents = pipe([1], generator=seeded(), output_type="latent").images
+    assert pt.shape == (1, 3, 16, 16) and latents.shape == (1, 4, 8, 8) and picture.size == (16, 16)
+    np.testing.assert_allclose(array, pt.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    assert np.abs(np.asarray(picture) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
+    decoded = pipe.vae.decode(latents).sample / 2 + 0.5
+    torch.testing.assert_close(decoded, pt, atol=1e-6, rtol=0)
+    assert isinstance(pipe([1], generator=seeded(), return_dict=False), tuple)
+
+
+def test_names_and_numbers_of_classes_mean_the_same(pipe):
+    by_name = pipe(["star", 1], generator=seeded(), output_type="latent").images
+    by_number = pipe(torch.tensor([3, 1]), generator=seeded(), output_type="latent").images
+    assert torch.equal(by_name, by_number)
+    assert pipe.get_label_ids("cross") == [4]
+
+
+def test_a_batch_with_a_generator_each_is_its_pictures_alone(pipe):
+    batch = pipe([3, 1], generator=[seeded(5), seeded(6)], output_type="latent").images
+    for index, (label, seed) in enumerate([(3, 5), (1, 6)]):
+        alone = pipe(label, generator=[seeded(seed)], output_type="latent").images
+        torch.testing.assert_close(batch[index : index + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_several_pictures_per_class_stand_next_to_each_other(pipe):
+    generators = [seeded(n) for n in range(4)]
+    four = pipe([3, 1], num_images_per_prompt=2, generator=generators, output_type="latent").images
+    third = pipe([1], generator=[seeded(2)], output_type="latent").images
+    torch.testing.assert_close(four[2:3], third, atol=1e-5, rtol=0)
+
+
+def test_guidance_zero_is_the_conditional_model_alone(pipe):
+    none = pipe([1], guidance_scale=0, generator=seeded(), output_type="latent").images
+    almost = pipe([1], guidance_scale=1e-9, generator=seeded(), output_type="latent").images
+    torch.testing.assert_close(none, almost, atol=1e-5, rtol=0)
+
+
+def test_the_doubled_batch_of_guidance_is_two_single_runs(pipe):
+    seen = []
+    call = {"output_type": "latent", "callback_on_step_end_tensor_inputs": ["latents", "logits"]}
+
+    def record(_pipe, scale, _step, tensors):
+        seen.append((scale, tensors["latents"], tensors["logits"]))
+
+    pipe([2], guidance_scale=3.0, generator=seeded(), callback_on_step_end=record, **call)
+    with torch.no_grad():
+        for scale, _, logits in seen[1:]:
+            history = [pipe.scheduler.scale_model_input(seen[n][1], n + 1) for n in range(scale)]
+            inputs = torch.cat(history, dim=1)
+            yes, no = (pipe.transformer(inputs, torch.tensor([label]), logits_from=scale).sample for label in (2, 5))
+            t = 3.0 * scale / 5
+            torch.testing.assert_close(logits, (1 + t) * yes - t * no, atol=1e-4, rtol=0)
+
+
+def test_without_labels_the_generator_chooses_the_classes(pipe):
+    twice = [pipe(num_images_per_prompt=3, generator=seeded(), output_type="latent").images for _ in range(2)]
+    assert torch.equal(*twice) and len(twice[0]) == 3
+
+
+def test_more_smooth_mixes_codes(pipe):
+    smooth = [
+        pipe([1], more_smooth=True, generator=seeded(), output_type="latent", rng=rng).images
+        for rng in ("fast", "upstream")
+    ]
+    assert not torch.equal(*smooth)  # the originals' extra draws shift the noise
+    assert smooth[0].isfinite().all()
+
+
+def test_in_painting_keeps_the_picture_outside_the_hole(pipe):
+    picture = PIL.Image.fromarray((np.random.default_rng(0).random((16, 16, 3)) * 255).astype(np.uint8))
+    mask = PIL.Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    kept = pipe.vae.quantize.latents_by_scale(
+        pipe.vae.encode(pipe.image_processor.preprocess(picture), tiny.PATCH_NUMS)
+    )[-1]
+    painted = pipe([2], image=picture, mask_image=mask, generator=seeded(), output_type="latent").images
+    assert torch.equal(painted[..., 4:], kept[..., 4:])
+    assert not torch.equal(painted[..., :4], kept[..., :4])
+    other = pipe([2], image=picture, mask_image=mask, generator=seeded(1), output_type="latent").images
+    assert not torch.equal(painted[..., :4], other[..., :4])
+
+
+def test_a_callback_sees_every_scale_and_may_change_the_latents(pipe):
+    scales = []
+
+    def callback(_pipe, step, scale, tensors):
+        scales.append((step, scale, tensors["logits"].shape[1]))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    images = pipe(
+        [1],
+        generator=seeded(),
+        output_type="latent",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "logits"],
+    ).images
+    assert scales == [(n, n, side**2) for n, side in enumerate(tiny.PATCH_NUMS)]
+    assert not images.any()
+
+
+def test_a_saved_pipeline_comes_back_whole(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "plain")
+    loaded = VARPipeline.from_pretrained(tmp_path / "plain")
+    loaded.set_progress_bar_config(disable=True)
+    expected = pipe(["star"], generator=seeded(), output_type="latent").images
+    assert torch.equal(loaded(["star"], generator=seeded(), output_type="latent").images, expected)
+    assert loaded.refiner is None
+
+    loaded.enable_collaborative(tiny.transformer(7, num_layers=1), draft_scales=3)
+    loaded.save_pretrained(tmp_path / "pair")
+    pair = VARPipeline.from_pretrained(str(tmp_path / "pair"))
+    pair.set_progress_bar_config(disable=True)
+    assert pair.config.draft_scales == 3
+    expected = loaded(["star"], generator=seeded(), output_type="latent").images
+    assert torch.equal(pair(["star"], generator=seeded(), output_type="latent").images, expected)
+
+
+def test_compiled_blocks_give_the_same_picture_without_a_graph_per_layer_and_scale():
+    pipe = tiny.var_pipeline(num_layers=6)
+    plain = pipe([1], generator=seeded(), output_type="latent").images
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        pipe.transformer.compile_repeated_blocks(backend="eager", dynamic=True)
+        assert torch.equal(pipe([1], generator=seeded(), output_type="latent").images, plain)
+
+
+def test_half_precision_stays_close(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    half = VARPipeline.from_pretrained(tmp_path).to(torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.transformer.dtype == torch.bfloat16
+    picture = half([1], generator=seeded(), output_type="pt").images
+    assert picture.isfinite().all() and picture.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": [9]}, "class label must be from 0 to 4, or 5 for no class, got 9"),
+        ({"class_labels": [-1]}, "class label must be from 0 to 4"),
+        ({"class_labels": [1.5]}, "class label must be from 0 to 4"),
+        ({"class_labels": "hexagon"}, "unknown class 'hexagon'; this model's classes are: circle, square"),
+        ({"class_labels": []}, "class_labels is empty"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        ({"generator": [seeded(), seeded()]}, "1 pictures need one generator or a list of 1, got 2"),
+        ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),
+        ({"rng": "original"}, "rng must be one of fast, upstream, got 'original'"),
+        ({"rng": "upstream"}, "pass a generator"),
+        ({"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
+        ({"top_k": [5, 5]}, r"top_k must be one number or one for each of 6 scales, got \[5, 5\]"),
+        ({"top_k": -3}, "top_k must be a whole number, 0 for all, got -3"),
+        ({"temperature": [1, 1, 1, 1, 1, 0]}, "temperature must be positive, got 0"),
+        ({"temperature": "hot"}, "temperature must be one number or one for each of 6 scales, got 'hot'"),
+        ({"mask_image": PIL.Image.new("L", (8, 8))}, "in-painting needs both image and mask_image"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback tensors must be of .*, got 'noise'"),
+    ],
+)
+def test_what_cannot_be_is_named_in_one_line(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipe(**{"class_labels": [1], **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_fit_together_are_named():
+    with pytest.raises(ValueError, match="vocab_size is 32, num_vq_embeddings is 16"):
+        VARPipeline(tiny.transformer(), tiny.vq_model(num_vq_embeddings=16), VARScheduler(tiny.PATCH_NUMS))
+    with pytest.raises(ValueError, match="the same patch_nums"):
+        VARPipeline(tiny.transformer(), tiny.vq_model(), VARScheduler((1, 2)))
+
+
+def test_a_path_that_is_nowhere_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        VARPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no diffusers pipeline"):
+        VARPipeline.from_pretrained(tmp_path)
+
+
+def test_a_repository_of_the_hub_is_downloaded_and_then_loaded(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+    asked = []
+
+    def snapshot_download(name, **arguments):
+        asked.append((name, arguments))
+        return str(tmp_path)
+
+    monkeypatch.setattr("draftdiff.pipelines.hub.snapshot_download", snapshot_download)
+    loaded = VARPipeline.from_pretrained("owner/name", revision="v1")
+    assert asked == [("owner/name", {"revision": "v1"})] and loaded.get_label_ids("star") == [3]
+
+
+def test_model_offload_changes_no_picture_with_two_models():
+    pipe = tiny.var_pipeline()
+    pipe.enable_collaborative(tiny.transformer(7), 3)
+    plain = pipe([1], generator=seeded(), output_type="pt").images
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(pipe([1], generator=seeded(), output_type="pt").images, plain)

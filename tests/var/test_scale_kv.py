@@ -1,0 +1,216 @@
+"""ScaleKV: full budgets change nothing, others hold what they promise, whatever the model, size and order of calls."""
+
+import pytest
+import torch
+
+from draftdiff.var.scale_kv import window
+from draftdiff.var.schedules import SCHEDULES, scales_for
+from draftdiff.var.selectivity import Selectivity
+from draftdiff.var.vq_model import PATCH_NUMS_256
+from tests.var import tiny, tiny_infinity
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def watched(pipe, *arguments, **call):
+    """Latents, and after each scale the cache's bytes and its keys per layer."""
+    seen = []
+
+    def look(_pipe, _scale, _step, tensors):
+        cache = tensors["cache"]
+        seen.append((cache.nbytes, [cache.tokens(layer) for layer in sorted(cache.keys)]))
+        return {}
+
+    latents = pipe(
+        *arguments,
+        generator=seeded(),
+        output_type="latent",
+        callback_on_step_end=look,
+        callback_on_step_end_tensor_inputs=["cache"],
+        **call,
+    ).images
+    return latents, seen
+
+
+@pytest.fixture(scope="module")
+def infinity():
+    return tiny_infinity.infinity_pipeline(num_layers=4)
+
+
+@pytest.fixture(autouse=True)
+def _off(infinity):
+    yield
+    infinity.disable_scale_kv()
+
+
+@pytest.mark.parametrize("scoring", ["paper", "upstream"])
+def test_a_full_budget_is_bit_identical_to_no_scale_kv(infinity, scoring):
+    plain, _ = watched(infinity, "a red circle", size="0.25M")
+    infinity.enable_scale_kv(1.0, scoring=scoring)
+    full, _ = watched(infinity, "a red circle", size="0.25M")
+    assert torch.equal(plain, full)
+    infinity.enable_scale_kv(0.1, scoring=scoring)
+    assert not torch.equal(plain, watched(infinity, "a red circle", size="0.25M")[0])
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("allocation", ["full", "linear"])
+def test_a_tenth_of_the_budget_holds_a_tenth_of_the_bytes(infinity, ratio, allocation):
+    call = {"aspect_ratio": ratio, "size": "1M"}
+    _, plain = watched(infinity, "a red circle", **call)
+    infinity.enable_scale_kv(0.1, allocation=allocation)
+    _, cut = watched(infinity, "a red circle", **call)
+    tokens = [h * w for h, w in scales_for(ratio, "1M")]
+    whole = plain[-2][0]
+    assert plain[-2][1] == [sum(tokens[:-1])] * 4
+    for scale, (nbytes, held) in enumerate(cut):
+        if sum(tokens[: scale + 1]) > 0.1 * sum(tokens[:-1]):
+            assert nbytes <= 0.1 * whole
+            assert sum(held) <= 4 * 0.1 * sum(tokens[:-1])
+    if allocation == "full":
+        assert cut[-2][0] >= 0.099 * whole
+
+
+def test_the_second_picture_is_the_first_one_again(infinity):
+    infinity.enable_scale_kv(0.1)
+    first, _ = watched(infinity, "a red circle", size="0.25M")
+    watched(infinity, "a green square", size="0.06M")
+    again, _ = watched(infinity, "a red circle", size="0.25M")
+    assert torch.equal(first, again)
+
+
+def test_a_picture_does_not_depend_on_the_others_of_its_batch(infinity):
+    infinity.enable_scale_kv(0.1)
+    call = {"size": "0.25M", "output_type": "latent"}
+    prompts = ["a red circle", "the green square"]
+    both = infinity(prompts, generator=[seeded(1), seeded(2)], **call).images
+    for index, prompt in enumerate(prompts):
+        alone = infinity(prompt, generator=[seeded(index + 1)], **call).images
+        torch.testing.assert_close(both[index : index + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_drafters_keep_more_than_refiners(infinity):
+    infinity.enable_scale_kv(0.1, drafters=(2,))
+    _, seen = watched(infinity, "a red circle", size="0.25M")
+    held = seen[-2][1]
+    assert held[2] > 2 * max(held[0], held[1], held[3]) and held[0] == held[1] == held[3]
+
+
+def test_the_window_is_the_middles_of_a_four_by_four_grid():
+    assert window((20, 20)).tolist()[:5] == [42, 47, 52, 57, 142]
+    rows, columns = window((21, 14)).div(14, rounding_mode="floor"), window((21, 14)) % 14
+    assert rows.unique().tolist() == [2, 7, 12, 17] and columns.unique().tolist() == [1, 4, 7, 10]
+
+
+def test_the_window_survives_every_eviction(infinity):
+    infinity.enable_scale_kv(0.1, scoring="upstream")
+    capacities = infinity.scale_kv.capacities([h * w for h, w in SCHEDULES[1.5]], 4)
+    assert all(min(row) >= 32 for row in capacities if row)
+
+
+@pytest.mark.parametrize("budget", [0.04, 0.1, 0.5])
+def test_var_has_it_too_alone_and_with_a_refiner(budget):
+    pipe = tiny.var_pipeline(PATCH_NUMS_256, num_layers=3)
+    plain, whole = watched(pipe, [1, 2])
+    pipe.enable_scale_kv(budget)
+    cut, seen = watched(pipe, [1, 2])
+    assert seen[-2][0] <= budget * whole[-2][0]
+    assert not torch.equal(plain, cut)
+
+    # With itself as a refiner the first scales were cut as before; the prefill saw them whole.
+    pipe.enable_collaborative(tiny.transformer(7, patch_nums=PATCH_NUMS_256, num_layers=2), 6)
+    _, both = watched(pipe, [1, 2])
+    assert both[-2][0] <= budget * 2 / 3 * whole[-2][0]
+    pipe.enable_scale_kv(1.0)
+    full, _ = watched(pipe, [1, 2])
+    pipe.disable_scale_kv()
+    assert torch.equal(full, watched(pipe, [1, 2])[0])
+
+
+@pytest.mark.parametrize("budget", [0.0001, 0.002, 0.01])
+def test_the_smallest_budgets_still_make_a_picture(infinity, budget):
+    infinity.enable_scale_kv(budget)
+    latents, seen = watched(infinity, "a red circle", size="0.25M")
+    assert latents.isfinite().all() and min(seen[-2][1]) >= 1
+
+
+def test_calibration_finds_the_layer_that_spreads_its_attention(infinity):
+    with torch.no_grad():
+        for block, scale in zip(infinity.transformer.blocks, (4.0, -3.0, 4.0, 4.0)):
+            block.attn1.log_scale.fill_(scale)  # the second layer looks at everything alike
+    found = infinity.calibrate_scale_kv(["a red circle", "a green square"], size="0.25M", generator=seeded())
+    assert found.index.shape == (4, 10)
+    assert found.index[:, 0].isnan().all() and found.index[:, 1:].isfinite().all()
+    drafters = found.drafters(0.25)
+    assert all(drafters[scale] == (1,) for scale in range(3, 10))  # before, all history is among the strongest
+    infinity.enable_scale_kv(0.1, drafters={str(scale): list(layers) for scale, layers in drafters.items()})
+    _, seen = watched(infinity, "a red circle", size="0.25M")
+    assert max(range(4), key=lambda layer: seen[-2][1][layer]) == 1
+
+
+def test_selectivity_is_the_product_of_the_means_it_is_defined_by():
+    pipe = tiny.var_pipeline(num_layers=1)
+    found = pipe.calibrate_scale_kv([1], guidance_scale=0, generator=seeded())
+    attention, block = [], pipe.transformer.blocks[0].attn
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def keep(q, k, v, scale):
+        attention.append((q @ k.transpose(-1, -2) * scale).softmax(-1))
+        return original(q, k, v, scale=scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", keep)
+        pipe(1, guidance_scale=0, generator=seeded(), output_type="latent")
+    assert block.heads == 2
+    for scale, weights in enumerate(attention[:6]):
+        new = weights.shape[2]
+        if scale:
+            past = weights[..., :-new].sort(descending=True).values[..., :16].sum(-1)
+            expected = weights[..., -new:].sum(-1).mean() * past.mean()
+            assert float(found.index[0, scale]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_pairs_with_the_lowest_z_score_draft():
+    index = torch.tensor([[torch.nan, 1.0, 5.0], [torch.nan, 2.0, 1.0], [torch.nan, 3.0, 6.0]], dtype=torch.float64)
+    assert Selectivity(index).drafters(0.34) == {0: (), 1: (0,), 2: (1,)}
+    with pytest.raises(ValueError, match="share of drafters must be at least 0 and below 1, got 1"):
+        Selectivity(index).drafters(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0}, "budget must be above 0 and at most 1, got 0"),
+        ({"budget": 1.5}, "budget must be above 0 and at most 1, got 1.5"),
+        ({"allocation": "even"}, "allocation must be one of full, linear, got 'even'"),
+        ({"scoring": "mine"}, "scoring must be one of paper, upstream, got 'mine'"),
+        ({"kernel": 4}, "kernel must be odd and positive, got 4"),
+        ({"drafters": (0, 4)}, "drafter layers must be from 0 to 3, got 4"),
+        ({"drafters": {5: [-1]}}, "drafter layers must be from 0 to 3, got -1"),
+        ({"pooling": "sum"}, "pooling must be one of None, max, average, got 'sum'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(infinity, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        infinity.enable_scale_kv(**arguments)
+
+
+def test_drafters_of_a_refiner_are_its_own():
+    pipe = tiny.var_pipeline(num_layers=3)
+    pipe.enable_collaborative(tiny.transformer(7), 2)
+    with pytest.raises(ValueError, match="drafter layers must be from 0 to 1, got 2"):
+        pipe.enable_scale_kv(0.5, drafters=(2,), refiner_drafters=(2,))
+    pipe.enable_scale_kv(0.5, drafters=(2,), refiner_drafters=(1,))
+    _, seen = watched(pipe, [1])
+    assert seen[0][1] == [1, 1, 1] and seen[-2][1][1] > seen[-2][1][0]
+
+
+def test_calibration_needs_prompts_and_one_model(infinity):
+    with pytest.raises(ValueError, match="calibration needs at least one prompt"):
+        infinity.calibrate_scale_kv([])
+    pipe = tiny.var_pipeline()
+    pipe.enable_collaborative(tiny.transformer(7), 2)
+    with pytest.raises(ValueError, match="calibrate one model at a time"):
+        pipe.calibrate_scale_kv([1])
