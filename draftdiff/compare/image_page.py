@@ -51,10 +51,15 @@ def write_sheet(comparison: ImageComparison, path: Path) -> None:
     """One PNG: a column per setting under its name, a row per picture."""
     from PIL import Image
 
-    rows = min(len(comparison.subjects), SHEET_ROWS)
-    together = side_by_side({result.setting.name: result.pictures[:rows] for result in comparison.results})
+    rows = _some(len(comparison.subjects), SHEET_ROWS)
+    together = side_by_side({result.setting.name: result.pictures[rows] for result in comparison.results})
     with replacing(path) as partial:
-        Image.fromarray(contact_sheet(together, moments=rows)).save(partial)
+        Image.fromarray(contact_sheet(together, moments=len(rows))).save(partial)
+
+
+def _some(count: int, most: int) -> list[int]:
+    """At most so many of `count` indices, evenly spread, so that all subjects have a chance to be seen."""
+    return [i * count // min(count, most) for i in range(min(count, most))]
 
 
 def write_page(comparison: ImageComparison, path: Path) -> None:
@@ -80,7 +85,7 @@ def page(comparison: ImageComparison) -> str:
         "<h2>Pictures</h2>",
         '<p class="note">One seed per row. CoDe and a cut cache lead to other draws: a picture that differs from the '
         "plain one is not worse for that; judge each by what it shall show.</p>",
-        *(_pictures(comparison, index) for index in range(min(pictures, PAGE_ROWS))),
+        *(_pictures(comparison, index) for index in _some(pictures, PAGE_ROWS)),
         "<h2>Likeness against speed</h2>",
         _scatters(rows),
         "<h2>Time and cache</h2>",

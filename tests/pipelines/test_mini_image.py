@@ -93,7 +93,7 @@ def test_the_weights_are_half_precision_and_small_enough_to_ship() -> None:
 
 
 def test_pictures_survive_the_codes(pipe: VARPipeline) -> None:
-    labels = list(range(len(CLASSES)))
+    labels = list(range(0, len(CLASSES), 3))
     pictures = random_pictures(labels, np.random.default_rng(0))
     with torch.no_grad():
         restored = pipe.vae(torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1).sample
