@@ -20,6 +20,7 @@ from torch import Tensor
 from draftdiff.core.draft import Tail
 from draftdiff.core.grid import Tiling
 from draftdiff.core.select import BlockMask
+from draftdiff.kernels.triton_configs import Config, configs_for
 
 try:
     import triton
@@ -47,60 +48,6 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     if head_dim > 128:
         return f"takes head_dim up to 128, got {head_dim}"
     return None
-
-
-@dataclass(frozen=True)
-class Config:
-    """One way to run `triton_attention.forward`.
-
-    keys: keys per step.  warps, stages: as Triton's.  registers: cap per thread, 128 lets two programs of 8 warps share
-    a multiprocessor.  masked_stages: stages of the loops over ragged tiles and the tail.  specialised: stages of
-    `triton_attention.whole_tiles`, which then does the whole tiles first; None leaves them to `forward`.
-    """
-
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-    masked_stages: int | None = None
-    specialised: int | None = None
-
-
-_TWO_PER_SM = Config(64, 8, 2, registers=128, masked_stages=1)
-# By kind of access, padded head_dim and tile size: at most five, the one expected to be fastest first.
-CONFIGS: dict[str, dict[tuple[int, int], list[Config]]] = {
-    "hopper": {
-        (128, 128): [
-            _TWO_PER_SM,
-            Config(128, 8, 2),
-            Config(64, 8, 2, registers=128, masked_stages=1, specialised=2),
-            Config(128, 8, 3, masked_stages=2),
-            Config(64, 8, 3),
-        ],
-        (64, 128): [
-            Config(64, 8, 3, registers=128, masked_stages=1),
-            Config(128, 8, 3),
-            Config(64, 8, 3, registers=128, masked_stages=1, specialised=3),
-            Config(64, 4, 3),
-            Config(128, 8, 2),
-        ],
-        (128, 64): [Config(64, 4, 3), Config(64, 4, 2)],
-        (64, 64): [Config(64, 4, 4), Config(64, 4, 3)],
-    },
-    "blackwell": {
-        (128, 128): [Config(128, 8, 2), Config(64, 8, 2)],
-        (64, 128): [Config(128, 8, 2), Config(64, 8, 3)],
-        (128, 64): [Config(64, 8, 2)],
-        (64, 64): [Config(64, 4, 2)],
-    },
-    "strided": {
-        (128, 128): [Config(64, 8, 2), Config(32, 8, 3)],
-        (64, 128): [Config(64, 8, 3), Config(64, 8, 2)],
-        (128, 64): [Config(32, 4, 3), Config(64, 4, 2)],
-        (64, 64): [Config(64, 4, 3), Config(64, 4, 2)],
-    },
-}
-_SLOW = Config(32, 8, 1)  # fp32 and head sizes below 64: correctness only
 
 
 @dataclass(frozen=True)
@@ -155,15 +102,6 @@ def access_to(k: Tensor, v: Tensor, tables: TileTables) -> str:
     layout = interleave(k)
     alike = layout is not None and layout == interleave(v) and k.stride() == v.stride()
     return _architecture(k.device) if alike and k.element_size() == 2 else "strided"
-
-
-def configs_for(access: str, dtype: torch.dtype, head_dim: int, block_size: int) -> list[Config]:
-    """The configurations worth trying, at most five."""
-    padded = max(16, triton.next_power_of_2(head_dim))
-    if dtype == torch.float32 or padded < 64:
-        return [_SLOW]
-    found = CONFIGS["strided" if access == "gather" else access][padded, block_size]
-    return [config for config in found if config.specialised is None or head_dim == padded]
 
 
 def run(

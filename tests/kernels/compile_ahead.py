@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import BlockMask
-from draftdiff.kernels import triton_draft, triton_sparse
+from draftdiff.kernels import triton_configs, triton_draft, triton_sparse
 from draftdiff.kernels.autotune import DoesNotCompile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -122,7 +122,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 mask = BlockMask(torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool))
                 call = triton_sparse.Call.prepare(q, k, v, mask, tiling, None, Tail(means, means), 0.1, True)
                 assert call.access == access
-                for config in triton_sparse.configs_for(access, dtype, head_dim, block_size):
+                for config in triton_configs.configs_for(access, dtype, head_dim, block_size):
                     compiled.clear()
                     about = {"access": access, "head_dim": head_dim, "block": block_size, "dtype": str(dtype)}
                     about["config"] = str(config)

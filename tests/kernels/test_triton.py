@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from draftdiff.core.draft import draft_map, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import BlockMask, select_draft
-from draftdiff.kernels import triton_draft, triton_sparse
+from draftdiff.kernels import triton_configs, triton_draft, triton_sparse
 from draftdiff.kernels.block_sparse import block_sparse_attention
 from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tables_for
 from tests.kernels.cases import KERNEL_CASES, KernelCase, make
@@ -39,7 +39,7 @@ def check(found, expected):
 # Warps, stages and registers mean nothing to the interpreter: one configuration of each other kind.
 KINDS = {
     (access, sizes, config.keys, bool(config.specialised)): config
-    for access, table in triton_sparse.CONFIGS.items()
+    for access, table in triton_configs.CONFIGS.items()
     for sizes, configs in table.items()
     for config in configs
 }
@@ -62,7 +62,7 @@ def test_every_configuration_equals_the_reference(monkeypatch, kind):
 @pytest.mark.parametrize("tail", [False, True], ids=["drop", "tail"])
 def test_both_ways_of_reading_agree_without_text_and_with_odd_head_sizes(monkeypatch, access, head_dim, tail):
     monkeypatch.setattr(triton_sparse, "_architecture", lambda device: access)
-    call, found, expected = launch(RAGGED_CASE, triton_sparse.Config(32, 4, 2), head_dim=head_dim, tail=tail)
+    call, found, expected = launch(RAGGED_CASE, triton_configs.Config(32, 4, 2), head_dim=head_dim, tail=tail)
     assert call.access == access
     check(found, expected)
 
@@ -79,20 +79,20 @@ ARRANGEMENTS = {
 def test_memory_layouts_are_read_in_place(name):
     arrange, access = ARRANGEMENTS[name]
     case = replace(SMALL_BOXES, heads=2)  # an axis of one could lie any way
-    call, found, expected = launch(case, triton_sparse.Config(64, 4, 2), arrange=arrange)
+    call, found, expected = launch(case, triton_configs.Config(64, 4, 2), arrange=arrange)
     assert call.access == access
     check(found, expected)
 
 
 def test_tiles_that_are_no_boxes_are_gathered():
-    call, found, expected = launch(KERNEL_CASES[2], triton_sparse.Config(64, 4, 2))
+    call, found, expected = launch(KERNEL_CASES[2], triton_configs.Config(64, 4, 2))
     assert call.access == "gather"
     check(found, expected)
 
 
 def test_a_specialised_run_resumes_rows_that_read_no_whole_tile():
     case = KernelCase("few whole tiles", (2, 12, 20), (1, 8, 16), 128, density=0.15, text=9)
-    config = triton_sparse.CONFIGS["hopper"][64, 128][2]
+    config = triton_configs.CONFIGS["hopper"][64, 128][2]
     assert config.specialised
     call, found, expected = launch(case, config)
     whole = call.lists.counts.view(2, 2, call.tiling.tiles, 3)[:, :, : call.tiling.video_tiles, WHOLE]
