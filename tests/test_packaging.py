@@ -122,3 +122,15 @@ def test_find_spec_of_kernels_is_not_ours():
     spec = importlib.util.find_spec("kernels")
     assert spec is not None
     assert ROOT / "kernels" not in Path(spec.origin).parents
+
+
+@pytest.mark.parametrize(("imported", "absent"), [("llm", "diffusers"), ("video.patch", "draftdiff.llm")])
+def test_the_llm_part_and_the_others_do_without_each_other(imported, absent):
+    code = (
+        "import sys, draftdiff; from importlib import import_module as load\n"
+        f"module = load('draftdiff.{imported}')\n"
+        "[getattr(module, name) for name in getattr(module, '__all__', ())]\n"
+        f"print([name for name in sys.modules if name == {absent!r} or name.startswith({absent!r} + '.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

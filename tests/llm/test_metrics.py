@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from draftdiff.llm.metrics import acceptance_rate, block_efficiency, bytes_per_forward, mbsu
+from tests.llm.tiny_models import tiny_model
+
+
+def test_acceptance_is_one_minus_the_total_variation():
+    p, q = torch.rand(2, 5, 7).softmax(-1)
+    torch.testing.assert_close(acceptance_rate(p, q), 1 - (p - q).abs().sum(-1) / 2)
+
+
+def test_block_efficiency_counts_the_targets_own_token():
+    assert block_efficiency(0.0, 4) == 1
+    assert block_efficiency(1.0, 4) == 5
+    assert block_efficiency(0.5, 2) == pytest.approx(1.75)
+
+
+def test_a_free_draft_gains_its_block_efficiency():
+    assert mbsu(3.0, 0.0, 5) == 3.0
+    assert mbsu(3.0, 0.1, 5) == pytest.approx(2.0)
+
+
+def test_the_embedding_is_read_only_where_it_is_also_the_output():
+    model = tiny_model()
+    everything = sum(p.numel() * 4 for p in model.parameters())
+    assert not model.config.tie_word_embeddings
+    assert bytes_per_forward(model) == everything - model.get_input_embeddings().weight.numel() * 4
+    model.set_output_embeddings(model.get_output_embeddings())
+    model.lm_head.weight = model.get_input_embeddings().weight
+    assert bytes_per_forward(model) == sum(p.numel() * 4 for p in model.parameters())
