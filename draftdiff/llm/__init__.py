@@ -12,7 +12,14 @@ from packaging.version import Version as _Version
 
 OLDEST_TRANSFORMERS = "5.8"
 
-_HOMES: dict[str, str] = {}
+_HOMES = {
+    "Chain": "draftdiff.llm.drafters.model",
+    "KBest": "draftdiff.llm.drafters.model",
+    "ModelDrafter": "draftdiff.llm.drafters.model",
+    "Sampled": "draftdiff.llm.drafters.model",
+    "report": "draftdiff.llm.reporting",
+    "speculative": "draftdiff.llm.generate",
+}
 
 __all__ = sorted(_HOMES)
 
