@@ -6,6 +6,7 @@ keep paths of different lengths: shorter ones leave masked slots, so nothing of 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,8 @@ class TreeDecoder:
     model: a decoder-only language model of transformers.  ids: int64 [batch, tokens], left-padded.  attention_mask:
     [batch, tokens], None without padding.  cache: may hold the first of these tokens already.  chunk: most tokens of a
     forward of the prompt.  hidden: also return the last hidden states.
-    Prefills all tokens but the last, which is the first to be fed.
+    Prefills all tokens but the last, which is the first to be fed. Models with linear-attention layers take chains of
+    one row, with a second forward for what was accepted of a chain that was not wholly.
     Raises ValueError for a cache that cannot be rolled back.
     """
 
@@ -130,17 +132,35 @@ class TreeDecoder:
 
     def _prepare_rollback(self) -> None:
         layers = self.cache.layers
-        self.linear = any(_is_linear(layer) for layer in layers)
-        if self.linear:
-            if not hasattr(self.cache, "activate_past_recording"):
-                name = type(self.model).__name__
-                raise ValueError(f"{name} has linear-attention layers, which this transformers cannot roll back")
-            self.cache.activate_past_recording()
-            return
         for index, layer in enumerate(layers):
             if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
                 layers[index] = WindowLayer(layer)
         self._windows = [layer for layer in layers if isinstance(layer, WindowLayer)]
+        self.linear = any(_is_linear(layer) for layer in layers)
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        if "conv" in kinds and not hasattr(self.cache, "activate_past_recording"):
+            # Their layers start anew whenever several tokens come at once.
+            raise ValueError(f"{type(self.model).__name__} takes drafts from transformers 5.15 on")
+        self._save()
+
+    def _save(self) -> None:
+        """Remember recurrent states, which cannot forget a token once they have seen it."""
+        layers = enumerate(self.cache.layers)
+        self._saved = {index: copy.deepcopy(layer) for index, layer in layers if _is_linear(layer)}
+        self._fed: list[int] = []
+
+    def _replay(self, length: int) -> None:
+        """Go back to the committed state and feed the first `length` pending tokens again."""
+        tokens = torch.tensor([self._fed[:length]], dtype=torch.int64, device=self.model.device)
+        for index, layer in enumerate(self.cache.layers):
+            if index in self._saved:
+                self.cache.layers[index] = self._saved[index]
+            else:
+                layer.crop(-len(self._fed))
+        if length:
+            self._forward(
+                tokens, None, self.next[0] + torch.arange(length, device=tokens.device)[None], logits_to_keep=1
+            )
 
     def _forward(self, ids: Tensor, mask: Any, positions: Tensor, **kwargs: Any) -> Any:
         self.forwards += 1
@@ -173,6 +193,8 @@ class TreeDecoder:
             depths += [0] * padding
             self._parents[row] += [*above, *[ROOT] * padding]
             self._seen[row] = ancestors(self._parents[row], self._seen[row])
+        if self.linear:
+            self._fed += tokens[0]
         device = self.model.device
         return self._forward(ids.to(device), self._mask(before, positions), positions.to(device))
 
@@ -234,7 +256,11 @@ class TreeDecoder:
             for layer in self.cache.layers:
                 if layer.is_initialized:
                     _move(layer, index, pending)
-        if self.linear or width < pending:
+        if self.linear:
+            if width < pending:
+                self._replay(width)
+            self._save()
+        elif width < pending:
             for layer in self.cache.layers:
                 layer.crop(width - pending)
         if self.rows == 1:  # in a batch a row with gaps may still see slots that are out of the others' windows

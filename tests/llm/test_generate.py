@@ -16,7 +16,7 @@ from transformers import (
 from draftdiff.llm import Chain, KBest, ModelDrafter, Sampled, report, speculative
 from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.tree import ROOT, Tree
-from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_model
+from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
 
 SHAPES = {"chain": Chain(4), "best": KBest(4, 3, 20), "sampled": Sampled((3, 2, 1))}
 
@@ -210,6 +210,25 @@ def test_an_unsure_draft_stops_early(pair):
     assert report(adaptive).draft_forwards < report(fixed).draft_forwards
     share = [report(d).tokens / report(d).drafted for d in (fixed, adaptive)]
     assert share[1] > share[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
+def test_models_with_linear_attention_take_chains(kind):
+    if kind == "lfm2" and not hasattr(DynamicCache, "activate_past_recording"):
+        with pytest.raises(ValueError, match="from transformers 5.15 on"):
+            both(tiny_hybrid(kind), ModelDrafter(tiny_model()), prompt(6))
+        return
+    target = tiny_hybrid(kind)
+    draft = tiny_hybrid(kind)
+    for weight in draft.parameters():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for small in (draft, tiny_model()):
+        drafter = ModelDrafter(small, Chain(3))
+        plain, fast = both(target, drafter, prompt(12))
+        assert torch.equal(plain, fast)
+    for shape, rows in (("best", 1), ("chain", 2)):
+        with pytest.raises(ValueError, match="has linear-attention layers: draft chains, one row at a time"):
+            both(target, ModelDrafter(tiny_model(), SHAPES[shape]), prompt(12, batch=rows))
 
 
 class HiddenReader:
