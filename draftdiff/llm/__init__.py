@@ -16,7 +16,11 @@ _HOMES = {
     "Chain": "draftdiff.llm.drafters.model",
     "KBest": "draftdiff.llm.drafters.model",
     "ModelDrafter": "draftdiff.llm.drafters.model",
+    "NGramDrafter": "draftdiff.llm.drafters.ngram",
+    "NGramTable": "draftdiff.llm.drafters.ngram_table",
     "Sampled": "draftdiff.llm.drafters.model",
+    "acceptance_upper_bound": "draftdiff.llm.bounds",
+    "expected_acceptance": "draftdiff.llm.bounds",
     "report": "draftdiff.llm.reporting",
     "speculative": "draftdiff.llm.generate",
 }
