@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sysconfig
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,12 +34,10 @@ def corpus_files(held_out: bool = False) -> list[Path]:
 
 
 def corpus_texts(held_out: bool = False) -> Iterator[str]:
-    """The texts of `corpus_files`; the few files in other encodings than UTF-8 are skipped."""
+    """The texts of `corpus_files`, each decoded as its own coding line says."""
     for file in corpus_files(held_out):
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
+        with tokenize.open(file) as source:
+            yield source.read()
 
 
 def def_prompts(count: int, held_out: bool = True) -> list[str]:
