@@ -12,7 +12,21 @@ from packaging.version import Version as _Version
 
 OLDEST_TRANSFORMERS = "5.8"
 
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    "DistillationSet": "draftdiff.llm.train.data",
+    "DraftScores": "draftdiff.llm.train.evaluate",
+    "DraftTrainer": "draftdiff.llm.train.trainer",
+    "LOSSES": "draftdiff.llm.train.losses",
+    "draft_config": "draftdiff.llm.train.config",
+    "evaluate_draft": "draftdiff.llm.train.evaluate",
+    "export_token_map": "draftdiff.llm.train.trim",
+    "generate_distillation_set": "draftdiff.llm.train.data",
+    "load_trimmed": "draftdiff.llm.train.trim",
+    "mixed": "draftdiff.llm.train.data",
+    "packed_text": "draftdiff.llm.train.data",
+    "save_trimmed": "draftdiff.llm.train.trim",
+    "trim": "draftdiff.llm.train.trim",
+}
 
 __all__ = sorted(_HOMES)
 

@@ -2,23 +2,27 @@
 
 Target and draft learn to continue the Python standard library's sources: a deep, narrow Llama with grouped queries, and
 a draft of one layer. The draft is first trained on the text, then aligned with the target on text that the target
-wrote, by the library's own trainer. Every phase runs for a number of minutes rather than steps, saves a checkpoint once
-a minute and when interrupted, and resumes from it:
+wrote, by the library's own `DraftTrainer`. Target and draft train for a number of minutes rather than steps, save a
+checkpoint once a minute and when interrupted, and resume from it; the alignment resumes from the Trainer's checkpoints:
 
     python samples/llm/train_mini_llm.py tokenizer
-    python samples/llm/train_mini_llm.py target --minutes 50
-    python samples/llm/train_mini_llm.py draft --minutes 8
-    python samples/llm/train_mini_llm.py align --minutes 8
+    python samples/llm/train_mini_llm.py target --minutes 52
+    python samples/llm/train_mini_llm.py draft --minutes 9
+    python samples/llm/train_mini_llm.py align --steps 600
     python samples/llm/train_mini_llm.py export
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import os
+import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,21 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from stdlib_corpus import corpus_texts
+from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from draftdiff.llm import (
+    DistillationSet,
+    DraftScores,
+    DraftTrainer,
+    evaluate_draft,
+    generate_distillation_set,
+    mixed,
+    packed_text,
+)
+from draftdiff.pipelines.mini_llm import DEFAULTS_FILE, WEIGHTS, load_mini_llm
 
 VOCABULARY, CONTEXT, BATCH = 2048, 512, 8
 END = "<|endoftext|>"
@@ -43,6 +59,9 @@ SIZES: dict[str, dict[str, int]] = {
     "draft": {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
+# Of the alignment: prompts, each continued at four temperatures; loss and learning rate.
+WRITTEN, ALIGN_LOSS, ALIGN_RATE = 512, "lk", 1e-3
+LENGTH = 4  # of the draft's chains
 
 
 def new_model(kind: str) -> LlamaForCausalLM:
@@ -185,6 +204,98 @@ def held_out_loss(model: LlamaForCausalLM, tokens: Tensor, windows: int = 32) ->
     return torch.stack(losses).mean().item()
 
 
+def alignment_prompts(tokens: Tensor, count: int, seed: int = 0) -> list[Tensor]:
+    """Beginnings for the target to go on from: pieces of 16 to 96 tokens from anywhere in the text."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - 96, (count,), generator=generator).tolist()
+    lengths = torch.randint(16, 97, (count,), generator=generator).tolist()
+    return [tokens[start : start + length] for start, length in zip(starts, lengths)]
+
+
+def align(work: Path, steps: int) -> None:
+    """Bring the draft closer to the target, on what the target wrote and on the corpus itself."""
+    target, draft, tokens = trained("target", work), trained("draft", work), corpus_tokens(work)
+    file = work / "llm_written.safetensors"
+    if not file.exists():
+        generate_distillation_set(target, alignment_prompts(tokens, WRITTEN), max_new_tokens=192, batch_size=64).save(
+            file
+        )
+    written = DistillationSet.load(file)
+    text = packed_text(tokens, 256)
+    text.distil = True  # the target has an opinion on every text
+    arguments = TrainingArguments(
+        output_dir=str(work / "llm_align"),
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        learning_rate=ALIGN_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        save_steps=50,
+        save_total_limit=1,
+        logging_steps=50,
+        report_to=[],
+        use_cpu=True,
+        bf16=True,
+    )
+    trainer = DraftTrainer(
+        draft.requires_grad_(True), arguments, target=target, loss=ALIGN_LOSS, train_dataset=mixed(written, text, 0.5)
+    )
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if (work / "llm_align").exists() else None
+    )
+    trainer.save_model(str(work / "llm_aligned"))
+
+
+def held_out_scores(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: Any) -> DraftScores:
+    """The draft against what the target writes greedily after function heads that neither has seen."""
+    written = generate_distillation_set(
+        target, def_prompts(64), temperatures=(0.0,), max_new_tokens=128, batch_size=64, tokenizer=tokenizer
+    )
+    return evaluate_draft(target, draft, written, length=LENGTH)
+
+
+def export(work: Path, folder: Path) -> None:
+    """Save the pair in half precision with its tokenizer and settings, beside the folder, then swap it in."""
+    target = trained("target", work)
+    draft = LlamaForCausalLM.from_pretrained(existing(work / "llm_aligned", "align"), dtype=torch.float32)
+    tokenizer = load_tokenizer(work)
+    new, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    for stale in (new, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    tokenizer.save_pretrained(new / "tokenizer")
+    for name, model in (("target", target), ("draft", draft)):
+        model.half().save_pretrained(new / name)
+        model.float()  # what is scored is what is loaded
+    digests = {}
+    for file in sorted(new.rglob("*.safetensors")):
+        file.chmod(0o644)
+        digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    scores = held_out_scores(target, draft, tokenizer)
+    training = {}
+    for kind in SIZES:
+        saved = torch.load(work / f"llm_{kind}.pt")
+        loss = held_out_loss(trained(kind, work), corpus_tokens(work, held_out=True))
+        minutes = round(saved["seconds"] / 60, 1)
+        training[kind] = {"steps": saved["step"], "minutes": minutes, "held_out_cross_entropy": round(loss, 4)}
+    settings = {
+        "about": "A mini language-model pair for draftdiff, trained on the Python standard library's sources.",
+        "prompt": "def read_lines(path):\n",
+        "length": LENGTH,
+        "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
+        "training": training,
+        "python": PYTHON,
+        "sha256": digests,
+    }
+    (new / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    print(json.dumps(settings["held_out"]), json.dumps(training))
+
+
 def existing(file: Path, phase: str) -> Path:
     if not file.exists():
         raise SystemExit(f"there is no {file}: run the phase {phase!r} first")
@@ -193,22 +304,28 @@ def existing(file: Path, phase: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("phase", choices=["tokenizer", "target", "draft", "align", "export"])
-    parser.add_argument("--minutes", type=float, default=8.0, help="how long this phase trains in all (default 8)")
+    parser.add_argument("phase", choices=["tokenizer", *SIZES, "align", "export"])
+    parser.add_argument("--minutes", type=float, default=9.0, help="how long target or draft train in all (default 9)")
+    parser.add_argument("--steps", type=int, default=600, help="how many steps the alignment takes (default 600)")
     parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    work = arguments.work
     try:
         if arguments.phase == "tokenizer":
-            train_tokenizer(arguments.work / "llm_tokenizer.json")
+            train_tokenizer(work / "llm_tokenizer.json")
+        elif arguments.phase == "align":
+            align(work, arguments.steps)
+        elif arguments.phase == "export":
+            export(work, WEIGHTS)
+            load_mini_llm()
         else:
-            Pretraining(arguments.phase, arguments.work).run(corpus_tokens(arguments.work), arguments.minutes)
+            Pretraining(arguments.phase, work).run(corpus_tokens(work), arguments.minutes)
+            loss = held_out_loss(trained(arguments.phase, work), corpus_tokens(work, held_out=True))
+            print(f"held-out cross-entropy {loss:.4f}")
     except KeyboardInterrupt:
-        raise SystemExit(f"stopped; the same command carries on from {arguments.work}") from None
-    if arguments.phase in SIZES:
-        loss = held_out_loss(trained(arguments.phase, arguments.work), corpus_tokens(arguments.work, held_out=True))
-        print(f"held-out cross-entropy {loss:.4f}")
+        raise SystemExit(f"stopped; the same command carries on from {work}") from None
 
 
 if __name__ == "__main__":
