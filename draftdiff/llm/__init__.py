@@ -12,11 +12,15 @@ from packaging.version import Version as _Version
 
 OLDEST_TRANSFORMERS = "5.8"
 
-_HOMES: dict[str, str] = {
+_HOMES = {
+    "Chain": "draftdiff.llm.drafters.model",
     "DistillationSet": "draftdiff.llm.train.data",
     "DraftScores": "draftdiff.llm.train.evaluate",
     "DraftTrainer": "draftdiff.llm.train.trainer",
+    "KBest": "draftdiff.llm.drafters.model",
     "LOSSES": "draftdiff.llm.train.losses",
+    "ModelDrafter": "draftdiff.llm.drafters.model",
+    "Sampled": "draftdiff.llm.drafters.model",
     "draft_config": "draftdiff.llm.train.config",
     "evaluate_draft": "draftdiff.llm.train.evaluate",
     "export_token_map": "draftdiff.llm.train.trim",
@@ -24,7 +28,9 @@ _HOMES: dict[str, str] = {
     "load_trimmed": "draftdiff.llm.train.trim",
     "mixed": "draftdiff.llm.train.data",
     "packed_text": "draftdiff.llm.train.data",
+    "report": "draftdiff.llm.reporting",
     "save_trimmed": "draftdiff.llm.train.trim",
+    "speculative": "draftdiff.llm.generate",
     "trim": "draftdiff.llm.train.trim",
 }
 
