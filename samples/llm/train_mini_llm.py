@@ -60,7 +60,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 # Of the alignment: prompts, each continued at four temperatures; loss and learning rate.
-WRITTEN, ALIGN_LOSS, ALIGN_RATE = 512, "lk", 1e-3
+WRITTEN, ALIGN_LOSS, ALIGN_RATE = int(os.environ.get("W","512")), "lk", 1e-3
 LENGTH = 4  # of the draft's chains
 
 
