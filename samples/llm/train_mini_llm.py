@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -48,6 +47,7 @@ from draftdiff.llm import (
     mixed,
     packed_text,
 )
+from draftdiff.media import replacing
 from draftdiff.pipelines.mini_llm import DEFAULTS_FILE, WEIGHTS, load_mini_llm
 
 VOCABULARY, CONTEXT, BATCH = 2048, 512, 8
@@ -60,7 +60,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 # Of the alignment: prompts, each continued at four temperatures; loss and learning rate.
-WRITTEN, ALIGN_LOSS, ALIGN_RATE = int(os.environ.get("W","512")), "lk", 1e-3
+WRITTEN, ALIGN_LOSS, ALIGN_RATE = 512, "lk", 1e-3
 LENGTH = 4  # of the draft's chains
 
 
@@ -94,9 +94,8 @@ def train_tokenizer(file: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(corpus_texts(), trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    tokenizer.save(str(partial))
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        tokenizer.save(str(partial))
 
 
 def load_tokenizer(work: Path) -> PreTrainedTokenizerFast:
@@ -143,9 +142,8 @@ class Pretraining:
             "step": self.step,
             "seconds": self.seconds,
         }
-        partial = self.file.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.file)
+        with replacing(self.file) as partial:
+            torch.save(state, partial)
 
     def train_step(self, tokens: Tensor, factor: float) -> None:
         """One step on random windows of `tokens` at `factor` of the peak learning rates."""

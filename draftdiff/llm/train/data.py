@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
+
+from draftdiff.media import replacing
 
 TEMPERATURES = (0.0, 0.6, 0.8, 1.0)  # of FastDraft (arXiv 2411.11055)
 
@@ -41,12 +42,10 @@ class DistillationSet(Dataset[dict[str, Tensor]]):
 
     def save(self, file: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        file = Path(file)
         lengths = torch.tensor([len(row) for row in self.ids])
-        partial = file.with_name(file.name + ".partial")
         tensors = {"ids": torch.cat(self.ids), "written": torch.cat(self.written), "lengths": lengths}
-        save_file(tensors | {"distil": torch.tensor([self.distil])}, partial)
-        os.replace(partial, file)
+        with replacing(Path(file)) as partial:
+            save_file(tensors | {"distil": torch.tensor([self.distil])}, partial)
 
     @classmethod
     def load(cls, file: str | Path) -> DistillationSet:

@@ -82,12 +82,10 @@ def tvd_pp(
     over the deviation, which Adam does not tell from `tvd`; "position" weighs positions anew, and in "sample" the mean
     lowers the variance. The value returned is that of `tvd`, so that curves can be read; only the gradient differs.
     """
-    for name, value, allowed in (
-        ("baseline", baseline, ("batch", "position")),
-        ("estimator", estimator, ("exact", "sample")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if baseline not in ("batch", "position"):
+        raise ValueError(f"baseline must be one of batch, position, got {baseline!r}")
+    if estimator not in ("exact", "sample"):
+        raise ValueError(f"estimator must be one of exact, sample, got {estimator!r}")
     log_q, log_p = _logs(draft_logits, target_logits)
     q, p = log_q.exp(), log_p.exp()
     with torch.no_grad():

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draftdiff.media import replacing
+
 TOKEN_MAP_FILE = "token_map.json"
 
 
@@ -140,10 +142,8 @@ def load_trimmed(folder: str | Path) -> Any:
 
 def export_token_map(draft: Any, file: str | Path) -> None:
     """Write the ids of a trimmed draft as a list that torch.load reads, SGLang's `--speculative-token-map`."""
-    file = Path(file)
-    partial = file.with_name(file.name + ".partial")
-    torch.save(trimmed_ids(draft).tolist(), partial)
-    os.replace(partial, file)
+    with replacing(Path(file)) as partial:
+        torch.save(trimmed_ids(draft).tolist(), partial)
 
 
 def _with_head(model: Any, ids: Tensor) -> Any:
