@@ -279,7 +279,7 @@ def export(work: Path, folder: Path) -> None:
         training[kind] = {"steps": saved["step"], "minutes": minutes, "held_out_cross_entropy": round(loss, 4)}
     settings = {
         "about": "A mini language-model pair for draftdiff, trained on the Python standard library's sources.",
-        "prompt": "def read_lines(path):\n",
+        "prompt": "def read_lines(path):",
         "length": LENGTH,
         "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
         "training": training,
