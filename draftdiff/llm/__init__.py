@@ -13,16 +13,29 @@ from packaging.version import Version as _Version
 OLDEST_TRANSFORMERS = "5.8"
 
 _HOMES = {
+    "acceptance_upper_bound": "draftdiff.llm.bounds",
     "Chain": "draftdiff.llm.drafters.model",
+    "DistillationSet": "draftdiff.llm.train.data",
+    "draft_config": "draftdiff.llm.train.config",
+    "DraftScores": "draftdiff.llm.train.evaluate",
+    "DraftTrainer": "draftdiff.llm.train.trainer",
+    "evaluate_draft": "draftdiff.llm.train.evaluate",
+    "expected_acceptance": "draftdiff.llm.bounds",
+    "export_token_map": "draftdiff.llm.train.trim",
+    "generate_distillation_set": "draftdiff.llm.train.data",
     "KBest": "draftdiff.llm.drafters.model",
+    "load_trimmed": "draftdiff.llm.train.trim",
+    "LOSSES": "draftdiff.llm.train.losses",
+    "mixed": "draftdiff.llm.train.data",
     "ModelDrafter": "draftdiff.llm.drafters.model",
     "NGramDrafter": "draftdiff.llm.drafters.ngram",
     "NGramTable": "draftdiff.llm.drafters.ngram_table",
-    "Sampled": "draftdiff.llm.drafters.model",
-    "acceptance_upper_bound": "draftdiff.llm.bounds",
-    "expected_acceptance": "draftdiff.llm.bounds",
+    "packed_text": "draftdiff.llm.train.data",
     "report": "draftdiff.llm.reporting",
+    "Sampled": "draftdiff.llm.drafters.model",
+    "save_trimmed": "draftdiff.llm.train.trim",
     "speculative": "draftdiff.llm.generate",
+    "trim": "draftdiff.llm.train.trim",
 }
 
 __all__ = sorted(_HOMES)

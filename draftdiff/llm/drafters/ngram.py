@@ -18,7 +18,7 @@ import torch
 from torch import FloatTensor, LongTensor
 from transformers.generation import CandidateGenerator
 
-from draftdiff.llm.drafters.base import Context
+from draftdiff.llm.drafters.base import Context, vocabulary_size
 from draftdiff.llm.drafters.ngram_table import NGramTable
 from draftdiff.llm.tree import ROOT, Tree
 
@@ -63,7 +63,7 @@ class NGramDrafter:
 
     def begin(self, context: Context) -> None:
         """Learn from the prompts. Raises ValueError if the table is of another vocabulary."""
-        size = context.target.model.config.get_text_config().vocab_size
+        size = vocabulary_size(context.target.model)
         if self.table.largest >= size:
             raise ValueError(
                 f"the n-gram table holds token {self.table.largest}, the target has {size}: another tokenizer?"
