@@ -26,7 +26,7 @@ _HOMES = {
     "KBest": "draftdiff.llm.drafters.model",
     "load_trimmed": "draftdiff.llm.train.trim",
     "LOSSES": "draftdiff.llm.train.losses",
-    "mixed": "draftdiff.llm.train.data",
+    "mix_in_text": "draftdiff.llm.train.data",
     "ModelDrafter": "draftdiff.llm.drafters.model",
     "NGramDrafter": "draftdiff.llm.drafters.ngram",
     "NGramTable": "draftdiff.llm.drafters.ngram_table",

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipe import Recipe, arguments
 from stdlib_corpus import def_prompts
 
-from draftdiff.llm import LOSSES, mixed
+from draftdiff.llm import LOSSES, mix_in_text
 
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 
@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.draft is None:
         recipe.train("pretrained", text, options.pretrain_steps, "ce", rate=4e-3)
     written = recipe.written(def_prompts(options.prompts, held_out=False), TEMPERATURES)
-    recipe.train("aligned", mixed(written, text, options.plain_share), options.align_steps, options.loss, rate=1e-3)
+    recipe.train(
+        "aligned", mix_in_text(written, text, options.plain_share), options.align_steps, options.loss, rate=1e-3
+    )
     recipe.finish()
 
 

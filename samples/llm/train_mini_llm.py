@@ -44,7 +44,7 @@ from draftdiff.llm import (
     DraftTrainer,
     evaluate_draft,
     generate_distillation_set,
-    mixed,
+    mix_in_text,
     packed_text,
 )
 from draftdiff.media import replacing
@@ -60,7 +60,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 # Of the alignment: prompts, each continued at four temperatures; loss and learning rate.
-WRITTEN, ALIGN_LOSS, ALIGN_RATE = 512, "lk", 1e-3
+WRITTEN, ALIGN_LOSS, ALIGN_RATE = 256, "lk", 1e-3
 LENGTH = 4  # of the draft's chains
 
 
@@ -219,8 +219,7 @@ def align(work: Path, steps: int) -> None:
             file
         )
     written = DistillationSet.load(file)
-    text = packed_text(tokens, 256)
-    text.distil = True  # the target has an opinion on every text
+    text = packed_text(tokens, 256, distil=True)
     arguments = TrainingArguments(
         output_dir=str(work / "llm_align"),
         max_steps=steps,
@@ -238,7 +237,11 @@ def align(work: Path, steps: int) -> None:
         bf16=True,
     )
     trainer = DraftTrainer(
-        draft.requires_grad_(True), arguments, target=target, loss=ALIGN_LOSS, train_dataset=mixed(written, text, 0.5)
+        draft.requires_grad_(True),
+        arguments,
+        target=target,
+        loss=ALIGN_LOSS,
+        train_dataset=mix_in_text(written, text, 0.5),
     )
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if (work / "llm_align").exists() else None

@@ -114,15 +114,18 @@ def generate_distillation_set(
     return DistillationSet([ids for ids, _ in ordered], [written for _, written in ordered])
 
 
-def packed_text(ids: Tensor, length: int) -> DistillationSet:
-    """One row of ids int64 [tokens] cut into windows of `length`, as plain text to train on; the rest is dropped."""
+def packed_text(ids: Tensor, length: int, distil: bool = False) -> DistillationSet:
+    """One row of ids int64 [tokens] cut into windows of `length`; the rest is dropped. distil: as in DistillationSet,
+    whether to learn what the target thinks of the text rather than the text."""
     if len(ids) < length:
         raise ValueError(f"ids must be at least as long as a window of {length}, got {len(ids)}")
     windows = list(ids[: len(ids) // length * length].view(-1, length))
-    return DistillationSet(windows, [torch.ones(length, dtype=torch.bool)] * len(windows), distil=False)
+    return DistillationSet(windows, [torch.ones(length, dtype=torch.bool)] * len(windows), distil)
 
 
-def mixed(distillation: DistillationSet, pretraining: DistillationSet, share: float = 0.1, seed: int = 0) -> Dataset:
+def mix_in_text(
+    distillation: DistillationSet, pretraining: DistillationSet, share: float = 0.1, seed: int = 0
+) -> Dataset:
     """Both in one set, the second cut at random so that it makes `share` of all rows (or all of it, if there is less).
 
     The mix of Direct Alignment (arXiv 2403.00858): the draft learns from its target and stays a language model.

@@ -20,11 +20,10 @@ class DraftTrainer(Trainer):
 
     Rows are those of `DistillationSet`. Only positions whose next token is `written` count. On rows with `distil` the
     loss compares the draft's logits with the target's on the same text, which the target computes without gradients;
-    on the others (`packed_text`, `mixed`) it is the cross-entropy of the text. The loss is the mean over all counted
-    positions of a batch.
+    on the others it is the cross-entropy of the text. The loss is the mean over all counted positions of a batch.
 
         FastDraft (arXiv 2411.11055):        loss="ce" on a `generate_distillation_set`; needs no target
-        Direct Alignment (arXiv 2403.00858): loss="tvd_pp" on `mixed(generate_distillation_set(...), packed_text(...))`
+        Direct Alignment (arXiv 2403.00858): loss="tvd_pp" on that, with `mix_in_text(..., packed_text(...))`
 
     With loss="ce" the tokens of the text are the labels, on all rows, and the target is never run. Everything else is
     the Trainer's own: evaluation, checkpoints, `train(resume_from_checkpoint=True)`, accumulation, mixed precision.

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from draftdiff.llm.train.data import DistillationSet, collate, generate_distillation_set, mixed, packed_text
+from draftdiff.llm.train.data import DistillationSet, collate, generate_distillation_set, mix_in_text, packed_text
 from tests.llm.tiny_models import VOCABULARY, prompt, tiny_model
 
 PROMPTS = [prompt(length, seed=length)[0] for length in (3, 11, 7, 5, 2)]
@@ -95,17 +95,18 @@ def test_packed_text_is_cut_into_windows_of_plain_text():
     windows = packed_text(torch.arange(23), 5)
     assert rows_of(windows) == [list(range(i, i + 5)) for i in (0, 5, 10, 15)]
     assert all(row["written"].all() and not row["distil"] for row in windows)
+    assert packed_text(torch.arange(23), 5, distil=True)[0]["distil"]
     with pytest.raises(ValueError, match="window of 24, got 23"):
         packed_text(torch.arange(23), 24)
 
 
 def test_a_mix_has_the_share_of_plain_text_asked_for(target):
     distillation, text = written_by(target, temperatures=(0.0, 1.0)), packed_text(torch.arange(200), 5)
-    assert [bool(row["distil"]) for row in mixed(distillation, text, 0.5)].count(False) == 10
-    assert [bool(row["distil"]) for row in mixed(distillation, text, 0.0)] == [True] * 10
-    assert rows_of(mixed(distillation, text, 0.3)) == rows_of(mixed(distillation, text, 0.3))
+    assert [bool(row["distil"]) for row in mix_in_text(distillation, text, 0.5)].count(False) == 10
+    assert [bool(row["distil"]) for row in mix_in_text(distillation, text, 0.0)] == [True] * 10
+    assert rows_of(mix_in_text(distillation, text, 0.3)) == rows_of(mix_in_text(distillation, text, 0.3))
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 1.0"):
-        mixed(distillation, text, 1.0)
+        mix_in_text(distillation, text, 1.0)
 
 
 def test_batches_are_padded_on_the_right_and_padding_is_not_written():
