@@ -12,7 +12,17 @@ from packaging.version import Version as _Version
 
 OLDEST_TRANSFORMERS = "5.8"
 
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    "KeptCache": "draftdiff.llm.kept_cache",
+    "SparsePrefill": "draftdiff.llm.sparse_prefill",
+    "SpecKVConfig": "draftdiff.llm.speckv",
+    "SpecKVInfo": "draftdiff.llm.speckv",
+    "SpecPCConfig": "draftdiff.llm.specpc",
+    "observing": "draftdiff.llm.observe",
+    "speckv": "draftdiff.llm.speckv",
+    "speckv_pc": "draftdiff.llm.speckv_pc",
+    "specpc": "draftdiff.llm.specpc",
+}
 
 __all__ = sorted(_HOMES)
 
