@@ -21,6 +21,9 @@ class KeptLayer(DynamicLayer):
     What is dropped counts as the oldest tokens: `get_seq_length` is the logical length, physical + dropped.
     """
 
+    keys: Tensor | None
+    values: Tensor | None
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.dropped = 0
@@ -39,6 +42,7 @@ class KeptLayer(DynamicLayer):
 
     def keep(self, indices: Tensor, length: int) -> None:
         """Keep the tokens at physical indices, int64 [batch, key heads, kept], ascending, for a logical length."""
+        assert self.keys is not None and self.values is not None
         self.dropped = length - indices.shape[-1]
         self.keys, self.values = gather_kv(self.keys, self.values, indices)
         self._fixed = indices.shape[-1]
@@ -48,14 +52,14 @@ class KeptLayer(DynamicLayer):
         length in older hosts, and for more tokens than came after the last `keep`."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.keys is None:
+        if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
         fresh = self.physical_length - (self._fixed if self.dropped else 0)
         if -tokens_to_remove > fresh:
             raise ValueError(
                 f"at most {fresh} tokens came after the eviction and can be removed, got {tokens_to_remove}"
             )
-        self.keys, self.values = (x[..., :tokens_to_remove, :] for x in (self.keys, self.values))
+        self.keys, self.values = self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -70,6 +74,8 @@ class KeptCache(DynamicCache):
     latter.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         for number, layer in enumerate(self.layers):
@@ -83,7 +89,7 @@ class KeptCache(DynamicCache):
         self.layers = [KeptLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         if not self.kept_layers:
             raise ValueError(
-                f"there must be a layer to evict from, all {len(self.layers)} of {config.model_type} slide over a window"
+                f"there must be a layer to evict from, all {len(self.layers)} of {config.model_type} have a window"
             )
 
     @property

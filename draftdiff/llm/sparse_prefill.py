@@ -107,7 +107,11 @@ def vertical_slash_attention(
     for row in range(batch):
         for head in range(heads):
             near, near_lse = _near(
-                *(x[row, head] for x in (query, key, value, column_key, column_value)),
+                query[row, head],
+                key[row, head],
+                value[row, head],
+                column_key[row, head],
+                column_value[row, head],
                 padded[row, head][cut[row, head]],
                 cut[row, head],
                 ~whole[row, head].all(-1),

@@ -210,7 +210,7 @@ def evicting_prefill(
     *,
     return_indices: bool = False,
 ) -> tuple[KeptCache, SpecKVInfo]:
-    """Steps 2 to 4 of SpecKV for a given continuation `ahead` [batch, tokens], of which `valid` ones vote. See speckv."""
+    """What speckv does once it has the draft's continuation `ahead` [batch, tokens], of which `valid` ones vote."""
     cache = KeptCache(model.config)
     prompt = ids.shape[1]
     if config.sparse_prefill is not None:

@@ -24,8 +24,9 @@ class SpecPCConfig:
 
     capacity: tokens that stay.  window: the last of them, kept in any case, whose queries count, later ones for more.
     kernel: tokens over which importance spreads, and that are kept around an important one; the authors take 64 for
-    Qwen and 32 for Llama.  start: the first layer that counts, as a share of the draft's depth; the authors' layer 8 of
-    24; where full-attention layers are among them, those alone.  lookahead: queries of the draft's own tokens count too, all but the last of so many; 1 is the prompt alone.
+    Qwen and 32 for Llama.  start: the first layer that counts, as a share of the draft's depth; the authors' is layer 8
+    of 24. Where layers of full attention are among those that count, they count alone.  lookahead: queries of the
+    draft's own tokens count too, all but the last of so many; 1 is the prompt alone.
     """
 
     capacity: int = 2048
