@@ -84,6 +84,15 @@ def keep_topk(scores: Tensor, count: int, always: Tensor | None = None) -> Tenso
     return torch.cat([always.expand(*best.shape[:-1], -1), best], dim=-1).sort(-1).values
 
 
+def importance_order(scores: Tensor, ties: Tensor) -> Tensor:
+    """Keys from best to worst, int64 like scores [..., keys]; of equals the one of the higher `ties`, then the first.
+
+    Pooling by the maximum makes plateaus: with the scores before it as `ties`, a peak comes before its neighbours.
+    """
+    by_ties = ties.argsort(dim=-1, descending=True, stable=True)
+    return by_ties.gather(-1, scores.gather(-1, by_ties).argsort(dim=-1, descending=True, stable=True))
+
+
 def gather_kv(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [batch, heads, keys, head_dim] at indices [batch, heads, kept], in memory of their own."""
     where = indices[..., None].expand(-1, -1, -1, key.shape[-1])

@@ -15,13 +15,13 @@ OLDEST_TRANSFORMERS = "5.8"
 _HOMES: dict[str, str] = {
     "KeptCache": "draftdiff.llm.kept_cache",
     "SparsePrefill": "draftdiff.llm.sparse_prefill",
-    "SpecKVConfig": "draftdiff.llm.speckv",
-    "SpecKVInfo": "draftdiff.llm.speckv",
-    "SpecPCConfig": "draftdiff.llm.specpc",
+    "SpecKVConfig": "draftdiff.llm.spec_kv",
+    "SpecKVInfo": "draftdiff.llm.spec_kv",
+    "SpecPCConfig": "draftdiff.llm.spec_pc",
     "observing": "draftdiff.llm.observe",
-    "speckv": "draftdiff.llm.speckv",
-    "speckv_pc": "draftdiff.llm.speckv_pc",
-    "specpc": "draftdiff.llm.specpc",
+    "speckv": "draftdiff.llm.spec_kv",
+    "speckv_pc": "draftdiff.llm.spec_kv_pc",
+    "specpc": "draftdiff.llm.spec_pc",
 }
 
 __all__ = sorted(_HOMES)

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.importance import keep_topk
 from draftdiff.core.select import BlockMask
 from draftdiff.kernels.block_sparse import block_sparse_attention
 from draftdiff.llm.observe import AttentionCall
@@ -52,14 +51,14 @@ def check_sparse(model: PreTrainedModel, attention_mask: Tensor) -> None:
         raise ValueError(f"sparse_prefill takes models without a soft cap of the scores, got {softcap}")
 
 
-def sparse_attention(call: AttentionCall, scores: Tensor, config: SparsePrefill) -> Tensor | None:
+def sparse_attention(call: AttentionCall, order: Tensor, config: SparsePrefill) -> Tensor | None:
     """A layer's attention, [batch, queries, heads, head_dim], or None where all of it fits columns and local.
 
-    scores: of the first keys, fp32 [batch, key heads, keys]; the best are the columns.
+    order: the keys that may be columns, from most to least important, int64 [batch, key heads, keys].
     """
     if call.key.shape[2] <= config.columns + config.local:
         return None
-    columns = keep_topk(scores, min(config.columns, scores.shape[-1]))
+    columns = order[..., : config.columns].sort(-1).values
     return vertical_slash_attention(
         call.query, call.key, call.value, columns, local=config.local, scale=call.scale, backend=config.backend
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draftdiff.core.importance import attention_mass, gather_kv, keep_topk, smooth
+from draftdiff.core.importance import attention_mass, gather_kv, importance_order, keep_topk, smooth
 
 
 def test_mass_is_the_sum_of_softmax_rows():
@@ -98,3 +98,9 @@ def test_mass_under_a_mask_and_weights_is_that_of_single_rows(reduce):
 def test_another_reduction_is_an_error():
     with pytest.raises(ValueError, match="reduce must be one of sum, mean, max, got 'median'"):
         attention_mass(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), reduce="median")
+
+
+def test_of_equals_the_peak_comes_first():
+    scores = torch.tensor([[0.0, 1.0, 3.0, 1.0, 0.0, 2.0]])
+    assert importance_order(smooth(scores, 3, "max"), scores).tolist() == [[2, 1, 3, 5, 4, 0]]
+    assert importance_order(torch.ones(1, 4), torch.ones(1, 4)).tolist() == [[0, 1, 2, 3]]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.core.importance import attention_mass, smooth
+from draftdiff.core.importance import attention_mass, importance_order, smooth
 from draftdiff.llm.observe import AttentionCall, observing
 from draftdiff.llm.pair import check_prompt, lookahead, vocabulary
 
@@ -140,13 +140,14 @@ def select_tokens(scores: Tensor, config: SpecPCConfig) -> Tensor:
     """The tokens to keep of one prompt by their importance, int64 [min(capacity, tokens)], ascending.
 
     scores: fp32 [tokens].  In order, and without repeats, until the capacity is full: the window, then the tokens by
-    importance (pooled over `kernel`; of equals the first), each with its neighbours, nearest first, left before right.
+    importance (pooled over `kernel`; of equals the one that scores more, then the first), each with its neighbours,
+    nearest first, left before right.
     """
     tokens, kernel = len(scores), config.kernel
     if tokens <= config.capacity:
         return torch.arange(tokens, device=scores.device)
     pooled = smooth(scores[None], kernel, "max")[0]
-    best = pooled.argsort(descending=True, stable=True)[: config.capacity]
+    best = importance_order(pooled, scores)[: config.capacity]
     offsets = sorted(range(-((kernel - 1) // 2), kernel // 2 + 1), key=lambda offset: (abs(offset), offset))
     around = (best[:, None] + torch.tensor(offsets, device=best.device)).flatten()
     around = around[(around >= 0) & (around < tokens)]

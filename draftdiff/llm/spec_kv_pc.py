@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from draftdiff.llm.kept_cache import KeptCache
 from draftdiff.llm.pair import check_pair, check_prompt, lookahead, vocabulary
-from draftdiff.llm.speckv import SpecKVConfig, SpecKVInfo, check_decoding, evicting_prefill, wait_for
-from draftdiff.llm.specpc import SpecPCConfig, observed
+from draftdiff.llm.spec_kv import SpecKVConfig, SpecKVInfo, check_decoding, evicting_prefill, wait_for
+from draftdiff.llm.spec_pc import SpecPCConfig, observed
 
 COMPRESS = SpecPCConfig(capacity=2048, lookahead=8)
 

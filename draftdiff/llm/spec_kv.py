@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.core.importance import POOLINGS, attention_mass, keep_topk, smooth
+from draftdiff.core.importance import POOLINGS, attention_mass, importance_order, smooth
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
 from draftdiff.llm.observe import AttentionCall, observing
 from draftdiff.llm.pair import cache_argument, check_pair, check_prompt, lookahead, positions, vocabulary
@@ -121,14 +121,14 @@ class _Eviction:
         config = self.config
         if self.held <= config.capacity:
             return torch.arange(self.held, device=call.key.device).expand(*call.key.shape[:2], -1), None
-        scores = self._scores(call)
-        best = keep_topk(scores, config.capacity - config.window)
-        window = torch.arange(scores.shape[-1], self.held, device=best.device).expand(*best.shape[:2], -1)
-        out = None if config.sparse_prefill is None else sparse_attention(call, scores, config.sparse_prefill)
+        order = self._order(call)
+        best = order[..., : config.capacity - config.window].sort(-1).values
+        window = torch.arange(order.shape[-1], self.held, device=best.device).expand(*best.shape[:2], -1)
+        out = None if config.sparse_prefill is None else sparse_attention(call, order, config.sparse_prefill)
         return torch.cat([best, window], dim=-1), out
 
-    def _scores(self, call: AttentionCall) -> Tensor:
-        """Importance of the keys before the window, fp32 [batch, key heads, keys], padding at -inf."""
+    def _order(self, call: AttentionCall) -> Tensor:
+        """The keys before the window from most to least important, int64 [batch, key heads, keys], padding last."""
         candidates = self.held - self.config.window
         rows = self.attention_mask.shape[1] - candidates
         readable, voting = call.readable(rows), self.attention_mask[:, -rows:]
@@ -149,7 +149,8 @@ class _Eviction:
             dim=1,
         )
         padding = self.attention_mask[:, None, :candidates] == 0
-        return smooth(mass, self.config.kernel, self.config.pool).masked_fill(padding, -torch.inf)
+        scores = smooth(mass, self.config.kernel, self.config.pool)
+        return importance_order(scores.masked_fill(padding, -torch.inf), mass)
 
 
 def speckv(
