@@ -94,12 +94,12 @@ class _TokenScores:
             return
         read = self._read[call.layer] = self._read.get(call.layer, 0) + call.query.shape[2]
         prompt = self.attention_mask.shape[1]
+        if read < prompt:
+            return  # a chunk of the prompt: its last one has the window
         rows = min(self.config.window, call.query.shape[2])
-        weights = torch.ones(len(call.query), 1, device=call.query.device)
-        if read == prompt:
-            weights = self.attention_mask[:, -rows:] * torch.linspace(0, 1, rows, device=weights.device)
-            if rows == 1:
-                weights = weights.fill_(1.0)
+        weights = torch.ones(1, device=call.query.device)
+        if read == prompt and rows > 1:
+            weights = torch.linspace(0, 1, rows, device=weights.device)
         groups = call.query[:, :, -rows:].unflatten(1, (call.key.shape[1], -1))
         readable = call.readable(rows)
         most = torch.zeros(len(call.query), call.key.shape[2], device=call.query.device)

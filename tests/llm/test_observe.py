@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
-from draftdiff.llm.observe import observing
+from draftdiff.llm.observe import AttentionCall, observing
 from tests.llm.attention import attend
 from tests.llm.tiny_models import FAMILIES, prompt, tiny_model
 
@@ -75,6 +75,19 @@ def test_the_last_rows_of_the_mask_are_those_of_the_last_queries():
     assert torch.equal(calls[0].readable(5), expected[None, None, -5:])
     assert calls[-1].mask is None
     assert torch.equal(calls[-1].readable(4), expected[None, None, 6:10, :10])
+
+
+def test_masks_of_the_flash_kind_are_spelt_out():
+    """They come as padding [batch, keys] and a window, or as nothing."""
+    key = torch.zeros(2, 1, 6, 4)
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    call = AttentionCall(0, torch.nn.Identity(), key[:, :, -2:], key, key, 1.0, padding, sliding_window=3)
+    assert call.readable(2)[0, 0].int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    assert call.readable(2)[1, 0].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    open_mask = AttentionCall(0, torch.nn.Identity(), key, key, key, 1.0, None, sliding_window=3)
+    assert open_mask.readable(1).int().tolist() == [[[[0, 0, 0, 1, 1, 1]]]]
+    with pytest.raises(ValueError, match="attention masks must be tensors, got object"):
+        AttentionCall(0, torch.nn.Identity(), key, key, key, 1.0, object()).readable(1)
 
 
 def test_an_exception_restores_everything():

@@ -66,6 +66,17 @@ def test_each_key_head_keeps_what_window_and_lookahead_look_at(family, pool, red
         assert kept.shape == (1, 2, 20) and kept[0].tolist() == expected[layer]
 
 
+def test_a_soft_cap_bounds_the_votes():
+    model, ids = tiny_model("gemma2", layers=4), prompt(60)
+    _, loose = speckv(model, model, ids, SMALL, return_indices=True)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.05  # nearly uniform
+    _, info = speckv(model, model, ids, SMALL, return_indices=True)
+    expected = expected_indices(model, ids, info.lookahead, SMALL)
+    for layer, kept in info.indices.items():
+        assert kept[0].tolist() == expected[layer] != loose.indices[layer][0].tolist()
+
+
 @pytest.mark.parametrize("family", EVICTABLE)
 def test_with_room_for_all_decoding_is_as_without(family):
     model, ids = tiny_model(family), prompt(50)

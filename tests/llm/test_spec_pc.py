@@ -84,6 +84,16 @@ def test_tokens_are_chosen_by_the_drafts_attention(family, count):
     assert keep.tolist() == select_tokens(expected_scores(draft, ids, config), config).tolist()
 
 
+def test_a_soft_cap_bounds_the_scores():
+    draft, ids = tiny_model("gemma2", layers=4), prompt(60)
+    config = SpecPCConfig(capacity=20, window=5, kernel=1)
+    loose = specpc(draft, ids, config)
+    for layer in draft.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.05  # nearly uniform
+    keep = specpc(draft, ids, config)
+    assert keep.tolist() == select_tokens(expected_scores(draft, ids, config), config).tolist() != loose.tolist()
+
+
 def test_full_attention_counts_alone_where_there_is_any_from_the_start_on():
     assert counted_layers(tiny_model(layers=6), 1 / 3) == {2, 3, 4, 5}
     assert counted_layers(tiny_model(layers=1), 0.9) == {0}
