@@ -67,7 +67,7 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         tops = {name.split("/")[0] for name in packed}
         assert {top for top in tops if not top.endswith(".dist-info")} == {"draftdiff"}
         assert {"draftdiff/py.typed", "draftdiff/kernels/cpu.cpp"} <= packed
-        folders = [ROOT / "pipelines" / f"mini_{kind}_weights" for kind in ("image", "video")]
+        folders = [ROOT / "pipelines" / f"mini_{kind}_weights" for kind in ("image", "llm", "video")]
         files = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*") if file.is_file()}
         assert all(folder.is_dir() for folder in folders)
         assert {f"draftdiff/{name}" for name in files} <= packed
@@ -124,7 +124,10 @@ def test_find_spec_of_kernels_is_not_ours():
     assert ROOT / "kernels" not in Path(spec.origin).parents
 
 
-@pytest.mark.parametrize(("imported", "absent"), [("llm", "diffusers"), ("video.patch", "draftdiff.llm")])
+@pytest.mark.parametrize(
+    ("imported", "absent"),
+    [("llm", "diffusers"), ("pipelines.mini_llm", "diffusers"), ("video.patch", "draftdiff.llm")],
+)
 def test_the_llm_part_and_the_others_do_without_each_other(imported, absent):
     code = (
         "import sys, draftdiff; from importlib import import_module as load\n"

@@ -12,16 +12,35 @@ from packaging.version import Version as _Version
 
 OLDEST_TRANSFORMERS = "5.8"
 
-_HOMES: dict[str, str] = {
+_HOMES = {
+    "Chain": "draftdiff.llm.drafters.model",
+    "DistillationSet": "draftdiff.llm.train.data",
+    "DraftScores": "draftdiff.llm.train.evaluate",
+    "DraftTrainer": "draftdiff.llm.train.trainer",
+    "KBest": "draftdiff.llm.drafters.model",
     "KeptCache": "draftdiff.llm.kept_cache",
+    "LOSSES": "draftdiff.llm.train.losses",
+    "ModelDrafter": "draftdiff.llm.drafters.model",
+    "Sampled": "draftdiff.llm.drafters.model",
     "SparsePrefill": "draftdiff.llm.sparse_prefill",
     "SpecKVConfig": "draftdiff.llm.spec_kv",
     "SpecKVInfo": "draftdiff.llm.spec_kv",
     "SpecPCConfig": "draftdiff.llm.spec_pc",
+    "draft_config": "draftdiff.llm.train.config",
+    "evaluate_draft": "draftdiff.llm.train.evaluate",
+    "export_token_map": "draftdiff.llm.train.trim",
+    "generate_distillation_set": "draftdiff.llm.train.data",
+    "load_trimmed": "draftdiff.llm.train.trim",
+    "mixed": "draftdiff.llm.train.data",
     "observing": "draftdiff.llm.observe",
+    "packed_text": "draftdiff.llm.train.data",
+    "report": "draftdiff.llm.reporting",
+    "save_trimmed": "draftdiff.llm.train.trim",
     "speckv": "draftdiff.llm.spec_kv",
     "speckv_pc": "draftdiff.llm.spec_kv_pc",
     "specpc": "draftdiff.llm.spec_pc",
+    "speculative": "draftdiff.llm.generate",
+    "trim": "draftdiff.llm.train.trim",
 }
 
 __all__ = sorted(_HOMES)

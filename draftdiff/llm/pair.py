@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -59,11 +57,6 @@ def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | N
 def positions(attention_mask: Tensor) -> Tensor:
     """Position of each token in its row, padding aside; int64 like the mask [batch, tokens]."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """What the model's forward calls its cache: "past_key_values" up to transformers 5.23."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()

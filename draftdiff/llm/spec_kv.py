@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.core.importance import POOLINGS, attention_mass, importance_order, smooth
+from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import cache_argument, check_pair, check_prompt, lookahead, positions, vocabulary
+from draftdiff.llm.pair import check_pair, check_prompt, lookahead, positions, vocabulary
 from draftdiff.llm.sparse_prefill import SparsePrefill, check_sparse, sparse_attention
 
 REDUCES = ("max", "mean")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from draftdiff.llm import SparsePrefill, SpecKVConfig, speckv
+from draftdiff.llm import ModelDrafter, SparsePrefill, SpecKVConfig, speckv, speculative
+from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.kept_cache import KeptLayer
 from draftdiff.llm.observe import observing
-from draftdiff.llm.pair import cache_argument
 from tests.llm.attention import attend, causal
 from tests.llm.tiny_models import FAMILIES, prompt, tiny_model
 
@@ -254,3 +254,22 @@ def test_the_cache_holds_kept_layers_that_generation_appends_to():
     assert all(isinstance(layer, KeptLayer) for layer in cache.layers)
     # 59 of the prompt stand for 20; its last token and nine of the ten new ones were read
     assert [layer.physical_length for layer in cache.layers] == [30] * 3 and cache.get_seq_length() == 69
+
+
+@pytest.mark.parametrize("family", EVICTABLE)
+@pytest.mark.parametrize("drafting", ["itself", "another"])
+def test_speculation_goes_on_from_an_evicted_cache_as_the_host_does(family, drafting):
+    model, draft, ids = tiny_model(family), tiny_model(seed=1), prompt(60)
+    cache, _ = speckv(model, draft, ids, SMALL)
+    drafter = ModelDrafter(model if drafting == "itself" else draft)
+    given = {"custom_generate": speculative, "drafter": drafter}
+    assert tokens(model, ids, cache, count=20, **given) == tokens(model, ids, cache, count=20)
+    assert tokens(model, ids, cache, count=20) != tokens(model, ids, count=20)  # lossy, so that this shows something
+
+
+def test_speculation_goes_on_from_an_evicted_batch():
+    model, ids, mask = tiny_model(), prompt(60, batch=3), torch.ones(3, 60, dtype=torch.long)
+    mask[1, :25] = mask[2, :47] = 0
+    cache, _ = speckv(model, tiny_model(seed=1), ids, SMALL, attention_mask=mask)
+    given = {"custom_generate": speculative, "drafter": ModelDrafter(tiny_model(seed=1)), "attention_mask": mask}
+    assert tokens(model, ids, cache, count=20, **given) == tokens(model, ids, cache, count=20, attention_mask=mask)

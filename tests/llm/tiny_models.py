@@ -48,6 +48,45 @@ def tiny_model(
     return model
 
 
+def tiny_hybrid(kind="qwen3_next", seed=0):
+    """A random model of which every other layer is linear attention ("qwen3_next") or a convolution ("lfm2")."""
+    other, sizes = {
+        "lfm2": ("conv", {}),
+        "qwen3_next": (
+            "linear_attention",
+            {
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 16,
+                "linear_value_head_dim": 16,
+                "head_dim": 16,
+                "num_experts": 0,
+                "mlp_only_layers": [0, 1, 2, 3],
+            },
+        ),
+    }[kind]
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=[other, "full_attention"] * 2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        **sizes,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
 def prompt(length, *, batch=1, seed=0, vocab_size=VOCABULARY):
     """Random token ids [batch, length]."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,284 @@
+"""A causal model with its cache that is fed trees of tokens and then rolled back to the path that was accepted.
+
+Used for the target, which sees a whole tree at once, and for drafts, which grow one level by level. Rows of a batch
+keep paths of different lengths: shorter ones leave masked slots, so nothing of the past is ever moved.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from draftdiff.llm.tree import ROOT, ancestors
+
+
+class WindowLayer(DynamicLayer):
+    """A sliding-window layer that keeps what it is fed until told to forget, so that branches can be taken back."""
+
+    is_sliding = True
+
+    def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
+        super().__init__()
+        self.window = layer.sliding_window
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self.dropped = layer.get_seq_length() - layer.keys.shape[-2]
+
+    def get_seq_length(self) -> int:
+        return self.dropped + self.keys.shape[-2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[-2] + query_length, self.dropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        length = self.keys.shape[-2] - abs(tokens_to_remove)
+        self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+
+    def forget(self) -> None:
+        """Drop what is out of the window, once that is most of the layer."""
+        if self.keys.shape[-2] > 2 * self.window:
+            self.dropped += self.keys.shape[-2] - (self.window - 1)
+            self.keys, self.values = (x[..., 1 - self.window :, :].clone() for x in (self.keys, self.values))
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Under which name the model's forward takes its cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _is_linear(layer: Any) -> bool:
+    return hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states")
+
+
+class TreeDecoder:
+    """Feeds trees to a model. `length` slots are committed; what came after them is pending until `keep`.
+
+    model: a decoder-only language model of transformers.  ids: int64 [batch, tokens], left-padded.  attention_mask:
+    [batch, tokens], None without padding.  cache: may hold the first of these tokens already.  chunk: most tokens of a
+    forward of the prompt.  hidden: also return the last hidden states.
+    Prefills all tokens but the last, which is the first to be fed. Models with linear-attention layers take chains of
+    one row, with a second forward for what was accepted of a chain that was not wholly.
+    Raises ValueError for a cache that cannot be rolled back.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        *,
+        chunk: int | None = None,
+        hidden: bool = False,
+    ) -> None:
+        self.model, self.hidden = model, hidden
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self.forwards = 0
+        self._argument = cache_argument(model)
+        self._check_cache(len(ids), ids.shape[1])
+        tokens = ids.shape[1] - 1
+        if attention_mask is None:
+            attention_mask = torch.ones_like(ids)
+        real = attention_mask[:, :tokens].bool()
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        for start in range(self.cache.get_seq_length(), tokens, chunk or max(tokens, 1)):
+            stop = min(start + (chunk or tokens), tokens)
+            mask = None if bool(real.all()) else real[:, :stop].to(ids.dtype)
+            self._forward(ids[:, start:stop], mask, positions[:, start:stop], logits_to_keep=1)
+        self.next = (positions[:, -1]).tolist()
+        self._windows: list[WindowLayer] = []
+        self._prepare_rollback()
+        self.valid = real.cpu().numpy()
+        self.positions = positions[:, :tokens].cpu().numpy()
+        self._reset_pending()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.valid)
+
+    def _reset_pending(self) -> None:
+        self._parents: list[list[int]] = [[] for _ in range(self.rows)]
+        self._seen = [np.zeros((0, 0), dtype=bool) for _ in range(self.rows)]
+        self._depths: list[list[int]] = [[] for _ in range(self.rows)]
+
+    def _check_cache(self, batch: int, tokens: int) -> None:
+        cache = self.cache
+        layers = getattr(cache, "layers", None)
+        allowed = layers is not None and all(
+            _is_linear(layer) or (isinstance(layer, DynamicLayer) and not hasattr(layer, "quantize"))
+            for layer in layers
+        )
+        if layers is None or not allowed or type(cache).__name__ in ("EncoderDecoderCache", "QuantizedCache"):
+            kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(cache).__name__]
+            raise ValueError(f"speculative needs a dynamic cache, got {type(cache).__name__} of {', '.join(kinds)}")
+        if cache.get_seq_length() >= tokens:
+            raise ValueError(
+                f"the cache holds {cache.get_seq_length()} tokens, which must be fewer than the prompt's {tokens}"
+            )
+        held = {
+            len(layer.keys) for layer in layers if getattr(layer, "is_initialized", False) and layer.keys is not None
+        }
+        if held - {batch}:
+            raise ValueError(f"the cache holds {held.pop()} rows, the prompt {batch}")
+
+    def _prepare_rollback(self) -> None:
+        layers = self.cache.layers
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+                layers[index] = WindowLayer(layer)
+        self._windows = [layer for layer in layers if isinstance(layer, WindowLayer)]
+        self.linear = any(_is_linear(layer) for layer in layers)
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        if "conv" in kinds and not hasattr(self.cache, "activate_past_recording"):
+            # Their layers start anew whenever several tokens come at once.
+            raise ValueError(f"{type(self.model).__name__} takes drafts from transformers 5.15 on")
+        self._save()
+
+    def _save(self) -> None:
+        """Remember recurrent states, which cannot forget a token once they have seen it."""
+        layers = enumerate(self.cache.layers)
+        self._saved = {index: copy.deepcopy(layer) for index, layer in layers if _is_linear(layer)}
+        self._fed: list[int] = []
+
+    def _replay(self, length: int) -> None:
+        """Go back to the committed state and feed the first `length` pending tokens again."""
+        tokens = torch.tensor([self._fed[:length]], dtype=torch.int64, device=self.model.device)
+        for index, layer in enumerate(self.cache.layers):
+            if index in self._saved:
+                self.cache.layers[index] = self._saved[index]
+            else:
+                layer.crop(-len(self._fed))
+        if length:
+            self._forward(
+                tokens, None, self.next[0] + torch.arange(length, device=tokens.device)[None], logits_to_keep=1
+            )
+
+    def _forward(self, ids: Tensor, mask: Any, positions: Tensor, **kwargs: Any) -> Any:
+        self.forwards += 1
+        if self.hidden:
+            kwargs["output_hidden_states"] = True
+        if "logits_to_keep" in kwargs and not self.model._supports_logits_to_keep():
+            del kwargs["logits_to_keep"]
+        kwargs[self._argument] = self.cache
+        return self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True, **kwargs
+        )
+
+    def feed(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Any:
+        """The model's output for new pending tokens, logits [rows, most new tokens of a row, vocabulary].
+
+        tokens, parents: for each row; a parent is an index of that row's pending tokens, in the order they were fed, or
+        ROOT after the committed ones. Rows with fewer tokens are padded behind.
+        """
+        before = len(self._parents[0])
+        width = max(map(len, tokens))
+        ids = torch.zeros((self.rows, width), dtype=torch.int64)
+        positions = torch.zeros((self.rows, width), dtype=torch.int64)
+        for row, (new, above) in enumerate(zip(tokens, parents)):
+            padding = width - len(new)
+            depths = self._depths[row]
+            for parent in above:
+                depths.append(0 if parent == ROOT else depths[parent] + 1)
+            ids[row, : len(new)] = torch.tensor(new, dtype=torch.int64)
+            positions[row] = torch.tensor([self.next[row] + d for d in depths[before:]] + [self.next[row]] * padding)
+            depths += [0] * padding
+            self._parents[row] += [*above, *[ROOT] * padding]
+            self._seen[row] = ancestors(self._parents[row], self._seen[row])
+        if self.linear:
+            self._fed += tokens[0]
+        device = self.model.device
+        return self._forward(ids.to(device), self._mask(before, positions), positions.to(device))
+
+    def _is_plain_chain(self) -> bool:
+        """Whether the host's own causal mask is the right one."""
+        return (
+            self.rows == 1 and self._parents[0] == list(range(-1, len(self._parents[0]) - 1)) and bool(self.valid.all())
+        )
+
+    def _mask(self, before: int, positions: Tensor) -> Any:
+        if self._is_plain_chain():
+            return None
+        if self.linear:
+            raise ValueError(
+                f"{type(self.model).__name__} has linear-attention layers: draft chains, one row at a time"
+            )
+        implementation = self.model.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(f"trees and batches need attention 'sdpa' or 'eager', got {implementation!r}")
+        past = np.broadcast_to(self.valid[:, None], (self.rows, positions.shape[1], self.valid.shape[1]))
+        full = np.concatenate([past, np.stack([seen[before:] for seen in self._seen])], axis=2)
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or []
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if not self._windows:
+            return self._fitted(full, self._physical(windowed=False), implementation)
+        slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)
+        keys = np.concatenate([self.positions, slots], axis=1)
+        near = positions.numpy()[:, :, None] - keys[:, None, :] < window
+        sliding = self._fitted(full & near, self._physical(windowed=True), implementation)
+        if len(set(kinds)) < 2:
+            return sliding
+        return {
+            "full_attention": self._fitted(full, self._physical(windowed=False), implementation),
+            "sliding_attention": sliding,
+        }
+
+    def _physical(self, *, windowed: bool) -> int:
+        """Keys that the layers of a kind hold, pending ones included: evicted caches hold fewer than `length`."""
+        for layer in self.cache.layers:
+            if isinstance(layer, WindowLayer) == windowed and layer.is_initialized:
+                return layer.keys.shape[-2]
+        return self.valid.shape[1]
+
+    def _fitted(self, seen: np.ndarray, held: int, implementation: str) -> Tensor:
+        """The mask of a forward, [rows, 1, new, held + new]: the last keys of `seen`, as the attention takes it."""
+        mask = torch.from_numpy(np.ascontiguousarray(seen[:, None, :, -(held + seen.shape[1]) :]))
+        mask = mask.to(self.model.device)
+        if implementation == "sdpa":
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit one path of pending tokens for each row, from below ROOT down, and forget the other pending ones."""
+        pending = len(self._parents[0])
+        width = max(map(len, paths))
+        if not all(list(path) == list(range(len(path))) for path in paths):
+            index = torch.tensor([[*path, *[0] * (width - len(path))] for path in paths], device=self.model.device)
+            for layer in self.cache.layers:
+                if layer.is_initialized:
+                    _move(layer, index, pending)
+        if self.linear:
+            if width < pending:
+                self._replay(width)
+            self._save()
+        elif width < pending:
+            for layer in self.cache.layers:
+                layer.crop(width - pending)
+        if self.rows == 1:  # in a batch a row with gaps may still see slots that are out of the others' windows
+            for layer in self._windows:
+                layer.forget()
+        kept = np.array([[j < len(path) for j in range(width)] for path in paths], dtype=bool).reshape(self.rows, width)
+        places = np.array([[self.next[r] + j for j in range(width)] for r in range(self.rows)]).reshape(
+            self.rows, width
+        )
+        self.valid = np.concatenate([self.valid, kept], axis=1)
+        self.positions = np.concatenate([self.positions, places], axis=1)
+        self.next = [start + len(path) for start, path in zip(self.next, paths)]
+        self._reset_pending()
+
+
+def _move(layer: DynamicLayer, index: Tensor, pending: int) -> None:
+    """Bring the pending slots `index` [rows, kept] of a layer to the front of its pending ones."""
+    for x in (layer.keys, layer.values):
+        tail = x[:, :, x.shape[2] - pending :]
+        where = index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        tail[:, :, : index.shape[1]] = tail.gather(2, where)

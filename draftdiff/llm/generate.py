@@ -1,0 +1,223 @@
+"""Speculative decoding for any drafter: `model.generate(ids, custom_generate=speculative, drafter=...)`.
+
+Each round a drafter proposes a tree, the target sees all of it in one forward, and tokens are taken from the root down
+as long as they follow a branch. The output is the target's own: token by token at temperature 0, in law when sampling.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from draftdiff.llm.decoder import TreeDecoder
+from draftdiff.llm.drafters.base import Context, Drafter
+from draftdiff.llm.reporting import Report
+from draftdiff.llm.tree import ROOT, Tree
+from draftdiff.llm.verify import draw, reject
+
+# What generate hands over besides the cache that the loop makes itself or does without.
+_IGNORED = {
+    "attention_mask",
+    "position_ids",
+    "logits_to_keep",
+    "use_cache",
+    "cache_position",
+    "cache",
+    "past_key_values",
+}
+
+
+def speculative(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    drafter: Drafter | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Decode with drafts; called by `generate`, which takes `drafter=` and all of its own arguments as usual.
+
+    Logits processors, stopping criteria, streamers, left-padded batches and caches that hold part of the prompt work as
+    without drafts. Raises ValueError in one line for what cannot be: beams, encoder-decoder models, caches that cannot
+    be rolled back, attention or hidden-state outputs. `draftdiff.llm.report(drafter)` tells what it did.
+    """
+    if drafter is None:
+        raise ValueError("speculative needs drafter=..., for example draftdiff.llm.ModelDrafter(draft_model)")
+    _check(model, input_ids, generation_config, model_kwargs)
+    streamer = _streamer(model)
+    generation = _Generation(model, input_ids, logits_processor, stopping_criteria, generation_config, drafter)
+    generation.streamer = streamer
+    with torch.no_grad():
+        return generation.run(model_kwargs)
+
+
+def _streamer(model: PreTrainedModel) -> Any:
+    """The streamer given to generate, which passes it to methods of its own but not to a callable (5.8 to 5.24)."""
+    frame = inspect.currentframe()
+    while frame is not None and (frame.f_code.co_name != "generate" or frame.f_locals.get("self") is not model):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("streamer")
+
+
+def _check(model: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"speculative takes decoder-only models, got {type(model).__name__}")
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt is empty: speculative needs at least one token")
+    if (config.num_beams or 1) > 1:
+        raise ValueError(f"speculative decodes without beams, got num_beams={config.num_beams}")
+    if not kwargs.get("use_cache", True):
+        raise ValueError("speculative needs a cache, got use_cache=False")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name):
+            raise ValueError(f"speculative cannot return {name.removeprefix('output_')}, got {name}=True")
+    if (config.output_scores or config.output_logits) and len(ids) > 1:
+        raise ValueError(f"speculative returns scores and logits of one row only, got a batch of {len(ids)}")
+    unknown = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
+    if unknown:
+        raise ValueError(f"speculative takes token ids only, got {', '.join(sorted(unknown))}")
+
+
+class _Generation:
+    """One call of generate."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        drafter: Drafter,
+    ) -> None:
+        self.model, self.processors, self.criteria, self.config, self.drafter = (
+            model,
+            processors,
+            criteria,
+            config,
+            drafter,
+        )
+        self.sampling = bool(config.do_sample)
+        self.limit = criteria.max_length or config.max_length
+        self.buffer = torch.zeros((len(ids), self.limit), dtype=ids.dtype, device=ids.device)
+        self.buffer[:, : ids.shape[1]] = ids
+        self.lengths = [ids.shape[1]] * len(ids)
+        self.done = [ids.shape[1] >= self.limit] * len(ids)
+        self.streamer: Any = None
+        self.scores: tuple[Tensor, ...] = ()
+        self.logits: tuple[Tensor, ...] = ()
+        self.report = Report()
+
+    def run(self, kwargs: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
+        start = time.perf_counter()
+        report, drafter = self.report, self.drafter
+        prompt, mask = self.buffer[:, : self.lengths[0]], kwargs.get("attention_mask")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        prompt = prompt.to(self.model.device)
+        hidden = drafter.reads_hidden_states
+        target = TreeDecoder(self.model, prompt, mask, cache, chunk=self.config.prefill_chunk_size, hidden=hidden)
+        padding = [0] * len(prompt) if mask is None else (mask == 0).sum(-1).tolist()
+        context = Context(target, [], padding, [], self.processors, self.sampling)
+        self._refresh(context)
+        drafter.begin(context)
+        drafter.last_report = report  # type: ignore[attr-defined]
+        report.cost = drafter.cost(self.model)
+        report.prompt_seconds = time.perf_counter() - start
+        prompt_forwards = target.forwards
+        while not all(self.done):
+            self._round(context)
+        report.target_forwards = target.forwards - prompt_forwards
+        report.draft_forwards = drafter.forwards
+        report.seconds = time.perf_counter() - start
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._result(target.cache)
+
+    def _refresh(self, context: Context) -> None:
+        context.ids = [self.buffer[row : row + 1, :length] for row, length in enumerate(self.lengths)]
+        context.room = [-1 if done else self.limit - length - 1 for done, length in zip(self.done, self.lengths)]
+
+    def _round(self, context: Context) -> None:
+        start = time.perf_counter()
+        trees = self.drafter.propose(context)
+        drafted = time.perf_counter()
+        # Node n of a tree is pending token n + 1: the last accepted token is fed with it.
+        live = [row for row, done in enumerate(self.done) if not done]
+        last = {row: int(context.ids[row][0, -1]) for row in live}
+        tokens = [[last[row], *tree.tokens] if row in last else [] for row, tree in enumerate(trees)]
+        parents = [[ROOT, *(p + 1 for p in tree.parents)] if row in last else [] for row, tree in enumerate(trees)]
+        output = context.target.feed(tokens, parents)
+        seen = time.perf_counter()
+        paths = [
+            self._follow(row, trees[row], output.logits[row]) if row in last else None for row in range(len(trees))
+        ]
+        fed = [[] if path is None else [0, *(node + 1 for node in path)] for path in paths]
+        context.target.keep(fed)
+        context.trees, context.paths = trees, [path or [] for path in paths]
+        if self.drafter.reads_hidden_states:
+            context.hidden = [output.hidden_states[-1][row, kept] for row, kept in enumerate(fed)]
+        self._refresh(context)
+        for row in live:
+            self.report.rounds += 1
+            self.report.drafted += len(trees[row].tokens)
+            self.report.count(max(trees[row].depths(), default=0), len(context.paths[row]))
+        self.report.draft_seconds += drafted - start
+        self.report.target_seconds += seen - drafted
+
+    def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
+        """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""
+        # One transfer instead of one a node, where nothing changes the logits.
+        plain = not (self.sampling or self.processors or self.config.return_dict_in_generate)
+        best = logits.argmax(-1).tolist() if plain else None
+        node: int | None = ROOT
+        path: list[int] = []
+        while node is not None:
+            token = best[node + 1] if best else self._choose(row, tree, node, logits[node + 1 : node + 2])
+            length = self.lengths[row]
+            self.buffer[row, length] = token
+            self.lengths[row] = length + 1
+            self.report.tokens += 1
+            if self.streamer is not None:
+                self.streamer.put(self.buffer[row, length : length + 1].cpu())
+            node = tree.child(node, token)
+            if bool(self.criteria(self.buffer[row : row + 1, : length + 1], self.scores or None)):
+                self.done[row] = True
+                break
+            if node is not None:
+                path.append(node)
+        return path
+
+    def _choose(self, row: int, tree: Tree, node: int, logits: Tensor) -> int:
+        scores = logits.to(torch.float32, copy=True)
+        processed = self.processors(self.buffer[row : row + 1, : self.lengths[row]], scores.clone())
+        if self.config.return_dict_in_generate:
+            if self.config.output_scores:
+                self.scores += (processed,)
+            if self.config.output_logits:
+                self.logits += (scores,)
+        if not self.sampling:
+            return int(processed[0].argmax())
+        p = processed[0].softmax(-1)
+        draws = tree.draws.get(node)
+        if draws is None:
+            return draw(p)
+        return reject(p, draws.q, draws.tokens, draws.sampler, draws.verifier)
+
+    def _result(self, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        longest = max(self.lengths)
+        sequences = self.buffer[:, :longest]
+        for row, length in enumerate(self.lengths):
+            if length < longest:
+                sequences[row, length:] = self.config._pad_token_tensor
+        if not self.config.return_dict_in_generate:
+            return sequences
+        extra = {"scores": self.scores or None, "logits": self.logits or None}
+        name = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+        return GenerateDecoderOnlyOutput(sequences=sequences, **extra, **{name: cache})  # type: ignore[arg-type]

@@ -1,0 +1,180 @@
+"""Text to train drafts on: what the target itself writes, and packed windows of any other text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from tqdm import tqdm
+
+from draftdiff.media import replacing
+
+TEMPERATURES = (0.0, 0.6, 0.8, 1.0)  # of FastDraft (arXiv 2411.11055)
+
+
+class DistillationSet(Dataset[dict[str, Tensor]]):
+    """Rows of ids with what the target wrote of them.
+
+    A row is `input_ids` int64 [tokens], `written` bool [tokens], and `distil` bool []: whether a trainer is to compare
+    draft and target on it, or to take it as plain text.
+    """
+
+    def __init__(self, ids: Sequence[Tensor], written: Sequence[Tensor], distil: bool = True) -> None:
+        if [len(row) for row in ids] != [len(row) for row in written]:
+            raise ValueError("ids and written must have rows of the same lengths")
+        self.ids, self.written, self.distil = list(ids), list(written), distil
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.ids[index],
+            "written": self.written[index],
+            "distil": torch.tensor(self.distil),
+        }
+
+    def save(self, file: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        lengths = torch.tensor([len(row) for row in self.ids])
+        tensors = {"ids": torch.cat(self.ids), "written": torch.cat(self.written), "lengths": lengths}
+        with replacing(Path(file)) as partial:
+            save_file(tensors | {"distil": torch.tensor([self.distil])}, partial)
+
+    @classmethod
+    def load(cls, file: str | Path) -> DistillationSet:
+        """Read what `save` wrote. Raises FileNotFoundError or, for any other file, ValueError."""
+        try:
+            saved = load_file(file)
+            lengths = saved["lengths"].tolist()
+            return cls(saved["ids"].split(lengths), saved["written"].split(lengths), bool(saved["distil"]))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} is not a saved distillation set: {error}") from None
+
+
+@torch.no_grad()
+def generate_distillation_set(
+    target: Any,
+    prompts: Sequence[Sequence[int] | Tensor | str],
+    *,
+    temperatures: Sequence[float] = TEMPERATURES,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    tokenizer: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> DistillationSet:
+    """Let the target continue every prompt once at every temperature (0: greedily), with its whole distribution.
+
+    target: a causal language model.  prompts: rows of ids, or strings if there is a tokenizer.  max_new_tokens: a
+    continuation ends there or with an end token, which is kept.  seed: of the sampling; the global generator is left
+    as it was.
+
+    Returns the rows by temperature, then in the order of the prompts. Raises ValueError for no or empty prompts,
+    strings without a tokenizer and negative temperatures.
+    """
+    rows = _as_ids(prompts, tokenizer)
+    if not temperatures or min(temperatures) < 0:
+        raise ValueError(f"temperatures must be one or more numbers from 0 on, got {tuple(temperatures)}")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
+    ends = _end_ids(target)
+    pad = next((i for i in (target.generation_config.pad_token_id, *ends) if i is not None), 0)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # so that little is padded
+    batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    done: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    with torch.random.fork_rng(), tqdm(total=len(rows) * len(temperatures), unit="text", disable=not progress) as bar:
+        torch.manual_seed(seed)
+        for turn, temperature in enumerate(temperatures):
+            for batch in batches:
+                ids, attention_mask = left_padded([rows[i] for i in batch], pad)
+                sampling: dict[str, Any] = {"do_sample": False}
+                if temperature > 0:
+                    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+                out = target.generate(
+                    ids.to(target.device),
+                    attention_mask=attention_mask.to(target.device),
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=pad,
+                    **sampling,
+                ).cpu()
+                for i, continuation in zip(batch, out[:, ids.shape[1] :]):
+                    new = _until_end(continuation, ends)
+                    written = torch.zeros(len(rows[i]) + len(new), dtype=torch.bool)
+                    written[len(rows[i]) :] = True
+                    done[turn, i] = torch.cat([rows[i], new]), written
+                bar.update(len(batch))
+    ordered = [done[key] for key in sorted(done)]
+    return DistillationSet([ids for ids, _ in ordered], [written for _, written in ordered])
+
+
+def packed_text(ids: Tensor, length: int) -> DistillationSet:
+    """One row of ids int64 [tokens] cut into windows of `length`, as plain text to train on; the rest is dropped."""
+    if len(ids) < length:
+        raise ValueError(f"ids must be at least as long as a window of {length}, got {len(ids)}")
+    windows = list(ids[: len(ids) // length * length].view(-1, length))
+    return DistillationSet(windows, [torch.ones(length, dtype=torch.bool)] * len(windows), distil=False)
+
+
+def mixed(distillation: DistillationSet, pretraining: DistillationSet, share: float = 0.1, seed: int = 0) -> Dataset:
+    """Both in one set, the second cut at random so that it makes `share` of all rows (or all of it, if there is less).
+
+    The mix of Direct Alignment (arXiv 2403.00858): the draft learns from its target and stays a language model.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share must be in [0, 1), got {share}")
+    count = min(len(pretraining), round(len(distillation) * share / (1 - share)))
+    chosen = torch.randperm(len(pretraining), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return ConcatDataset([distillation, Subset(pretraining, chosen)])
+
+
+def collate(rows: Sequence[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
+    """Rows of a DistillationSet, padded on the right, with their `attention_mask`; padding is not `written`."""
+    padded = torch.nn.utils.rnn.pad_sequence
+    ids = padded([row["input_ids"] for row in rows], batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        "written": padded([row["written"] for row in rows], batch_first=True, padding_value=False),
+        "distil": torch.stack([row["distil"] for row in rows]),
+    }
+
+
+def left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids int64 [batch, longest] of rows that end together, and their attention mask int64 [batch, longest]."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
+    return ids, mask
+
+
+def _as_ids(prompts: Sequence[Sequence[int] | Tensor | str], tokenizer: Any) -> list[Tensor]:
+    rows = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError(f"prompts that are strings need a tokenizer, got {prompt[:40]!r} without one")
+            prompt = tokenizer(prompt).input_ids
+        rows.append(torch.as_tensor(prompt, dtype=torch.int64).cpu())
+    if not rows or any(row.ndim != 1 or len(row) == 0 for row in rows):
+        raise ValueError(f"prompts must be one or more rows of at least one id, got {len(rows)} of them")
+    return rows
+
+
+def _end_ids(target: Any) -> list[int]:
+    ends = target.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _until_end(ids: Tensor, ends: Iterable[int]) -> Tensor:
+    found = torch.isin(ids, torch.tensor(list(ends), dtype=ids.dtype)).nonzero()
+    return ids[: int(found[0]) + 1] if len(found) else ids

@@ -1,0 +1,179 @@
+"""VocabTrim (arXiv 2506.22694): a draft that can only emit the tokens its target really uses.
+
+The output layer is most of what a small draft reads per token. Trimmed to the commonest tokens it proposes a little
+worse and much cheaper; speculation stays lossless, because the target is untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from draftdiff.media import replacing
+
+TOKEN_MAP_FILE = "token_map.json"
+
+
+class TrimmedHead(nn.Module):
+    """Output layer for some of the vocabulary: the logits [..., vocabulary] of the other tokens are -inf.
+
+    weight [size, hidden], bias [size] or None.  ids: which tokens, int64 [size], ascending.  soft_cap: of the logits,
+    for families such as Gemma, which would make numbers of the -inf if they capped them afterwards.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, ids: Tensor, vocabulary: int, soft_cap: float | None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_buffer("ids", ids, persistent=False)
+        self.vocabulary, self.soft_cap = vocabulary, soft_cap
+
+    ids: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        whole = logits.new_full((*logits.shape[:-1], self.vocabulary), -torch.inf)
+        return whole.index_copy(-1, self.ids, logits)
+
+
+def count_tokens(dataset: Dataset, vocabulary: int) -> Tensor:
+    """How often each token was `written` in a DistillationSet, int64 [vocabulary]."""
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for row in dataset:  # type: ignore[attr-defined]
+        counts += torch.bincount(row["input_ids"][row["written"]], minlength=vocabulary)
+    return counts
+
+
+def trim(draft: Any, counts: Tensor | Dataset, size: int = 32_000, *, keep: Iterable[int] = ()) -> Any:
+    """A copy of a draft whose output layer has the `size` commonest tokens only.
+
+    draft: a causal language model; tied embeddings are untied, the input embedding stays whole.  counts: how often
+    each token occurs, [vocabulary], or a dataset to count in; best is text that the target wrote
+    (`generate_distillation_set`).  keep: ids to keep whatever their counts, besides the end, begin and padding tokens;
+    give a tokenizer's `all_special_ids` if it has others. Equal counts are kept in the order of their ids.
+
+    The copy has buffers as EAGLE-3's drafts do: `d2t` int64 [size], with target_id = i + d2t[i], and `t2d` bool
+    [vocabulary]. Its logits have the whole vocabulary, -inf where trimmed, so that their softmax is the distribution
+    it drafts from. Raises ValueError for a draft already trimmed, a size or counts that do not fit.
+    """
+    if "d2t" in dict(draft.named_buffers()):
+        raise ValueError("draft is trimmed already: trim the draft it was made from")
+    head = draft.get_output_embeddings()
+    vocabulary = head.weight.shape[0]
+    if not isinstance(counts, Tensor):
+        counts = count_tokens(counts, vocabulary)
+    if counts.shape != (vocabulary,):
+        raise ValueError(f"counts must have shape ({vocabulary},), got {tuple(counts.shape)}")
+    kept = sorted(_special_ids(draft) | set(keep))
+    if kept and not (kept[0] >= 0 and kept[-1] < vocabulary):
+        raise ValueError(f"ids to keep must be from 0 to {vocabulary - 1}, got {kept[0]} to {kept[-1]}")
+    least = max(1, len(kept))
+    if not least <= size <= vocabulary:
+        raise ValueError(
+            f"size must be from {least}, the tokens always kept, to the vocabulary of {vocabulary}, got {size}"
+        )
+    rank = counts.cpu().to(torch.float64)
+    rank[kept] = torch.inf
+    ids = rank.argsort(descending=True, stable=True)[:size].sort().values
+    return _with_head(copy.deepcopy(draft), ids)
+
+
+def trimmed_ids(draft: Any) -> Tensor:
+    """The tokens that a trimmed draft can emit, int64 [size], ascending."""
+    return torch.arange(len(draft.d2t), device=draft.d2t.device) + draft.d2t
+
+
+def save_trimmed(draft: Any, folder: str | Path) -> None:
+    """Write a trimmed draft to a new folder, whole or not at all.
+
+    `model.safetensors` is laid out as EAGLE-3's: an `lm_head.weight` of the trimmed size, `d2t` and `t2d` beside the
+    other weights; `config.json` has `draft_vocab_size`; `token_map.json` is the plain list of ids. `load_trimmed`
+    reads it, and so it does what a Trainer saved. Raises FileExistsError.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: save_trimmed writes to a new folder")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    try:
+        draft.save_pretrained(partial)
+        (partial / TOKEN_MAP_FILE).write_text(json.dumps(trimmed_ids(draft).tolist()) + "\n", encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp keeps its folders private
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_trimmed(folder: str | Path) -> Any:
+    """Load a trimmed draft from a folder of `save_trimmed` or of its own `save_pretrained`, in its saved dtype.
+
+    Raises FileNotFoundError for a missing file and ValueError for a folder of something else.
+    """
+    folder = Path(folder)
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}")
+    weights = load_file(file)
+    if "d2t" not in weights:
+        raise ValueError(f"{folder} holds no trimmed draft: {file.name} has no d2t")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    ids = torch.arange(len(weights["d2t"])) + weights["d2t"]
+    model = _with_head(AutoModelForCausalLM.from_config(config, dtype=config.dtype), ids)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def export_token_map(draft: Any, file: str | Path) -> None:
+    """Write the ids of a trimmed draft as a list that torch.load reads, SGLang's `--speculative-token-map`."""
+    with replacing(Path(file)) as partial:
+        torch.save(trimmed_ids(draft).tolist(), partial)
+
+
+def _with_head(model: Any, ids: Tensor) -> Any:
+    head, config = model.get_output_embeddings(), model.config
+    soft_cap = getattr(config, "draft_soft_cap", None) or getattr(config, "final_logit_softcapping", None)
+    if soft_cap is not None:
+        config.draft_soft_cap, config.final_logit_softcapping = soft_cap, None  # the new head applies it
+    vocabulary, ids = head.weight.shape[0], ids.to(head.weight.device)
+    bias = getattr(head, "bias", None)
+    model.set_output_embeddings(
+        TrimmedHead(
+            head.weight.detach()[ids].clone(),
+            None if bias is None else bias.detach()[ids].clone(),
+            ids,
+            vocabulary,
+            soft_cap,
+        )
+    )
+    config.tie_word_embeddings, config.draft_vocab_size = False, len(ids)
+    emitted = torch.zeros(vocabulary, dtype=torch.bool, device=ids.device)
+    emitted[ids] = True
+    model.register_buffer("d2t", ids - torch.arange(len(ids), device=ids.device))
+    model.register_buffer("t2d", emitted)
+    return model
+
+
+def _special_ids(draft: Any) -> set[int]:
+    found: set[int] = set()
+    for config in (draft.config.get_text_config(), draft.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            found |= set() if value is None else {value} if isinstance(value, int) else set(value)
+    return {i for i in found if i >= 0}

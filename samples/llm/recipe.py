@@ -1,0 +1,154 @@
+"""What the draft recipes share: the pair, text, stages of training with scores in between, and the closing check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from stdlib_corpus import PYTHON, corpus_texts, def_prompts
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from draftdiff.doctor import device_name
+from draftdiff.llm import (
+    DistillationSet,
+    DraftTrainer,
+    draft_config,
+    evaluate_draft,
+    generate_distillation_set,
+    packed_text,
+)
+from draftdiff.media import replacing
+from draftdiff.pipelines.mini_llm import load_mini_llm
+
+WINDOW = 256
+
+
+def arguments(doc: str, output: str) -> argparse.ArgumentParser:
+    """The options that all recipes have."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    parser.add_argument("--target", help="hub repository or folder of the target (default: the embedded one)")
+    parser.add_argument("--draft", help="hub repository or folder of a draft to start from (default: a new one)")
+    parser.add_argument("--params", type=float, default=4e5, help="parameters of a new draft (default 4e5)")
+    parser.add_argument("--pretrain-steps", type=int, default=250, help="steps on plain text (default 250)")
+    parser.add_argument("--align-steps", type=int, default=150, help="steps on what the target wrote (default 150)")
+    parser.add_argument("--prompts", type=int, default=96, help="prompts the target continues (default 96)")
+    parser.add_argument("--new-tokens", type=int, default=160, help="tokens of a continuation (default 160)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--json", type=Path, help="file for the scores")
+    parser.add_argument("-o", "--output", type=Path, default=Path(output), help=f"new folder of the draft ({output})")
+    return parser
+
+
+class Recipe:
+    """A target, a draft in training and the scores after every stage, on what the target writes after unseen heads."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        if options.output.exists():
+            raise SystemExit(f"{options.output} exists: choose a new folder with -o")
+        torch.set_num_threads(options.threads)
+        torch.manual_seed(0)
+        self.options = options
+        if options.target is None:
+            self.target, _, self.tokenizer = load_mini_llm()
+        else:
+            self.target = AutoModelForCausalLM.from_pretrained(options.target)
+            self.tokenizer = AutoTokenizer.from_pretrained(options.target)
+        if options.draft is None:
+            self.draft = AutoModelForCausalLM.from_config(draft_config(self.target.config, options.params))
+        else:
+            self.draft = AutoModelForCausalLM.from_pretrained(options.draft)
+        self.judge = self.written(def_prompts(48), (0.0,))
+        self.scores: dict[str, dict[str, float]] = {}
+        self.seconds: dict[str, float] = {}
+        self.score("before")
+
+    def written(self, prompts: list[str], temperatures: tuple[float, ...]) -> DistillationSet:
+        """What the target writes after these prompts."""
+        tokens = self.options.new_tokens
+        return generate_distillation_set(
+            self.target,
+            prompts,
+            temperatures=temperatures,
+            max_new_tokens=tokens,
+            batch_size=64,
+            tokenizer=self.tokenizer,
+        )
+
+    def plain_text(self) -> DistillationSet:
+        """The training side of the corpus in windows."""
+        end = self.tokenizer.eos_token or ""
+        rows = self.tokenizer([text + end for text in corpus_texts()], verbose=False).input_ids
+        return packed_text(torch.tensor([i for row in rows for i in row]), WINDOW)
+
+    def train(self, stage: str, dataset: Dataset, steps: int, loss: str, rate: float) -> None:
+        """One stage of training, then its scores."""
+        if steps < 1:
+            return
+        settings = TrainingArguments(
+            output_dir=f"{self.options.output}.{stage}",
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(20, steps // 5),
+            weight_decay=0.0,
+            adam_beta2=0.98,
+            save_strategy="no",
+            logging_steps=50,
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),
+        )
+        start = time.perf_counter()
+        DraftTrainer(self.draft, settings, target=self.target, loss=loss, train_dataset=dataset).train()
+        self.seconds[stage] = round(time.perf_counter() - start, 1)
+        self.score(stage)
+
+    def score(self, stage: str) -> None:
+        scores = evaluate_draft(self.target, self.draft.eval(), self.judge)
+        self.scores[stage] = {name: round(value, 4) for name, value in asdict(scores).items()}
+        print(
+            f"{stage}: acceptance {scores.acceptance:.3f} at temperature 1, {scores.agreement:.3f} greedily, "
+            f"{scores.block_efficiency:.2f} tokens per target forward with chains of {scores.length}"
+        )
+
+    def finish(self) -> None:
+        """Save the draft as a plain model with its tokenizer, load it again and let it assist the target."""
+        output = self.options.output
+        self.draft.save_pretrained(output)
+        self.tokenizer.save_pretrained(output)
+        assistant = AutoModelForCausalLM.from_pretrained(output)
+        for prompt in def_prompts(4):
+            inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            plain, assisted = (
+                self.target.generate(**inputs, max_new_tokens=64, do_sample=False, **extra)
+                for extra in ({}, {"assistant_model": assistant})
+            )
+            if not torch.equal(plain, assisted):
+                raise SystemExit(f"with the draft as assistant the target said something else after {prompt!r}")
+        print(f"{output}: a plain Hugging Face model; as assistant_model= it leaves the target's greedy text as it is")
+        if self.options.json:
+            result: dict[str, Any] = {
+                "scores": self.scores,
+                "seconds": self.seconds,
+                "draft_parameters": self.draft.num_parameters(),
+                "target_parameters": self.target.num_parameters(),
+                "settings": {
+                    name: str(value) if isinstance(value, Path) else value
+                    for name, value in vars(self.options).items()
+                    if name not in ("json", "output")
+                },
+                "device": device_name(self.target.device),
+                "python": PYTHON,
+            }
+            write_json(self.options.json, result)
+
+
+def write_json(file: Path, result: dict[str, Any]) -> None:
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,330 @@
+"""Train the mini language-model pair that ships with draftdiff, from nothing, on one CPU core.
+
+Target and draft learn to continue the Python standard library's sources: a deep, narrow Llama with grouped queries, and
+a draft of one layer. The draft is first trained on the text, then aligned with the target on text that the target
+wrote, by the library's own `DraftTrainer`. Target and draft train for a number of minutes rather than steps, save a
+checkpoint once a minute and when interrupted, and resume from it; the alignment resumes from the Trainer's checkpoints:
+
+    python samples/llm/train_mini_llm.py tokenizer
+    python samples/llm/train_mini_llm.py target --minutes 52
+    python samples/llm/train_mini_llm.py draft --minutes 9
+    python samples/llm/train_mini_llm.py align --steps 600
+    python samples/llm/train_mini_llm.py export
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from stdlib_corpus import PYTHON, corpus_texts, def_prompts
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from draftdiff.llm import (
+    DistillationSet,
+    DraftScores,
+    DraftTrainer,
+    evaluate_draft,
+    generate_distillation_set,
+    mixed,
+    packed_text,
+)
+from draftdiff.media import replacing
+from draftdiff.pipelines.mini_llm import DEFAULTS_FILE, WEIGHTS, load_mini_llm
+
+VOCABULARY, CONTEXT, BATCH = 2048, 512, 8
+END = "<|endoftext|>"
+# Line breaks with the indent that follows, words, numbers, signs: indented code in few tokens.
+PIECES = r"\n+ *| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+SIZES: dict[str, dict[str, int]] = {
+    "target": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "draft": {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+MUON_RATE, ADAM_RATE = 0.02, 3e-3
+# Of the alignment: prompts, each continued at four temperatures; loss and learning rate.
+WRITTEN, ALIGN_LOSS, ALIGN_RATE = 512, "lk", 1e-3
+LENGTH = 4  # of the draft's chains
+
+
+def new_model(kind: str) -> LlamaForCausalLM:
+    """A target or a draft in fp32."""
+    config = LlamaConfig(
+        **SIZES[kind],
+        vocab_size=VOCABULARY,
+        intermediate_size=384,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_tokenizer(file: Path) -> None:
+    """Byte-level BPE over the training side of the corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(corpus_texts(), trainer)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial:
+        tokenizer.save(str(partial))
+
+
+def load_tokenizer(work: Path) -> PreTrainedTokenizerFast:
+    file = existing(work / "llm_tokenizer.json", "tokenizer")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file), eos_token=END, pad_token=END, model_max_length=CONTEXT, padding_side="left"
+    )
+
+
+def corpus_tokens(work: Path, held_out: bool = False) -> Tensor:
+    """One side of the corpus as one row of ids int64 [tokens], each file closed by the end token."""
+    tokenizer = Tokenizer.from_file(str(existing(work / "llm_tokenizer.json", "tokenizer")))
+    ids = [i for text in corpus_texts(held_out) for i in (*tokenizer.encode(text).ids, 0)]
+    return torch.tensor(ids)
+
+
+class Pretraining:
+    """A model in training on packed windows of the corpus: weights, optimizers and clock, all kept by a checkpoint."""
+
+    def __init__(self, kind: str, work: Path) -> None:
+        self.file = work / f"llm_{kind}.pt"
+        torch.manual_seed(0)
+        self.model = new_model(kind)
+        self.step, self.seconds, self.loss = 0, 0.0, 0.0
+        matrices = [p for n, p in self.model.model.layers.named_parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        # Muon needs far fewer steps than Adam alone, which is what makes training on one core feasible.
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.01), MUON_RATE),
+            (torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0), ADAM_RATE),
+        ]
+        if self.file.exists():
+            saved = torch.load(self.file)
+            self.model.load_state_dict(saved["model"])
+            for (optimizer, _), state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+
+    def save(self) -> None:
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with replacing(self.file) as partial:
+            torch.save(state, partial)
+
+    def train_step(self, tokens: Tensor, factor: float) -> None:
+        """One step on random windows of `tokens` at `factor` of the peak learning rates."""
+        starts = torch.randint(len(tokens) - CONTEXT, (BATCH,))
+        windows = tokens[starts[:, None] + torch.arange(CONTEXT + 1)]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(windows[:, :-1]).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, rate in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.loss = 0.98 * self.loss + 0.02 * loss.item() if self.loss else loss.item()
+        self.step += 1
+
+    def run(self, tokens: Tensor, minutes: float) -> None:
+        """Train on the clock: a short warm-up, then a cosine to nearly zero."""
+        total = minutes * 60
+        torch.manual_seed(self.step + 1)
+        self.model.train()
+        saved, previous = self.seconds, time.time()
+        try:
+            with tqdm(total=round(total), initial=round(self.seconds), unit="s", mininterval=10) as bar:
+                while self.seconds < total:
+                    cosine = 0.5 * (1 + math.cos(math.pi * self.seconds / total))
+                    self.train_step(tokens, min(1.0, (self.step + 1) / 50) * (0.01 + 0.99 * cosine))
+                    now = time.time()
+                    bar.update(round(self.seconds + now - previous) - round(self.seconds))
+                    self.seconds, previous = self.seconds + now - previous, now
+                    bar.set_postfix_str(f"step={self.step} cross-entropy={self.loss:.4f}", refresh=False)
+                    if self.seconds - saved > 60:
+                        self.save()
+                        saved = self.seconds
+        finally:
+            self.save()
+
+
+def trained(kind: str, work: Path) -> LlamaForCausalLM:
+    """A model of a work folder as its phase has left it, frozen."""
+    model = new_model(kind)
+    model.load_state_dict(torch.load(existing(work / f"llm_{kind}.pt", kind))["model"])
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, tokens: Tensor, windows: int = 32) -> float:
+    """Nats per token over windows spread evenly over held-out text."""
+    starts = torch.linspace(0, len(tokens) - CONTEXT - 1, windows).long()
+    batch = tokens[starts[:, None] + torch.arange(CONTEXT + 1)]
+    losses = [
+        F.cross_entropy(model(part[:, :-1]).logits.flatten(0, 1), part[:, 1:].flatten()) for part in batch.split(8)
+    ]
+    return torch.stack(losses).mean().item()
+
+
+def alignment_prompts(tokens: Tensor, count: int, seed: int = 0) -> list[Tensor]:
+    """Beginnings for the target to go on from: pieces of 16 to 96 tokens from anywhere in the text."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - 96, (count,), generator=generator).tolist()
+    lengths = torch.randint(16, 97, (count,), generator=generator).tolist()
+    return [tokens[start : start + length] for start, length in zip(starts, lengths)]
+
+
+def align(work: Path, steps: int) -> None:
+    """Bring the draft closer to the target, on what the target wrote and on the corpus itself."""
+    target, draft, tokens = trained("target", work), trained("draft", work), corpus_tokens(work)
+    file = work / "llm_written.safetensors"
+    if not file.exists():
+        generate_distillation_set(target, alignment_prompts(tokens, WRITTEN), max_new_tokens=192, batch_size=64).save(
+            file
+        )
+    written = DistillationSet.load(file)
+    text = packed_text(tokens, 256)
+    text.distil = True  # the target has an opinion on every text
+    arguments = TrainingArguments(
+        output_dir=str(work / "llm_align"),
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        learning_rate=ALIGN_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        save_steps=50,
+        save_total_limit=1,
+        logging_steps=50,
+        report_to=[],
+        use_cpu=True,
+        bf16=True,
+    )
+    trainer = DraftTrainer(
+        draft.requires_grad_(True), arguments, target=target, loss=ALIGN_LOSS, train_dataset=mixed(written, text, 0.5)
+    )
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if (work / "llm_align").exists() else None
+    )
+    trainer.save_model(str(work / "llm_aligned"))
+
+
+def held_out_scores(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: Any) -> DraftScores:
+    """The draft against what the target writes greedily after function heads that neither has seen."""
+    written = generate_distillation_set(
+        target, def_prompts(64), temperatures=(0.0,), max_new_tokens=128, batch_size=64, tokenizer=tokenizer
+    )
+    return evaluate_draft(target, draft, written, length=LENGTH)
+
+
+def export(work: Path, folder: Path) -> None:
+    """Save the pair in half precision with its tokenizer and settings, beside the folder, then swap it in."""
+    target = trained("target", work)
+    draft = LlamaForCausalLM.from_pretrained(existing(work / "llm_aligned", "align"), dtype=torch.float32)
+    tokenizer = load_tokenizer(work)
+    new, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    for stale in (new, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    tokenizer.save_pretrained(new / "tokenizer")
+    for name, model in (("target", target), ("draft", draft)):
+        model.half().save_pretrained(new / name)
+        model.float()  # what is scored is what is loaded
+    digests = {}
+    for file in sorted(new.rglob("*.safetensors")):
+        file.chmod(0o644)
+        digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    scores = held_out_scores(target, draft, tokenizer)
+    training = {}
+    for kind in SIZES:
+        saved = torch.load(work / f"llm_{kind}.pt")
+        loss = held_out_loss(trained(kind, work), corpus_tokens(work, held_out=True))
+        minutes = round(saved["seconds"] / 60, 1)
+        training[kind] = {"steps": saved["step"], "minutes": minutes, "held_out_cross_entropy": round(loss, 4)}
+    settings = {
+        "about": "A mini language-model pair for draftdiff, trained on the Python standard library's sources.",
+        "prompt": "def read_lines(path):",
+        "length": LENGTH,
+        "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
+        "training": training,
+        "python": PYTHON,
+        "sha256": digests,
+    }
+    (new / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    print(json.dumps(settings["held_out"]), json.dumps(training))
+
+
+def existing(file: Path, phase: str) -> Path:
+    if not file.exists():
+        raise SystemExit(f"there is no {file}: run the phase {phase!r} first")
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("phase", choices=["tokenizer", *SIZES, "align", "export"])
+    parser.add_argument("--minutes", type=float, default=9.0, help="how long target or draft train in all (default 9)")
+    parser.add_argument("--steps", type=int, default=600, help="how many steps the alignment takes (default 600)")
+    parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    work = arguments.work
+    try:
+        if arguments.phase == "tokenizer":
+            train_tokenizer(work / "llm_tokenizer.json")
+        elif arguments.phase == "align":
+            align(work, arguments.steps)
+        elif arguments.phase == "export":
+            export(work, WEIGHTS)
+            load_mini_llm()
+        else:
+            Pretraining(arguments.phase, work).run(corpus_tokens(work), arguments.minutes)
+            loss = held_out_loss(trained(arguments.phase, work), corpus_tokens(work, held_out=True))
+            print(f"held-out cross-entropy {loss:.4f}")
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; the same command carries on from {work}") from None
+
+
+if __name__ == "__main__":
+    main()

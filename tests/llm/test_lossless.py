@@ -1,0 +1,133 @@
+"""The gate that every drafter passes: greedy output equals `generate`, sampled output has the target's exact law."""
+
+import pytest
+import torch
+
+from draftdiff.llm import Chain, KBest, ModelDrafter, Sampled, speculative
+from tests.llm.tabular import next_pair_law, pair_law, tabular_pair
+from tests.llm.tiny_models import prompt, tiny_model
+
+MODEL_SHAPES = {
+    "chain": Chain(4),
+    "chain, one token": Chain(1),
+    "chain that stops when unsure": Chain(6, confidence=0.3),
+    "best paths": KBest(4, 3, 16),
+    "best paths, unsure": KBest(5, 2, 8, confidence=0.2),
+    **{
+        f"tree {sampler}, {verifier}": Sampled((3, 2, 1), sampler, verifier)
+        for sampler, verifier in [
+            ("with_replacement", "rrs"),
+            ("with_replacement", "k_seq"),
+            ("with_replacement", "match"),
+            ("without_replacement", "rrs"),
+            ("without_replacement", "match"),
+            ("greedy", "greedy"),
+            ("greedy", "match"),
+        ]
+    },
+    "tree, unsure": Sampled((3, 2, 2, 1), confidence=0.15),
+}
+
+DRAFTERS = {
+    f"model, {name}": lambda target, draft, shape=shape: ModelDrafter(draft, shape)
+    for name, shape in MODEL_SHAPES.items()
+}
+
+
+@pytest.fixture(params=DRAFTERS, name="make")
+def _make(request):
+    return DRAFTERS[request.param]
+
+
+def test_greedy_output_is_that_of_generate(make):
+    for target, draft in (tabular_pair(), (tiny_model(seed=0), tiny_model(seed=5, layers=1))):
+        ids = prompt(9, vocab_size=8)
+        expected = target.generate(ids, do_sample=False, max_new_tokens=24)
+        got = target.generate(
+            ids, do_sample=False, max_new_tokens=24, custom_generate=speculative, drafter=make(target, draft)
+        )
+        assert torch.equal(got, expected)
+
+
+def test_greedy_output_of_a_padded_batch_is_that_of_generate(make):
+    for target, draft in (tabular_pair(), (tiny_model(seed=0), tiny_model(seed=5, layers=1))):
+        ids = prompt(9, batch=3, vocab_size=8)
+        mask = torch.ones_like(ids)
+        mask[1, :5] = 0
+        ids[1, :5] = 0
+        given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 17}
+        expected = target.generate(ids, **given)
+        got = target.generate(ids, **given, custom_generate=speculative, drafter=make(target, draft))
+        assert torch.equal(got, expected)
+
+
+def p_value(counts, law):
+    """Of Pearson's chi-squared test, with rare cells joined."""
+    from scipy.stats import chisquare
+
+    expected, counts = law.flatten() * counts.sum(), counts.flatten()
+    rare = expected < 8
+    cells = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
+    hoped = torch.cat([expected[~rare], expected[rare].sum()[None]]).double()
+    keep = hoped > 0
+    return chisquare(cells[keep].numpy(), (hoped / hoped.sum() * cells.sum())[keep].numpy()).pvalue
+
+
+def pairs_of(tokens, vocabulary):
+    return torch.bincount(tokens[:, 0] * vocabulary + tokens[:, 1], minlength=vocabulary**2)
+
+
+def test_sampled_output_has_the_targets_exact_law(make):
+    torch.manual_seed(1)
+    target, draft = tabular_pair()
+    ids = torch.tensor([[3, 5]]).expand(2500, -1)
+    rounds = [
+        target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=4,
+            custom_generate=speculative,
+            drafter=make(target, draft),
+        )
+        for _ in range(4)
+    ]
+    tokens = torch.cat(rounds)[:, 2:]
+    assert p_value(pairs_of(tokens[:, :2], 8), pair_law(target, 3, 5)) > 1e-4
+    assert p_value(pairs_of(tokens[:, 2:], 8), next_pair_law(target, 3, 5)) > 1e-4
+
+
+def test_sampled_output_follows_the_logits_processors(make):
+    torch.manual_seed(2)
+    target, draft = tabular_pair()
+    ids = torch.tensor([[3, 5]]).expand(3000, -1)
+    tokens = target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=0.7,
+        top_k=4,
+        max_new_tokens=3,
+        custom_generate=speculative,
+        drafter=make(target, draft),
+    )[:, 2:]
+
+    def warp(logits):
+        kept = logits.topk(4, dim=-1)
+        return torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values) / 0.7
+
+    assert p_value(pairs_of(tokens[:, :2], 8), pair_law(target, 3, 5, warp)) > 1e-4
+
+
+def test_one_row_sampled_alone_has_the_exact_law(make):
+    torch.manual_seed(3)
+    target, draft = tabular_pair(4)
+    ids = torch.tensor([[3, 1]])
+    drafter = make(target, draft)
+    rows = [
+        target.generate(ids, do_sample=True, top_k=0, max_new_tokens=3, custom_generate=speculative, drafter=drafter)
+        for _ in range(300)
+    ]
+    tokens = torch.cat(rows)[:, 2:]
+    assert p_value(pairs_of(tokens[:, :2], 4), pair_law(target, 3, 1)) > 1e-4

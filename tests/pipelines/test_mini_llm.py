@@ -1,0 +1,178 @@
+"""The shipped mini language-model pair: it loads offline, drafts well, looks far back, and names damaged files."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from draftdiff.llm import Chain, ModelDrafter, report, speculative
+from draftdiff.llm.metrics import bytes_per_forward
+from draftdiff.llm.train.data import left_padded
+from draftdiff.pipelines.mini_llm import MODELS, WEIGHTS, load_mini_llm, mini_llm_defaults
+
+CORPUS = Path(__file__).resolve().parents[2] / "samples" / "llm" / "stdlib_corpus.py"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_mini_llm()
+
+
+@pytest.fixture(scope="module")
+def corpus() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("stdlib_corpus", CORPUS)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_models_are_ready_for_inference_in_full_precision(pair) -> None:
+    target, draft, tokenizer = pair
+    for model in (target, draft):
+        assert model.dtype == torch.float32 and not model.training
+        assert model.config.vocab_size == len(tokenizer)
+        assert model.config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
+    assert {p.dtype for p in load_mini_llm(torch.bfloat16)[1].parameters()} == {torch.bfloat16}
+
+
+def test_the_target_is_deep_with_grouped_queries_and_the_draft_is_cheap(pair) -> None:
+    target, draft, _ = pair
+    assert target.config.num_hidden_layers >= 6 * draft.config.num_hidden_layers
+    assert target.config.num_key_value_heads < target.config.num_attention_heads
+    assert bytes_per_forward(draft) < 0.25 * bytes_per_forward(target)
+
+
+def test_text_survives_the_tokenizer(pair) -> None:
+    text = "def f(x):\n\tif x:\n        return {'é': x ** 2}  # ünï\n\n\n"
+    tokenizer = pair[2]
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text and len(ids) < len(text)
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None
+
+
+def test_the_draft_gives_two_tokens_a_forward_and_the_targets_own_text(pair, corpus) -> None:
+    target, draft, tokenizer = pair
+    ids, mask = left_padded([torch.tensor(tokenizer(p).input_ids) for p in corpus.def_prompts(12)], 0)
+    options = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False}
+    drafter = ModelDrafter(draft, Chain(4))
+    out = target.generate(ids, custom_generate=speculative, drafter=drafter, **options)
+    assert torch.equal(out, target.generate(ids, **options))
+    assert report(drafter).tokens_per_forward >= 2
+
+
+@torch.no_grad()
+def test_both_predict_unseen_files_far_better_than_chance_and_the_target_better_than_the_draft(pair, corpus) -> None:
+    target, draft, tokenizer = pair
+    ids = unseen_windows(tokenizer, corpus, 4)
+    losses = [model(ids, labels=ids).loss.item() for model in (target, draft)]
+    assert losses[0] < losses[1] - 0.3 < 4.2  # by chance: 7.6
+
+
+@torch.no_grad()
+def test_the_target_makes_use_of_what_is_hundreds_of_tokens_back(pair, corpus) -> None:
+    target, _, tokenizer = pair
+    ids = unseen_windows(tokenizer, corpus, 8)
+    labels = ids[:, -64:]
+
+    def loss(context: int) -> float:
+        logits = target(ids[:, -64 - context :]).logits[:, -65:-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+
+    assert loss(448) < loss(64) - 0.03
+
+
+def unseen_windows(tokenizer, corpus: ModuleType, count: int) -> torch.Tensor:
+    texts = sorted(corpus.corpus_texts(held_out=True), key=len)[-count:]
+    return torch.tensor([tokenizer(text[:20000], verbose=False).input_ids[:512] for text in texts])
+
+
+def test_unseen_files_are_a_twentieth_and_in_a_fixed_order(corpus) -> None:
+    seen, unseen = corpus.corpus_files(), corpus.corpus_files(held_out=True)
+    assert not set(seen) & set(unseen)
+    assert 0.02 < len(unseen) / len(seen) < 0.1
+    assert unseen == sorted(unseen) and unseen == corpus.corpus_files(held_out=True)
+    assert not any("site-packages" in file.parts or "test" in file.parts for file in seen)
+
+
+def test_prompts_are_heads_of_unseen_functions(corpus) -> None:
+    prompts = corpus.def_prompts(20)
+    assert len(set(prompts)) == 20 and prompts == corpus.def_prompts(20)
+    assert all(prompt.startswith("def ") and prompt.endswith("):") for prompt in prompts)
+    with pytest.raises(ValueError, match=r"count must be from 1 to \d+, the function heads there are, got 0"):
+        corpus.def_prompts(0)
+
+
+def test_loading_prints_warns_and_logs_nothing(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_mini_llm()
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == "" and caplog.messages == []
+
+
+def test_the_weights_are_half_precision_and_small_enough_to_ship() -> None:
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 6_000_000
+    for model in MODELS:
+        with safe_open(WEIGHTS / model / "model.safetensors", "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_nothing_in_the_folder_names_a_machine() -> None:
+    for file in WEIGHTS.rglob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        assert "/root/" not in text and "/home/" not in text and "/work/" not in text and "/usr/lib/" not in text
+
+
+def test_the_settings_tell_what_the_pair_is_worth() -> None:
+    settings = mini_llm_defaults()
+    assert settings["length"] == settings["held_out"]["length"] == 4
+    assert settings["held_out"]["block_efficiency"] >= 2
+    assert settings["prompt"].startswith("def ")
+
+
+@pytest.mark.parametrize("kept", [0, 5000, -1])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_damaged_weights_file_is_named_in_one_line(tmp_path: Path, model: str, kept: int) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(WEIGHTS, folder)
+    damaged = folder / model / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="damaged") as caught:
+        load_mini_llm(folder=folder)
+    assert str(damaged) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_that_does_not_fit_the_weights_is_reported_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(WEIGHTS, folder)
+    config = folder / "draft" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 128', '"hidden_size": 64'))
+    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+        load_mini_llm(folder=folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["draftdiff.json", "target/config.json", "tokenizer/tokenizer.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(WEIGHTS, folder)
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match="missing") as caught:
+        load_mini_llm(folder=folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_unreadable_settings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "draftdiff.json").write_text("{not json")
+    with pytest.raises(ValueError, match="unreadable"):
+        mini_llm_defaults(tmp_path)
