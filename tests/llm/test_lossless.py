@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from draftdiff.llm import Chain, KBest, ModelDrafter, Sampled, speculative
+from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, NGramTable, Sampled, speculative
 from tests.llm.tabular import next_pair_law, pair_law, tabular_pair
 from tests.llm.tiny_models import prompt, tiny_model
 
@@ -31,6 +31,18 @@ MODEL_SHAPES = {
 DRAFTERS = {
     f"model, {name}": lambda target, draft, shape=shape: ModelDrafter(draft, shape)
     for name, shape in MODEL_SHAPES.items()
+}
+
+
+def ngrams(search, vocabulary):
+    """A table that has seen a little of everything and learns on."""
+    text = torch.randint(0, vocabulary, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    return NGramDrafter(NGramTable([text], successors=3), search=search, nodes=12, depth=3, iterations=30)
+
+
+DRAFTERS |= {
+    f"n-grams, {search}": lambda t, d, search=search: ngrams(search, min(8, t.config.vocab_size))
+    for search in ("best_first", "puct")
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.tree import Tree
@@ -67,3 +67,29 @@ class Drafter(Protocol):
 
     def cost(self, target: Any) -> float:
         """Bytes of weights that one draft forward reads over those of a target forward."""
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the model's output."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def check_vocabulary_sizes(target: PreTrainedModel, draft: PreTrainedModel) -> int:
+    """The target's vocabulary size. Raises ValueError unless draft and target share a vocabulary.
+
+    Sizes may differ by padding: both multiples of 64 less than 1,024 apart, as among the sizes of one family.
+    """
+    a, b = vocabulary_size(target), vocabulary_size(draft)
+    if a != b and (a % 64 or b % 64 or abs(a - b) >= 1024):
+        raise ValueError(
+            f"the draft's vocabulary of {b} tokens is not the target's of {a}: they need the same tokenizer"
+        )
+    return a
+
+
+def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> int:
+    """As `check_vocabulary_sizes`, and raises ValueError unless both are on one device."""
+    size = check_vocabulary_sizes(target, draft)
+    if target.device != draft.device:
+        raise ValueError(f"the draft is on {draft.device}, the target on {target.device}: they need the same device")
+    return size

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.llm.decoder import TreeDecoder
-from draftdiff.llm.drafters.base import Context
+from draftdiff.llm.drafters.base import Context, check_vocabularies
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.tree import ROOT, Draws, Tree
 from draftdiff.llm.verify import check_verifier, sample
@@ -222,23 +222,3 @@ class ModelDrafter:
         return context.distribution(
             row, suffixes, F.pad(logits, (0, self._vocabulary - logits.shape[-1]), value=-torch.inf)
         )
-
-
-def vocabulary_size(model: Any) -> int:
-    """Rows of the model's output."""
-    return int(model.config.get_text_config().vocab_size)
-
-
-def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> int:
-    """The target's vocabulary size. Raises ValueError unless draft and target share a vocabulary and a device.
-
-    Sizes may differ by padding: both multiples of 64 less than 1,024 apart, as among the sizes of one family.
-    """
-    a, b = vocabulary_size(target), vocabulary_size(draft)
-    if a != b and (a % 64 or b % 64 or abs(a - b) >= 1024):
-        raise ValueError(
-            f"the draft's vocabulary of {b} tokens is not the target's of {a}: they need the same tokenizer"
-        )
-    if target.device != draft.device:
-        raise ValueError(f"the draft is on {draft.device}, the target on {target.device}: they need the same device")
-    return a

@@ -1,0 +1,171 @@
+import random
+
+import pytest
+import torch
+from transformers import GenerationMixin
+
+from draftdiff.llm import NGramDrafter, NGramTable, report, speculative
+from draftdiff.llm.drafters.ngram import NGramCandidates
+from draftdiff.llm.tree import ROOT
+from tests.llm.tabular import tabular_model
+
+SEARCHES = ("best_first", "puct")
+
+
+def test_a_corpus_gives_shares_of_what_followed():
+    table = NGramTable([[1, 2, 3, 1, 2, 3, 1, 2, 4]])
+    assert table.follow(1, 2) == [(pytest.approx(2 / 3), 3), (pytest.approx(1 / 3), 4)]
+    assert table.follow(2, 1) == []
+
+
+def test_only_the_most_frequent_successors_are_kept():
+    table = NGramTable([[1, 2, c] for c in (5, 5, 5, 6, 6, 7)], successors=2)
+    assert [token for _, token in table.follow(1, 2)] == [5, 6]
+    assert table.follow(1, 2)[0][0] == pytest.approx(0.5)
+
+
+def test_every_step_adds_to_the_last_trigrams_up_to_a_ceiling():
+    table = NGramTable(rate=0.04, window=4, ceiling=0.1)
+    for _ in range(2):
+        table.learn_step([9, 9, 9, 1, 2, 3])
+    assert table.follow(9, 1) == [(pytest.approx(0.08), 2)]
+    assert table.follow(1, 2) == [(pytest.approx(0.08), 3)]
+    assert table.follow(9, 9) == []  # out of the window
+    table.learn_step([1, 2, 3])
+    assert table.follow(1, 2) == [(0.1, 3)]
+
+
+def test_a_prompt_counts_as_if_decoded():
+    table = NGramTable(rate=0.04, window=16)
+    table.learn_prompt([1, 2, 3])
+    assert table.follow(1, 2) == [(pytest.approx(0.04 * 14), 3)]
+
+
+def test_the_table_stays_bounded_and_forgets_what_was_seen_longest_ago():
+    table = NGramTable(max_pairs=100, successors=3)
+    draws = random.Random(0)
+    for _ in range(300):
+        table.learn_step([draws.randrange(50) for _ in range(16)])
+    assert len(table) == 100
+    assert max(len(table.follow(a, b)) for a in range(50) for b in range(50)) <= 3
+    table.learn_step([1, 1, 7])
+    for a in range(99):
+        table.learn_step([60, a, a])
+    assert table.follow(1, 1)
+    table.learn_step([70, 1, 1])
+    assert not table.follow(1, 1)
+
+
+def test_a_new_successor_takes_the_place_of_the_lightest():
+    table = NGramTable(successors=2)
+    for token in (5, 5, 6, 7):
+        table.learn_step([1, 2, token])
+    assert [token for _, token in table.follow(1, 2)] == [5, 7]
+
+
+def test_a_saved_table_is_the_same_table(tmp_path):
+    table = NGramTable([[1, 2, 3, 1, 2, 4]])
+    table.learn_step([5, 6, 7])
+    table.save(tmp_path / "table.safetensors")
+    again = NGramTable.load(tmp_path / "table.safetensors")
+    for pair in ((1, 2), (2, 3), (5, 6)):
+        assert again.follow(*pair) == table.follow(*pair)
+    assert [file.name for file in tmp_path.iterdir()] == ["table.safetensors"]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_likeliest_path_comes_first_and_limits_hold(search):
+    text = [draw % 7 for draw in (random.Random(0).choices(range(40), k=3000))]
+    drafter = NGramDrafter(NGramTable([text]), search=search, depth=4, nodes=20)
+    tree = drafter.tree([1, 2], 4)
+    assert len(tree.tokens) <= 20
+    assert max(tree.depths()) <= 4
+    assert tree.child(ROOT, drafter.table.follow(1, 2)[0][1]) is not None
+    assert all(parent < node for node, parent in enumerate(tree.parents))
+    assert drafter.tree([1, 2], 0).tokens == drafter.tree([3], 4).tokens == []
+
+
+def test_best_first_takes_paths_in_the_order_of_their_share():
+    # After (1, 2): 3 in three of four cases, then always 4; 5 in one of four.
+    table = NGramTable([[1, 2, 3, 4]] * 3 + [[1, 2, 5, 6]])
+    tree = NGramDrafter(table, nodes=3).tree([1, 2], 5)
+    assert tree.tokens == [3, 4, 5]
+    assert tree.parents == [ROOT, 0, ROOT]
+
+
+def test_puct_visits_what_is_likely_more_often():
+    table = NGramTable([[1, 2, 3, 4]] * 9 + [[1, 2, 5, 6]])
+    tree = NGramDrafter(table, search="puct", nodes=2).tree([1, 2], 3)
+    assert tree.tokens == [3, 4]
+
+
+def test_puct_repeats_with_its_seed():
+    text = random.Random(0).choices(range(9), k=3000)
+    trees = [NGramDrafter(NGramTable([text]), search="puct", seed=3).tree([1, 2], 5) for _ in range(2)]
+    assert trees[0].tokens == trees[1].tokens and trees[0].parents == trees[1].parents
+
+
+def generate(target, drafter, tokens=60, **options):
+    ids = torch.tensor([[3, 5]])
+    target.generate(
+        ids, max_new_tokens=tokens, custom_generate=speculative, drafter=drafter, **{"do_sample": False} | options
+    )
+    return report(drafter).tokens_per_forward
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_repetition_is_learned_while_decoding(search):
+    target = tabular_model()  # greedy decoding soon runs in a circle
+    drafter = NGramDrafter(search=search)
+    rates = [generate(target, drafter) for _ in range(2)]
+    assert rates[0] > 1.5 and rates[1] > rates[0]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_random_text_is_not_learned(search):
+    target = tabular_model(vocab_size=64, spread=0.0)
+    rate = generate(target, NGramDrafter(search=search), do_sample=True, top_k=0)
+    assert rate < 1.15
+
+
+def test_the_chain_serves_the_hosts_assisted_decoding(monkeypatch):
+    target = tabular_model()
+    ids = torch.tensor([[3, 5]])
+    plain = target.generate(ids, do_sample=False, max_new_tokens=40)
+    calls = []
+
+    class Counting(NGramCandidates):
+        def get_candidates(self, input_ids, **kwargs):
+            found = super().get_candidates(input_ids, **kwargs)
+            calls.append(found[0].shape[1] - input_ids.shape[1])
+            return found
+
+    monkeypatch.setattr(
+        GenerationMixin, "_get_candidate_generator", lambda *args, **kwargs: Counting(NGramDrafter(depth=4))
+    )
+    fast = target.generate(ids, do_sample=False, max_new_tokens=40, prompt_lookup_num_tokens=4)
+    assert torch.equal(plain, fast)
+    assert max(calls) >= 3 and len(calls) < 30
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search": "beam"}, "search must be one of best_first, puct, got 'beam'"),
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        NGramDrafter(**given)
+
+
+def test_a_table_of_another_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="holds token 50, the target has 8"):
+        generate(tabular_model(), NGramDrafter(NGramTable([[1, 2, 50]])))
+
+
+def test_a_table_needs_room():
+    with pytest.raises(ValueError, match="must be at least 1"):
+        NGramTable(max_pairs=0)

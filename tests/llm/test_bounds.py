@@ -1,0 +1,151 @@
+"""The bound against a linear-programming solver and brute force, each verifier's acceptance against enumeration."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+
+from draftdiff.llm import bounds, verify
+from draftdiff.llm.bounds import acceptance_upper_bound, expected_acceptance
+from tests.llm.test_verify import CASES, distributions, draws, law_of
+
+SIZES = [(4, 2), (5, 3), (6, 3), (5, 1), (5, 4)]
+
+
+def transport(p, q, n, sampler):
+    """The optimum by linear programming: how much of each target token can be given to each set of drafts."""
+    proposals = [(set(tokens), chance) for tokens, chance in draws(q, n, sampler) if chance > 0]
+    pairs = [(row, token) for row, (tokens, _) in enumerate(proposals) for token in tokens]
+    limits = np.zeros((len(p) + len(proposals), len(pairs)))
+    for column, (row, token) in enumerate(pairs):
+        limits[token, column] = limits[len(p) + row, column] = 1
+    given = np.concatenate([p.numpy(), [chance for _, chance in proposals]])
+    return -linprog(-np.ones(len(pairs)), A_ub=limits, b_ub=given).fun
+
+
+@pytest.mark.parametrize("sampler", verify.SAMPLERS)
+@pytest.mark.parametrize(("vocabulary", "n"), SIZES)
+def test_the_bound_is_the_linear_programs_optimum(sampler, vocabulary, n):
+    for seed in range(4):
+        p, q = distributions(vocabulary, seed)
+        assert acceptance_upper_bound(p, q, n, sampler) == pytest.approx(transport(p, q, n, sampler), abs=1e-6)
+
+
+@pytest.mark.parametrize(("sampler", "verifier"), CASES)
+@pytest.mark.parametrize(("vocabulary", "n"), [(5, 2), (4, 3), (5, 1)])
+def test_expected_acceptance_is_what_the_verifier_does(sampler, verifier, vocabulary, n, monkeypatch):
+    p, q = distributions(vocabulary, 7)
+    accepted = 0.0
+    for tokens, chance in draws(q, n, sampler):
+
+        def rule(tokens=tokens):
+            """0 if one of the drafts was accepted, else 1."""
+            final: list[int] = []
+            draw = verify.draw
+            verify.draw = lambda weights: final.append(draw(weights)) or final[-1]
+            token = verify.reject(p, q, tokens, sampler, verifier)
+            verify.draw = draw
+            # A residual draw that meets a draft is an acceptance by the greedy rule and by matching only.
+            return 0 if token in tokens and (not final or verifier in ("greedy", "match")) else 1
+
+        if chance > 0:
+            accepted += chance * float(law_of(rule, 2, monkeypatch)[0])
+    tolerance = 3e-4 if (n, sampler, verifier) == (3, "without_replacement", "rrs") else 1e-6
+    assert expected_acceptance(p, q, n, sampler, verifier) == pytest.approx(accepted, abs=tolerance)
+
+
+def noisy_pair(vocabulary, spread, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    return logits.softmax(-1), (logits + torch.randn(vocabulary, generator=generator)).softmax(-1)
+
+
+def all_in(q, n):
+    """Chance that n draws without replacement are all among the first k tokens, for every k, by integrating races on a
+    fine grid with every token convolved by itself."""
+    t = torch.logspace(-6, 13, 6000, dtype=torch.float64)
+    counts = torch.zeros(n, len(t), dtype=torch.float64)
+    counts[0] = 1
+    arrived = [1 - counts.sum(0)]
+    for mass in q:
+        stays = (-t * mass).exp()
+        counts = counts * stays + torch.cat([torch.zeros(1, len(t), dtype=torch.float64), counts[:-1]]) * (1 - stays)
+        arrived.append(1 - counts.sum(0))
+    held = torch.cat([torch.zeros(1, dtype=torch.float64), q.cumsum(0)])
+    rest = (1 - held).clamp(min=0)
+    late = torch.stack(arrived)
+    whole = torch.trapezoid(rest[:, None] * (-rest[:, None] * t).exp() * late * t, t.log(), dim=1)
+    return torch.where(rest < 1e-9, 1.0, whole)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("spread", [1.0, 3.0, 6.0])
+def test_draws_without_replacement_are_counted_as_by_brute_force(n, spread):
+    p, q = noisy_pair(150, spread)
+    order = (q / p).argsort(descending=True)
+    expected = all_in(q[order], n)
+    got = bounds._Races(q[order], n).prefixes(torch.arange(151))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+    inside = torch.cat([torch.zeros(1, dtype=torch.float64), p[order].cumsum(0)])
+    bound = acceptance_upper_bound(p, q, n, "without_replacement")
+    assert bound == pytest.approx(1 + float((inside - expected).min()), abs=2e-5)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_the_search_misses_no_prefix(n, spread):
+    p, q = noisy_pair(700, spread)
+    order = (q / p).argsort(descending=True)
+    inside = torch.cat([torch.zeros(1, dtype=torch.float64), p[order].cumsum(0)])
+    every = 1 + float((inside - bounds._Races(q[order], n).prefixes(torch.arange(701))).min())
+    assert acceptance_upper_bound(p, q, n, "without_replacement") == pytest.approx(every, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_no_verifier_beats_the_bound_and_more_drafts_help(temperature):
+    p, q = (noise.pow(1 / temperature) for noise in noisy_pair(4000, 3.0))
+    p, q = p / p.sum(), q / q.sum()
+    for sampler, verifiers in verify.VERIFIERS.items():
+        last = 0.0
+        for n in (1, 2, 3, 4):
+            bound = acceptance_upper_bound(p, q, n, sampler)
+            assert last <= bound + 1e-9 <= 1 + 2e-9
+            last = bound
+            for verifier in verifiers:
+                assert expected_acceptance(p, q, n, sampler, verifier) <= bound + 2e-4
+    for n in (2, 3):
+        with_, without = (acceptance_upper_bound(p, q, n, s) for s in ("with_replacement", "without_replacement"))
+        assert without >= with_ - 1e-9
+    assert expected_acceptance(p, q, 3, "greedy", "greedy") == acceptance_upper_bound(p, q, 3, "greedy")
+
+
+def test_one_draft_is_bounded_by_the_overlap():
+    p, q = noisy_pair(500, 2.0)
+    for sampler in verify.SAMPLERS:
+        assert acceptance_upper_bound(p, q, 1, sampler) == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-9)
+
+
+def test_large_vocabularies_are_handled():
+    p, q = noisy_pair(128_256, 3.0)
+    assert 0.5 < acceptance_upper_bound(p.float(), q.float(), 4, "without_replacement") < 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"sampler": "beam"}, "sampler must be one of"),
+        ({"p": torch.ones(3)}, "vectors of one size"),
+        ({"sampler": "greedy", "n": 9}, "n must be at most the 4 tokens"),
+    ],
+)
+def test_bad_input_is_named(given, message):
+    p, q = distributions(4, 0)
+    with pytest.raises(ValueError, match=message):
+        acceptance_upper_bound(**{"p": p, "q": q, "n": 2, "sampler": "with_replacement"} | given)
+
+
+def test_a_verifier_must_fit_the_sampler():
+    p, q = distributions(4, 0)
+    with pytest.raises(ValueError, match="verifier for sampler 'greedy' must be one of greedy, match, got 'rrs'"):
+        expected_acceptance(p, q, 2, "greedy", "rrs")
