@@ -277,7 +277,7 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
 
     from draftdiff import DraftAttentionConfig, enable, report
-    from draftdiff.doctor import device_name, versions
+    from draftdiff.devices import device_name, versions
 
     config = None if options.dense else DraftAttentionConfig(**_fields(options))
     model, call = _load(options, [config] if config else [])
@@ -321,7 +321,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     check_folder(options.output, MADE_BY)
     settings = _settings(options)
-    from draftdiff.doctor import device_name, versions
+    from draftdiff.devices import device_name, versions
 
     model, call = _load(options, list(settings.values()))
     model.pipeline.set_progress_bar_config(leave=False)
