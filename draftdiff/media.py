@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,24 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill. It becomes `path` at the end, or is removed after an exception.
+
+    Raises FileExistsError if there is something at `path`.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists: choose a new folder")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp keeps its folders private
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: float) -> None:

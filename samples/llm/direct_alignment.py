@@ -23,11 +23,11 @@ from draftdiff.llm import LOSSES, mixed
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__ or "", "aligned-draft")
     parser.add_argument("--loss", choices=sorted(LOSSES), default="tvd_pp", help="of the alignment (default tvd_pp)")
     parser.add_argument("--plain-share", type=float, default=0.1, help="share of plain text in the mix (default 0.1)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     recipe = Recipe(options)
     text = recipe.plain_text()
     if options.draft is None:

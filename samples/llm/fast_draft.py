@@ -21,8 +21,8 @@ from stdlib_corpus import def_prompts
 from draftdiff.llm.train.data import TEMPERATURES
 
 
-def main() -> None:
-    options = arguments(__doc__ or "", "fast-draft").parse_args()
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(__doc__ or "", "fast-draft").parse_args(argv)
     recipe = Recipe(options)
     if options.draft is None:
         recipe.train("pretrained", recipe.plain_text(), options.pretrain_steps, "ce", rate=4e-3)

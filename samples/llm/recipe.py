@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from draftdiff.llm import (
     generate_distillation_set,
     packed_text,
 )
-from draftdiff.media import replacing
+from draftdiff.media import new_folder, replacing
 from draftdiff.pipelines.mini_llm import load_mini_llm
 
 WINDOW = 256
@@ -62,7 +63,7 @@ class Recipe:
         if options.draft is None:
             self.draft = AutoModelForCausalLM.from_config(draft_config(self.target.config, options.params))
         else:
-            self.draft = AutoModelForCausalLM.from_pretrained(options.draft)
+            self.draft = AutoModelForCausalLM.from_pretrained(options.draft, dtype=torch.float32)
         self.judge = self.written(def_prompts(48), (0.0,))
         self.scores: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
@@ -91,7 +92,7 @@ class Recipe:
         if steps < 1:
             return
         settings = TrainingArguments(
-            output_dir=f"{self.options.output}.{stage}",
+            output_dir=tempfile.gettempdir(),  # nothing is written there
             max_steps=steps,
             per_device_train_batch_size=16,
             learning_rate=rate,
@@ -120,8 +121,9 @@ class Recipe:
     def finish(self) -> None:
         """Save the draft as a plain model with its tokenizer, load it again and let it assist the target."""
         output = self.options.output
-        self.draft.save_pretrained(output)
-        self.tokenizer.save_pretrained(output)
+        with new_folder(output) as partial:
+            self.draft.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
         assistant = AutoModelForCausalLM.from_pretrained(output)
         for prompt in def_prompts(4):
             inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

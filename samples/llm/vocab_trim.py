@@ -82,7 +82,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         FigureCanvasAgg(figure).print_figure(partial, dpi=130)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="vocabularies of the draft")
     parser.add_argument("--prompts", type=int, default=48, help="function heads to continue (default 48)")
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file for the curve (.png)")
     parser.add_argument("--save", type=int, help="only trim to this size and save the draft and its token map")
     parser.add_argument("-o", "--output", type=Path, default=Path("trimmed-draft"), help="new folder for --save")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     target, draft, tokenizer = load_mini_llm()
     written = generate_distillation_set(

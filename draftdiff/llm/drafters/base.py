@@ -74,8 +74,8 @@ def vocabulary_size(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> int:
-    """The target's vocabulary size. Raises ValueError unless draft and target share a vocabulary and a device.
+def check_vocabulary_sizes(target: PreTrainedModel, draft: PreTrainedModel) -> int:
+    """The target's vocabulary size. Raises ValueError unless draft and target share a vocabulary.
 
     Sizes may differ by padding: both multiples of 64 less than 1,024 apart, as among the sizes of one family.
     """
@@ -84,6 +84,12 @@ def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> int:
         raise ValueError(
             f"the draft's vocabulary of {b} tokens is not the target's of {a}: they need the same tokenizer"
         )
+    return a
+
+
+def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> int:
+    """As `check_vocabulary_sizes`, and raises ValueError unless both are on one device."""
+    size = check_vocabulary_sizes(target, draft)
     if target.device != draft.device:
         raise ValueError(f"the draft is on {draft.device}, the target on {target.device}: they need the same device")
-    return a
+    return size

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from draftdiff.llm.drafters.base import check_vocabulary_sizes, vocabulary_size
 from draftdiff.llm.metrics import acceptance_rate
 from draftdiff.llm.train.data import DistillationSet, collate
 
@@ -34,14 +35,18 @@ class DraftScores:
 def evaluate_draft(
     target: Any, draft: Any, dataset: DistillationSet, *, length: int = 4, batch_size: int = 8, progress: bool = True
 ) -> DraftScores:
-    """Scores of a draft over the `written` positions of a dataset. Raises ValueError if there are none."""
+    """Scores of a draft over the `written` positions of a dataset.
+
+    Raises ValueError if there are none, and for a draft of another vocabulary.
+    """
+    width = min(check_vocabulary_sizes(target, draft), vocabulary_size(draft))  # they may be padded differently
     accepted, agreed, tokens, rounds = 0.0, 0, 0, 0
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
     for batch in tqdm(loader, unit="batch", leave=False, disable=not progress):
         ids, mask = batch["input_ids"], batch["attention_mask"]
         p, q = (
             model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-            .logits[:, :-1]
+            .logits[:, :-1, :width]
             .float()
             .softmax(-1)
             .cpu()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from draftdiff.llm.drafters.base import check_vocabulary_sizes
 from draftdiff.llm.train.data import collate
 from draftdiff.llm.train.losses import Loss, ce, named_loss
 
@@ -35,17 +36,18 @@ class DraftTrainer(Trainer):
         """target: a causal language model of the draft's vocabulary, left on its device.  loss: a name in LOSSES or a
         callable of that signature.  args, kwargs: as for Trainer.
 
-        Raises ValueError for an unknown loss, a missing target and different vocabularies.
+        Raises ValueError for an unknown loss, a missing target, different vocabularies, and a draft in float16, whose
+        weights would overflow.
         """
         self.loss = named_loss(loss)
         self.target = target
         if target is not None:
-            sizes = [m.config.get_text_config().vocab_size for m in (model, target)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(f"draft and target must share a vocabulary, got {sizes[0]} and {sizes[1]} tokens")
+            check_vocabulary_sizes(target, model)
             target.eval()
         elif self.loss is not ce:
             raise ValueError(f"loss {getattr(loss, '__name__', loss)!r} compares with a target: give one, or use 'ce'")
+        if model.dtype == torch.float16:  # which is what drafts are often stored in
+            raise ValueError("draft must be in float32 or bfloat16 to train, got float16: call draft.float() first")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the columns are this class's own, not the model's
         pad = model.config.get_text_config().pad_token_id or 0
@@ -64,7 +66,9 @@ class DraftTrainer(Trainer):
         total = ce(draft_logits[~compared], ids[~compared, 1:], counted[~compared]).sum()
         if compared.any():
             target_logits = self._target_logits(ids[compared], attention_mask[compared])
-            total = total + self.loss(draft_logits[compared], target_logits, counted[compared]).sum()
+            width = min(draft_logits.shape[-1], target_logits.shape[-1])  # they may be padded differently
+            compare = (logits[..., :width] for logits in (draft_logits[compared], target_logits))
+            total = total + self.loss(*compare, counted[compared]).sum()
         loss = total / counted.sum().clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 

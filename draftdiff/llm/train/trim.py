@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftdiff.media import replacing
+from draftdiff.media import new_folder, replacing
 
 TOKEN_MAP_FILE = "token_map.json"
 
@@ -107,18 +104,9 @@ def save_trimmed(draft: Any, folder: str | Path) -> None:
     other weights; `config.json` has `draft_vocab_size`; `token_map.json` is the plain list of ids. `load_trimmed`
     reads it, and so it does what a Trainer saved. Raises FileExistsError.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: save_trimmed writes to a new folder")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-    try:
+    with new_folder(Path(folder)) as partial:
         draft.save_pretrained(partial)
         (partial / TOKEN_MAP_FILE).write_text(json.dumps(trimmed_ids(draft).tolist()) + "\n", encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp keeps its folders private
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_trimmed(folder: str | Path) -> Any:

@@ -123,11 +123,24 @@ def test_a_trimmed_draft_trains_too(loss, target, written, tmp_path):
     assert all(parameter.isfinite().all() for parameter in draft.parameters())
 
 
+def test_vocabularies_padded_differently_are_compared_on_what_they_share(target, written, tmp_path):
+    target = tiny_model(layers=1, vocab_size=128)
+    draft = tiny_model(layers=1, vocab_size=192, seed=1)
+    trainer = DraftTrainer(draft, arguments(tmp_path), target=target, loss="kl", train_dataset=written)
+    batch = collate([written[0]])
+    with torch.no_grad():
+        q, p = (model(batch["input_ids"]).logits[0, :-1, :128] for model in (draft, target))
+        expected = LOSSES["kl"](q, p)[batch["written"][0, 1:]].mean()
+        torch.testing.assert_close(trainer.compute_loss(draft, batch), expected)
+
+
 def test_mistakes_are_named_in_one_line(target, tmp_path):
     draft = tiny_model(layers=1)
     with pytest.raises(ValueError, match="one of kl, rkl, jsd, ce, tvd, tvd_pp, lk, got 'l2'"):
         DraftTrainer(draft, arguments(tmp_path), target=target, loss="l2")
-    with pytest.raises(ValueError, match=f"share a vocabulary, got 50 and {VOCABULARY} tokens"):
+    with pytest.raises(ValueError, match=f"vocabulary of 50 tokens is not the target's of {VOCABULARY}"):
         DraftTrainer(tiny_model(vocab_size=50), arguments(tmp_path), target=target)
     with pytest.raises(ValueError, match="loss 'tvd' compares with a target"):
         DraftTrainer(draft, arguments(tmp_path))
+    with pytest.raises(ValueError, match=r"float32 or bfloat16 to train, got float16: call draft.float\(\) first"):
+        DraftTrainer(tiny_model(layers=1).half(), arguments(tmp_path), target=target)

@@ -1,0 +1,81 @@
+"""The draft recipes and the trimming curve, on a few files and a few steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from draftdiff.llm import load_trimmed
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "llm"
+FEW = ["--align-steps", "2", "--prompts", "4", "--new-tokens", "12"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script as a module, with a corpus of three files."""
+    monkeypatch.syspath_prepend(str(SAMPLES))
+    import importlib
+
+    import recipe
+    import stdlib_corpus
+    import vocab_trim
+
+    texts = list(stdlib_corpus.corpus_texts(held_out=True))[-4:-1]
+    for module in (recipe, vocab_trim):
+        monkeypatch.setattr(module, "corpus_texts", lambda: iter(texts))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", ["fast_draft", "direct_alignment"])
+def test_a_recipe_ends_in_a_plain_model_with_scores_of_every_stage(name, script, tmp_path, capsys):
+    scores = tmp_path / "scores.json"
+    script(name).main(["--pretrain-steps", "2", *FEW, "-o", str(tmp_path / "draft"), "--json", str(scores)])
+    result = json.loads(scores.read_text())
+    assert list(result["scores"]) == ["before", "pretrained", "aligned"]
+    assert result["draft_parameters"] < 0.2 * result["target_parameters"]
+    draft = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    assert draft.num_parameters() == result["draft_parameters"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "draft")("def f(x):").input_ids
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "scores.json"]
+    assert "leaves the target's greedy text as it is" in capsys.readouterr().out
+
+
+def test_alignment_goes_on_from_a_draft_that_there_is(script, tmp_path):
+    from draftdiff.pipelines.mini_llm import WEIGHTS
+
+    options = ["--draft", str(WEIGHTS / "draft"), "--loss", "lk", *FEW, "-o", str(tmp_path / "draft")]
+    script("direct_alignment").main([*options, "--json", str(tmp_path / "scores.json")])
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert list(result["scores"]) == ["before", "aligned"]
+    assert result["scores"]["before"]["block_efficiency"] > 1.5
+    assert result["scores"]["aligned"]["acceptance"] > 0.5
+
+
+def test_an_existing_folder_is_refused(script, tmp_path):
+    with pytest.raises(SystemExit, match="exists: choose a new folder"):
+        script("fast_draft").main(["-o", str(tmp_path)])
+
+
+def test_the_curve_trades_tokens_per_forward_for_bytes(script, tmp_path, capsys):
+    few = ["--sizes", "64", "2048", "--prompts", "6", "--calibration", "6", "--new-tokens", "16"]
+    script("vocab_trim").main([*few, "--json", str(tmp_path / "trim.json"), "--plot", str(tmp_path / "trim.png")])
+    rows = json.loads((tmp_path / "trim.json").read_text())["rows"]
+    assert [row["size"] for row in rows] == [64, 2048] * 2
+    for small, whole in zip(rows[::2], rows[1::2]):
+        assert small["bytes"] < whole["bytes"] and small["tokens_per_forward"] <= whole["tokens_per_forward"]
+    assert rows[1]["mbsu"] == rows[3]["mbsu"]  # nothing is trimmed
+    assert (tmp_path / "trim.png").read_bytes().startswith(b"\x89PNG")
+    assert "memory-bound speed-up" in capsys.readouterr().out
+
+
+def test_a_trimmed_draft_is_saved_with_its_token_maps(script, tmp_path):
+    few = ["--calibration", "4", "--new-tokens", "8", "-o", str(tmp_path / "draft")]
+    script("vocab_trim").main(["--save", "100", *few])
+    draft = load_trimmed(tmp_path / "draft")
+    assert draft.get_output_embeddings().weight.shape[0] == 100
+    assert len(torch.load(tmp_path / "draft" / "token_map.pt")) == 100
+    with pytest.raises(SystemExit, match=r"vocab_trim: size must be from 1, .* got 3000"):
+        script("vocab_trim").main(["--save", "3000", *few])
