@@ -113,6 +113,7 @@ def _generate(options: argparse.Namespace) -> int:
         }
         print(json.dumps(result))
         return 0
+    sys.stdout.flush()  # before what goes to standard error
     speed = f"{method.title}: {len(run.tokens)} tokens in {run.seconds:.2f} s, cache {run.cache / 1e6:.3g} MB"
     print(speed if run.report is None else f"{speed}\n{run.report}", file=sys.stderr)
     return 0

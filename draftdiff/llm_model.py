@@ -30,14 +30,15 @@ EMBEDDED = "mini-llm"
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A target and its draft. length: of a chain that suits them.  counts: how often the target writes each token,
-    [vocabulary], None if unknown."""
+    """A target and its draft. length, nodes: of a chain and of a tree that suit them and the device.  counts: how often
+    the target writes each token, [vocabulary], None if unknown."""
 
     name: str
     target: Any
     draft: Any
     tokenizer: Any
     length: int = 5
+    nodes: int = 48
     counts: Tensor | None = None
 
     @property
@@ -45,12 +46,14 @@ class LanguageModel:
         return self.target.device
 
 
-def load(target: str | None, draft: str | None, *, dtype: str | None = None, device: str | None = None) -> LanguageModel:
+def load(
+    target: str | None, draft: str | None, *, dtype: str | None = None, device: str | None = None
+) -> LanguageModel:
     """Load a pair and put it on its device.
 
-    target, draft: folders or Hugging Face Hub ids; both None is the embedded pair.  dtype: float32, float16 or bfloat16;
-    None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pair.  device: as in torch; None is CUDA if
-    there is. Raises ValueError, in one line, for what cannot be loaded or does not belong together.
+    target, draft: folders or Hugging Face Hub ids; both None is the embedded pair.  dtype: float32, float16 or
+    bfloat16; None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pair.  device: as in torch; None is
+    CUDA if there is. Raises ValueError, in one line, for what cannot be loaded or does not belong together.
     """
     place = find_device(device)
     if dtype is not None and dtype not in DTYPES:
@@ -64,7 +67,7 @@ def load(target: str | None, draft: str | None, *, dtype: str | None = None, dev
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise ValueError(f"draft {draft!r} has another tokenizer than model {target!r}: they must share one")
     models = [_pretrained("AutoModelForCausalLM", name, dtype=kind).to(place).eval() for name in (target, draft)]
-    return LanguageModel(target, *models, tokenizers[0])
+    return LanguageModel(target, models[0], models[1], tokenizers[0])
 
 
 def _pretrained(kind: str, name: str, **options: Any) -> Any:
@@ -83,7 +86,7 @@ def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
     target, draft, tokenizer = load_mini_llm(dtype)
     known = mini_llm_defaults()
     counts = torch.tensor(known["token_counts"]) if "token_counts" in known else None
-    return LanguageModel(EMBEDDED, target.to(device), draft.to(device), tokenizer, known["length"], counts)
+    return LanguageModel(EMBEDDED, target.to(device), draft.to(device), tokenizer, known["length"], 12, counts)
 
 
 @dataclass
@@ -109,7 +112,9 @@ class Method:
     run: Callable[[LanguageModel, Tensor, dict[str, Any], int], Run]
 
 
-def _generate(model: LanguageModel, ids: Tensor, options: dict[str, Any], drafter: Any = None, cache: Any = None) -> Run:
+def _generate(
+    model: LanguageModel, ids: Tensor, options: dict[str, Any], drafter: Any = None, cache: Any = None
+) -> Run:
     """One generation, timed."""
     given = dict(options)
     if drafter is not None:
@@ -182,6 +187,15 @@ def _chain(model: LanguageModel) -> ModelDrafter:
     return ModelDrafter(model.draft, Chain(model.length))
 
 
+def _best_paths(model: LanguageModel) -> ModelDrafter:
+    width = max(2, model.nodes // (2 * model.length))
+    return ModelDrafter(model.draft, KBest(model.length, width, max(model.nodes, width * (model.length - 1))))
+
+
+def _sampled(model: LanguageModel) -> ModelDrafter:
+    return ModelDrafter(model.draft, Sampled((2, 2, 1) if model.nodes < 24 else (4, 2, 2, 1)))
+
+
 def _trimmed(model: LanguageModel) -> ModelDrafter:
     if model.counts is None:
         raise ValueError("method 'trimmed' needs to know how often the target writes each token")
@@ -194,13 +208,11 @@ METHODS: dict[str, Method] = {
     "adaptive": Method(
         "chain, adaptive", True, _speculation(lambda m: ModelDrafter(m.draft, Chain(2 * m.length, confidence=0.3)))
     ),
-    "tree": Method(
-        "tree of best paths", True, _speculation(lambda m: ModelDrafter(m.draft, KBest(m.length, 4, 6 * m.length)))
-    ),
-    "sampled": Method("sampled tree, RRS", True, _speculation(lambda m: ModelDrafter(m.draft, Sampled((3, 2, 1, 1))))),
+    "tree": Method("tree of best paths", True, _speculation(_best_paths)),
+    "sampled": Method("sampled tree, RRS", True, _speculation(_sampled)),
     "trimmed": Method("chain, VocabTrim 1/4", True, _speculation(_trimmed)),
-    "ngram": Method("n-grams, best first", True, _speculation(lambda m: NGramDrafter())),
-    "ngram-puct": Method("n-grams, PUCT", True, _speculation(lambda m: NGramDrafter(search="puct"))),
+    "ngram": Method("n-grams, best first", True, _speculation(lambda m: NGramDrafter(nodes=m.nodes))),
+    "ngram-puct": Method("n-grams, PUCT", True, _speculation(lambda m: NGramDrafter(search="puct", nodes=m.nodes))),
     "speckv": Method("SpecKV", False, partial(_cut, compress=False, evict=True)),
     "specpc": Method("SpecPC", False, partial(_cut, compress=True, evict=False)),
     "speckv-pc": Method("SpecKV-PC", False, partial(_cut, compress=True, evict=True)),

@@ -1,7 +1,7 @@
 """Methods of draftdiff.llm measured against plain decoding on the same prompts.
 
-All methods run in turn within a round, in one process, so that a machine that slows down slows all of them; a speed-up is
-a ratio within a round. What a method writes is looked at in an untimed run before, and every timed run is checked
+All methods run in turn within a round, in one process, so that a machine that slows down slows all of them; a speed-up
+is a ratio within a round. What a method writes is looked at in an untimed run before, and every timed run is checked
 against it.
 """
 
@@ -41,7 +41,7 @@ class MethodResult:
 
 @dataclass
 class LlmComparison:
-    """Results, plain first. prompts: their tokens.  options: arguments of generate.  about: where and with what it ran."""
+    """Results, plain first. prompts: their tokens.  options: arguments of generate.  about: where and with what."""
 
     model: str
     prompts: list[Tensor]
@@ -73,7 +73,9 @@ class LlmComparison:
             "tokens_per_forward": sum(report.tokens for report in reports) / rounds if reports else 1.0,
             "drafts_per_round": drafts / rounds if reports else None,
             "mbsu": fmean(report.mbsu for report in reports) if reports else None,
-            "speedup": spread([base / own for base, own in zip(self.plain.seconds, result.seconds)]) if others else None,
+            "speedup": spread([base / own for base, own in zip(self.plain.seconds, result.seconds)])
+            if others
+            else None,
             "milliseconds": spread([1e3 * seconds / tokens for seconds in result.seconds]),
             "cache": max(run.cache for run in result.runs),
             "cache_share": max(run.cache for run in result.runs) / max(run.cache for run in self.plain.runs)

@@ -68,7 +68,9 @@ def draw(rows: list[dict[str, Any]], file: Path, temperature: float, drafts: int
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     panels = figure.subplots(2, len(VERIFIERS), sharey="row")
     colours = dict(zip(("optimum", "rrs", "k_seq", "greedy", "match"), PALETTE))
-    for line, (key, fixed, value) in enumerate((("temperature", "drafts", drafts), ("drafts", "temperature", temperature))):
+    for line, (key, fixed, value) in enumerate(
+        (("temperature", "drafts", drafts), ("drafts", "temperature", temperature))
+    ):
         for axes, (sampler, verifiers) in zip(panels[line], VERIFIERS.items()):
             own = [r for r in rows if r["sampler"] == sampler and r[fixed] == value]
             for name in ("optimum", *verifiers):
