@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from draftdiff.core.importance import POOLINGS, attention_mass, importance_order, smooth
 from draftdiff.llm.decoder import cache_argument
+from draftdiff.llm.drafters.base import check_vocabularies, vocabulary_size
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_pair, check_prompt, lookahead, positions, vocabulary
+from draftdiff.llm.pair import check_prompt, lookahead, positions
 from draftdiff.llm.sparse_prefill import SparsePrefill, check_sparse, sparse_attention
 
 REDUCES = ("max", "mean")
@@ -184,13 +185,13 @@ def speckv(
     check_decoding(model)
     KeptCache(model.config)  # before the draft's work: raises for layers that cannot be evicted from
     if draft is not None:
-        check_pair(model, draft)
+        check_vocabularies(model, draft)
         check_prompt(draft, ids, mask)
     elif wanted:
         raise ValueError(f"a lookahead of {wanted} tokens needs a draft model, got None; lookahead=0 does without")
     started = time.perf_counter()
     if draft is not None and wanted and ids.shape[1] - 1 > config.capacity:
-        ahead, valid = lookahead(draft, ids, mask, wanted, vocabulary(model))
+        ahead, valid = lookahead(draft, ids, mask, wanted, vocabulary_size(model))
     else:
         ahead = valid = ids[:, :0]
     wait_for(model)

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.core.importance import attention_mass, importance_order, smooth
+from draftdiff.llm.drafters.base import vocabulary_size
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_prompt, lookahead, vocabulary
+from draftdiff.llm.pair import check_prompt, lookahead
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def specpc(
     if int(mask.sum(-1).max()) <= config.capacity:
         rows = [row.nonzero()[:, 0] for row in mask]
     else:
-        rows = observed(draft, ids, mask, config, vocabulary(draft))[0]
+        rows = observed(draft, ids, mask, config, vocabulary_size(draft))[0]
     return rows[0] if len(rows) == 1 else rows
 
 
