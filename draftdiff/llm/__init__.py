@@ -22,6 +22,7 @@ _HOMES = {
     "evaluate_draft": "draftdiff.llm.train.evaluate",
     "expected_acceptance": "draftdiff.llm.bounds",
     "export_token_map": "draftdiff.llm.train.trim",
+    "future_attention": "draftdiff.llm.future_attention",
     "generate_distillation_set": "draftdiff.llm.train.data",
     "KBest": "draftdiff.llm.drafters.model",
     "KeptCache": "draftdiff.llm.kept_cache",
