@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.core.importance import attention_mass
 from draftdiff.llm.observe import AttentionCall, observing
 from draftdiff.llm.pair import check_prompt
 
@@ -28,14 +27,7 @@ def future_attention(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tu
     paid: dict[int, Tensor] = {}
 
     def watch(call: AttentionCall) -> None:
-        mass = attention_mass(
-            call.query[:, :, prompt - 1 :],
-            call.key,
-            scale=call.scale,
-            softcap=call.softcap,
-            mask=call.readable(call.query.shape[2] - prompt + 1),
-        )
-        paid[call.layer] = mass[..., : prompt - 1]
+        paid[call.layer] = call.mass(call.query.shape[2] - prompt + 1)[..., : prompt - 1]
 
     with observing(model, watch):
         model(full[:, :-1], use_cache=False)
