@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from draftdiff.core.importance import attention_mass
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -54,6 +56,27 @@ class AttentionCall:
             allowed &= column > position - self.sliding_window
         allowed = allowed[None, None]
         return allowed if self.mask is None else allowed & self.mask[:, None, None, -keys:].bool()
+
+    def mass(self, rows: int, *, weights: Tensor | None = None, reduce: str = "sum") -> Tensor:
+        """Attention that the last `rows` queries give to each key, fp32 [batch, key heads, keys].
+
+        weights, reduce: see core.importance.attention_mass.
+        """
+        readable = self.readable(rows)
+        groups = self.query[:, :, -rows:].unflatten(1, (self.key.shape[1], -1))
+        heads = [
+            attention_mass(
+                groups[:, head],
+                self.key[:, head, None],
+                scale=self.scale,
+                softcap=self.softcap,
+                mask=readable,
+                weights=weights,
+                reduce=reduce,
+            )
+            for head in range(self.key.shape[1])  # all heads' fp32 scores at once would outgrow the keys themselves
+        ]
+        return torch.cat(heads, dim=1)
 
 
 Observer = Callable[[AttentionCall], "Tensor | None"]

@@ -1,4 +1,4 @@
-"""What the methods that read a draft model share: checks of the pair and its prompt, and the draft's lookahead."""
+"""What the methods that read a draft model share: the check of a prompt, positions, and the draft's lookahead."""
 
 from __future__ import annotations
 
@@ -6,22 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-# Models of one tokenizer may have a few more rows than it has tokens: Qwen2.5 0.5B has 151936, 7B has 152064.
-_PADDING = 256
-
-
-def vocabulary(model: PreTrainedModel) -> int:
-    """Number of token ids that a model takes."""
-    return model.config.get_text_config().vocab_size
-
-
-def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """Raise ValueError unless both are on one device and of one vocabulary, up to the rows that pad an embedding."""
-    target_size, draft_size = vocabulary(model), vocabulary(draft)
-    if abs(target_size - draft_size) >= _PADDING:
-        raise ValueError(f"model and draft must share a vocabulary, got {target_size} and {draft_size} tokens")
-    if model.device != draft.device:
-        raise ValueError(f"model and draft must be on one device, got {model.device} and {draft.device}")
+from draftdiff.llm.drafters.base import vocabulary_size
 
 
 def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -37,9 +22,9 @@ def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | N
     if ids.device != model.device:
         raise ValueError(f"ids must be on the model's device {model.device}, got {ids.device}")
     lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 0 or highest >= vocabulary(model):
+    if lowest < 0 or highest >= vocabulary_size(model):
         raise ValueError(
-            f"ids must be from 0 to {vocabulary(model) - 1}, the vocabulary of {type(model).__name__}, got "
+            f"ids must be from 0 to {vocabulary_size(model) - 1}, the vocabulary of {type(model).__name__}, got "
             f"{lowest if lowest < 0 else highest}"
         )
     if attention_mask is None:
@@ -79,7 +64,7 @@ def lookahead(
         num_beams=1,
         num_return_sequences=1,
         cache_implementation="dynamic",
-        suppress_tokens=list(range(size, vocabulary(draft))) or None,
+        suppress_tokens=list(range(size, vocabulary_size(draft))) or None,
         pad_token_id=0,
         return_dict_in_generate=False,
     )

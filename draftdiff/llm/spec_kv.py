@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.core.importance import POOLINGS, attention_mass, importance_order, smooth
+from draftdiff.core.importance import POOLINGS, importance_order, smooth
 from draftdiff.llm.decoder import cache_argument
+from draftdiff.llm.drafters.base import check_vocabularies, vocabulary_size
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_pair, check_prompt, lookahead, positions, vocabulary
+from draftdiff.llm.pair import check_prompt, lookahead, positions
 from draftdiff.llm.sparse_prefill import SparsePrefill, check_sparse, sparse_attention
 
 REDUCES = ("max", "mean")
@@ -132,24 +133,9 @@ class _Eviction:
         """The keys before the window from most to least important, int64 [batch, key heads, keys], padding last."""
         candidates = self.held - self.config.window
         rows = self.attention_mask.shape[1] - candidates
-        readable, voting = call.readable(rows), self.attention_mask[:, -rows:]
-        groups = call.query[:, :, -rows:].unflatten(1, (call.key.shape[1], -1))
-        mass = torch.cat(
-            [
-                attention_mass(
-                    groups[:, head],
-                    call.key[:, head, None],
-                    scale=call.scale,
-                    softcap=call.softcap,
-                    mask=readable,
-                    weights=voting,
-                    reduce=self.config.reduce,
-                )[..., :candidates]
-                for head in range(call.key.shape[1])  # all heads' fp32 scores at once would outgrow the layer itself
-            ],
-            dim=1,
-        )
-        padding = self.attention_mask[:, None, :candidates] == 0
+        tokens = self.attention_mask.to(call.key.device)
+        mass = call.mass(rows, weights=tokens[:, -rows:], reduce=self.config.reduce)[..., :candidates]
+        padding = tokens[:, None, :candidates] == 0
         scores = smooth(mass, self.config.kernel, self.config.pool)
         return importance_order(scores.masked_fill(padding, -torch.inf), mass)
 
@@ -171,8 +157,9 @@ def speckv(
         cache, info = speckv(model, draft, ids, SpecKVConfig(capacity=512), max_new_tokens=100)
         model.generate(ids, past_key_values=cache, max_new_tokens=100)
 
-    A cache is used up by generating: take copy.deepcopy(cache) to go on from it twice. Layers that slide over a window
-    keep the host's cache and are not evicted.
+    (From transformers 5.24 on the argument is called `cache`.) A cache is used up by generating: take
+    copy.deepcopy(cache) to go on from it twice. Layers that slide over a window keep the host's cache and are not
+    evicted. Speculation goes on from such a cache as well, see draftdiff.llm.speculative.
     ids: int64 [batch, tokens].  attention_mask: of its shape, 0 for padding on the left; padding is never kept in place
     of a token.  draft: may be None where there is no lookahead.  return_indices: keep the chosen positions in the info.
     Raises ValueError for models of different vocabularies or devices, an empty prompt, ids out of the vocabulary,
@@ -184,13 +171,13 @@ def speckv(
     check_decoding(model)
     KeptCache(model.config)  # before the draft's work: raises for layers that cannot be evicted from
     if draft is not None:
-        check_pair(model, draft)
+        check_vocabularies(model, draft)
         check_prompt(draft, ids, mask)
     elif wanted:
         raise ValueError(f"a lookahead of {wanted} tokens needs a draft model, got None; lookahead=0 does without")
     started = time.perf_counter()
     if draft is not None and wanted and ids.shape[1] - 1 > config.capacity:
-        ahead, valid = lookahead(draft, ids, mask, wanted, vocabulary(model))
+        ahead, valid = lookahead(draft, ids, mask, wanted, vocabulary_size(model))
     else:
         ahead = valid = ids[:, :0]
     wait_for(model)
@@ -227,7 +214,7 @@ def evicting_prefill(
                 attention_mask=None if bool(attention_mask.all()) else _extended(attention_mask, ahead),
                 position_ids=positions(_extended(attention_mask, ahead)),
                 use_cache=True,
-                logits_to_keep=1,
+                **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {}),
                 **{cache_argument(model): cache},
             )
     kept = next(iter(cache.kept_layers.values()))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from draftdiff.llm.drafters.base import check_vocabularies, vocabulary_size
 from draftdiff.llm.kept_cache import KeptCache
-from draftdiff.llm.pair import check_pair, check_prompt, lookahead, vocabulary
+from draftdiff.llm.pair import check_prompt, lookahead
 from draftdiff.llm.spec_kv import SpecKVConfig, SpecKVInfo, check_decoding, evicting_prefill, wait_for
 from draftdiff.llm.spec_pc import SpecPCConfig, observed
 
@@ -46,12 +47,12 @@ def speckv_pc(
     mask = check_prompt(draft, ids, None)
     if len(ids) != 1:
         raise ValueError(f"speckv_pc takes one prompt at a time, got {len(ids)}")
-    check_pair(model, draft)
+    check_vocabularies(model, draft)
     check_prompt(model, ids, None)
     check_decoding(model)
     KeptCache(model.config)  # before the draft's work: raises for layers that cannot be evicted from
     started = time.perf_counter()
-    size = vocabulary(model)
+    size = vocabulary_size(model)
     if ids.shape[1] > compress.capacity:
         (keep,), ahead, valid = observed(draft, ids, mask, compress, size)
     else:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.core.importance import attention_mass, importance_order, smooth
+from draftdiff.core.importance import importance_order, smooth
+from draftdiff.llm.drafters.base import vocabulary_size
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_prompt, lookahead, vocabulary
+from draftdiff.llm.pair import check_prompt, lookahead
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def specpc(
     if int(mask.sum(-1).max()) <= config.capacity:
         rows = [row.nonzero()[:, 0] for row in mask]
     else:
-        rows = observed(draft, ids, mask, config, vocabulary(draft))[0]
+        rows = observed(draft, ids, mask, config, vocabulary_size(draft))[0]
     return rows[0] if len(rows) == 1 else rows
 
 
@@ -100,20 +101,7 @@ class _TokenScores:
         weights = torch.ones(1, device=call.query.device)
         if read == prompt and rows > 1:
             weights = torch.linspace(0, 1, rows, device=weights.device)
-        groups = call.query[:, :, -rows:].unflatten(1, (call.key.shape[1], -1))
-        readable = call.readable(rows)
-        most = torch.zeros(len(call.query), call.key.shape[2], device=call.query.device)
-        for head in range(call.key.shape[1]):
-            mass = attention_mass(
-                groups[:, head],
-                call.key[:, head, None],
-                scale=call.scale,
-                softcap=call.softcap,
-                mask=readable,
-                weights=weights,
-                reduce="max",
-            )
-            most = torch.maximum(most, mass[:, 0])
+        most = call.mass(rows, weights=weights, reduce="max").amax(1).to(self.attention_mask.device)
         start = read - call.key.shape[2]  # a sliding layer holds the last keys only
         scores = self.forwards.setdefault(read, most.new_zeros(self.attention_mask.shape))
         if start < prompt:

@@ -218,8 +218,8 @@ def failing(message, draft=None, ids=None, model=None, config=SMALL, **given):
 
 
 def test_a_users_mistakes_are_errors_of_one_line():
-    failing("share a vocabulary, got 96 and 512 tokens", draft=tiny_model(vocab_size=512))
-    failing("on one device, got cpu and meta", draft=tiny_model().to("meta"))
+    failing("vocabulary of 512 tokens is not the target's of 96", draft=tiny_model(vocab_size=512))
+    failing("the draft is on meta, the target on cpu", draft=tiny_model().to("meta"))
     failing("at least one token, got ids of shape", ids=prompt(0))
     failing("ids must be int64", ids=prompt(60)[0])
     failing("from 0 to 95, the vocabulary of LlamaForCausalLM, got 96", ids=torch.full((1, 60), 96))
@@ -240,11 +240,11 @@ def test_a_users_mistakes_are_errors_of_one_line():
 
 def test_vocabularies_that_differ_by_padding_may_go_together():
     """As those of Qwen2.5 0.5B and 7B do. The draft may not propose what the target does not know."""
-    model, draft = tiny_model(vocab_size=96), tiny_model(vocab_size=128, seed=1)
+    model, draft = tiny_model(vocab_size=64), tiny_model(vocab_size=128, seed=1)
     with torch.no_grad():
-        draft.lm_head.weight[96:] *= 100
-    _, info = speckv(model, draft, prompt(60), SMALL)
-    assert info.lookahead.max() < 96
+        draft.lm_head.weight[64:] *= 100
+    _, info = speckv(model, draft, prompt(60, vocab_size=64), SMALL)
+    assert info.lookahead.max() < 64
 
 
 def test_the_cache_holds_kept_layers_that_generation_appends_to():
