@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import platform
 import warnings
-from importlib.metadata import packages_distributions, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from draftdiff import __version__
 from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import BlockMask
+from draftdiff.devices import device_name, versions
 from draftdiff.generate import quiet_diffusers
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
 # Import names of what each extra of the package installs.
 _EXTRAS = {"metrics": ("stlpips_pytorch", "IPython", "torchsummary", "torchvision"), "plots": ("matplotlib",)}
 # Largest error of a tiny call, by dtype: products of the half-precision types round at 2**-11 and 2**-8.
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
-
-
-def versions() -> dict[str, str | None]:
-    """draftdiff, Python and the packages it stands on; None for one that is not installed."""
-    found: dict[str, str | None] = {"draftdiff": __version__, "python": platform.python_version()}
-    installed = packages_distributions()
-    return found | {name: version(name) if name in installed else None for name in _PACKAGES}
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    if device.type == "cpu":
-        return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
-    return device.type
-
-
-def _processor() -> str:
-    table = Path("/proc/cpuinfo")
-    if table.is_file():
-        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def examine() -> dict[str, Any]:

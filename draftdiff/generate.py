@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from packaging.version import Version
 
+from draftdiff.devices import DTYPES, find_device, one_line
+
 EMBEDDED = "mini-video"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # The argument's new name; the old one warns where the new one exists.
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 # What the options of a call are named in the pipelines, first match first.
@@ -76,18 +77,6 @@ def load(name: str | None, *, dtype: str | None = None, device: str | None = Non
     return model
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; CUDA if there is, else the CPU, for None. Raises ValueError for one that is not here."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:  # torch raises a different class for every kind of device that is not there
-        raise ValueError(f"device {name!r} cannot be used: {one_line(error)}") from None
-    return device
-
-
 def _embedded(dtype: torch.dtype) -> Model:
     from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
 
@@ -121,12 +110,6 @@ def quiet_diffusers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks, cut where it grows long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def call_arguments(

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from draftdiff.core.budget import check_cache_budget
-from draftdiff.generate import DTYPE_ARGUMENT, DTYPES, find_device, one_line, quiet_diffusers
+from draftdiff.devices import DTYPES, find_device, one_line
+from draftdiff.generate import DTYPE_ARGUMENT, quiet_diffusers
 from draftdiff.media import to_uint8
 from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.infinity import InfinityPipeline

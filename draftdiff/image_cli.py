@@ -149,7 +149,7 @@ def _image(options: argparse.Namespace) -> int:
         raise ValueError(f"--count must be at least 1, got {count}")
     from PIL import Image
 
-    from draftdiff.doctor import device_name, versions
+    from draftdiff.devices import device_name, versions
     from draftdiff.image import Setting
 
     model, subjects, call = _load(options)
@@ -204,7 +204,7 @@ def _compare(options: argparse.Namespace) -> int:
     from draftdiff.compare.images import MADE_BY, compare_images
 
     check_folder(folder, MADE_BY)
-    from draftdiff.doctor import device_name, versions
+    from draftdiff.devices import device_name, versions
     from draftdiff.image import EMBEDDED, default_settings, settings_of
 
     count = 4 if options.count is None else options.count
@@ -315,7 +315,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from draftdiff.generate import DTYPES
+    from draftdiff.devices import DTYPES
     from draftdiff.pipelines.convert import convert
 
     if options.dtype is not None and options.dtype not in DTYPES:

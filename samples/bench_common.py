@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from draftdiff.doctor import versions as versions
+from draftdiff.devices import versions as versions
 from draftdiff.media import replacing
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -37,7 +37,7 @@ from bench_models import MODELS, BenchModel, Size, build, make_inputs, twin
 import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.compare.metrics import relative_l2
-from draftdiff.doctor import device_name
+from draftdiff.devices import device_name
 from draftdiff.media import check_writable
 
 EXAMPLES = """examples:

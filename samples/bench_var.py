@@ -33,8 +33,7 @@ from bench_var_models import MODELS, BenchModel, build, subjects
 
 from draftdiff.compare.html import Column, text_table, with_spread
 from draftdiff.core.budget import check_cache_budget
-from draftdiff.doctor import device_name
-from draftdiff.generate import DTYPES
+from draftdiff.devices import DTYPES, device_name
 from draftdiff.image import PLAIN, ImageModel, Setting, settings_of
 from draftdiff.measure import count_flops, peak_memory
 from draftdiff.media import check_writable

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from statistics import median
 from typing import Any
 
 # Title, key of the row, how to write the value, what it means.
 Column = tuple[str, str, Callable[[Any], str], str]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def with_spread(unit: str, digits: int) -> Callable[[dict[str, float]], str]:

@@ -19,10 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from draftdiff.compare.folder import check_folder, replacing_folder
-from draftdiff.compare.html import text_table
+from draftdiff.compare.html import spread, text_table
 from draftdiff.compare.image_page import COLUMNS, write_page, write_sheet
 from draftdiff.compare.metrics import Unavailable, lpips, psnr, ssim
-from draftdiff.compare.run import spread
 from draftdiff.image import PLAIN, ImageModel, Setting
 from draftdiff.measure import count_flops, peak_memory
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from draftdiff.compare.folder import check_folder, replacing_folder
-from draftdiff.compare.html import text_table
+from draftdiff.compare.html import spread, text_table
 from draftdiff.compare.metrics import Quality, quality
 from draftdiff.compare.page import COLUMNS, SIDE_BY_SIDE, file_name, write_page, write_videos
 from draftdiff.media import frames_of
@@ -208,11 +208,6 @@ class Comparison:
             write_videos(self, partial / "videos")
             write_page(self, partial / "videos", partial / "report.html")
         return folder
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def mean_of_known(values: Any) -> float | None:

@@ -15,7 +15,7 @@ from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from draftdiff.doctor import device_name
+from draftdiff.devices import device_name
 from draftdiff.llm import (
     DistillationSet,
     DraftTrainer,

@@ -22,7 +22,7 @@ from recipe import write_json
 from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from tqdm import tqdm
 
-from draftdiff.doctor import device_name
+from draftdiff.devices import device_name
 from draftdiff.llm import (
     Chain,
     ModelDrafter,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from types import ModuleType

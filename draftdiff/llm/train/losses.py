@@ -115,8 +115,9 @@ def lk(
 ) -> Tensor:
     """Losses on the acceptance a = sum of min(p, q) itself (LK losses, arXiv 2602.23881).
 
-    "hybrid": w KL(p, q) + (1 - w) TVD(p, q) with w = exp(-decay * a), a taken as a constant: the divergence leads while
-    the draft is far away, where the gradient of TVD is weak, and TVD takes over as it comes near.  "log": -log a.
+    "hybrid": w KL(p, q) + (1 - w) TVD(p, q) with w = exp(-decay * a), each position's own and taken as a constant: the
+    divergence leads while the draft is far away, where the gradient of TVD is weak, and TVD takes over as it comes
+    near.  "log": -log a.
     """
     if form not in ("hybrid", "log"):
         raise ValueError(f"form must be one of hybrid, log, got {form!r}")
