@@ -1,4 +1,4 @@
-"""The command `draftdiff`: generate a video or pictures, compare runs, convert models, or see what works here.
+"""The command `draftdiff`: generate a video, pictures or text, compare runs, convert models, or see what works here.
 
 A mistake of the user is one line on standard error and exit code 2; Ctrl-C is 130; a bug keeps its traceback.
 """
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _is_users(error: Exception) -> bool:
     """Whether an exception tells the user of a mistake: ours that are meant so, a pipeline's check of its inputs, or a
     device that is too small. Anything else is a bug."""
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError" or str(error).startswith("draftdiff.llm needs"):
         return True
     if not isinstance(error, (ValueError, FileNotFoundError)) or error.__traceback__ is None:
         return False
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="draftdiff",
-        description="Cheap drafts that speed up diffusers pipelines: sparse attention, CoDe and ScaleKV.",
+        description="Cheap drafts for expensive models: sparse attention, CoDe, ScaleKV, and language-model drafts.",
     )
     parser.add_argument("--version", action="version", version=f"draftdiff {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -107,9 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     compare.set_defaults(func=_compare)
 
-    from draftdiff.image_cli import add_commands
+    from draftdiff import image_cli, llm_cli
 
-    add_commands(commands)
+    image_cli.add_commands(commands)
+    llm_cli.add_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what works here: devices, backends, tools, models")
     doctor.add_argument("--json", action="store_true")

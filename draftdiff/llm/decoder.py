@@ -17,36 +17,28 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from draftdiff.llm.kept_cache import KeptLayer
 from draftdiff.llm.tree import ROOT, ancestors
 
 
-class WindowLayer(DynamicLayer):
+class WindowLayer(KeptLayer):
     """A sliding-window layer that keeps what it is fed until told to forget, so that branches can be taken back."""
 
     is_sliding = True
 
     def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
         super().__init__()
-        self.window = layer.sliding_window
         self.lazy_initialization(layer.keys, layer.values)
+        self.window = layer.sliding_window
         self.keys, self.values = layer.keys, layer.values
-        self.dropped = layer.get_seq_length() - layer.keys.shape[-2]
-
-    def get_seq_length(self) -> int:
-        return self.dropped + self.keys.shape[-2]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[-2] + query_length, self.dropped
-
-    def crop(self, tokens_to_remove: int) -> None:
-        length = self.keys.shape[-2] - abs(tokens_to_remove)
-        self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+        self.dropped = layer.get_seq_length() - self.physical_length
 
     def forget(self) -> None:
         """Drop what is out of the window, once that is most of the layer."""
-        if self.keys.shape[-2] > 2 * self.window:
-            self.dropped += self.keys.shape[-2] - (self.window - 1)
-            self.keys, self.values = (x[..., 1 - self.window :, :].clone() for x in (self.keys, self.values))
+        if self.keys is not None and self.values is not None and self.physical_length > 2 * self.window:
+            self.dropped += self.physical_length - (self.window - 1)
+            self.keys = self.keys[..., 1 - self.window :, :].clone()
+            self.values = self.values[..., 1 - self.window :, :].clone()
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -181,22 +173,22 @@ class TreeDecoder:
         """
         before = len(self._parents[0])
         width = max(map(len, tokens))
-        ids = torch.zeros((self.rows, width), dtype=torch.int64)
-        positions = torch.zeros((self.rows, width), dtype=torch.int64)
+        ids, places = [], []
         for row, (new, above) in enumerate(zip(tokens, parents)):
-            padding = width - len(new)
-            depths = self._depths[row]
+            padding = [0] * (width - len(new))
+            depths, start = self._depths[row], self.next[row]
             for parent in above:
                 depths.append(0 if parent == ROOT else depths[parent] + 1)
-            ids[row, : len(new)] = torch.tensor(new, dtype=torch.int64)
-            positions[row] = torch.tensor([self.next[row] + d for d in depths[before:]] + [self.next[row]] * padding)
-            depths += [0] * padding
-            self._parents[row] += [*above, *[ROOT] * padding]
+            depths += padding
+            ids.append([*new, *padding])
+            places.append([start + depth for depth in depths[before:]])
+            self._parents[row] += [*above, *[ROOT] * len(padding)]
             self._seen[row] = ancestors(self._parents[row], self._seen[row])
         if self.linear:
             self._fed += tokens[0]
         device = self.model.device
-        return self._forward(ids.to(device), self._mask(before, positions), positions.to(device))
+        fed = torch.tensor(ids, dtype=torch.int64, device=device)
+        return self._forward(fed, self._mask(before, places), torch.tensor(places, device=device))
 
     def _is_plain_chain(self) -> bool:
         """Whether the host's own causal mask is the right one."""
@@ -204,7 +196,7 @@ class TreeDecoder:
             self.rows == 1 and self._parents[0] == list(range(-1, len(self._parents[0]) - 1)) and bool(self.valid.all())
         )
 
-    def _mask(self, before: int, positions: Tensor) -> Any:
+    def _mask(self, before: int, places: list[list[int]]) -> Any:
         if self._is_plain_chain():
             return None
         if self.linear:
@@ -214,17 +206,19 @@ class TreeDecoder:
         implementation = self.model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(f"trees and batches need attention 'sdpa' or 'eager', got {implementation!r}")
-        past = np.broadcast_to(self.valid[:, None], (self.rows, positions.shape[1], self.valid.shape[1]))
-        full = np.concatenate([past, np.stack([seen[before:] for seen in self._seen])], axis=2)
-        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or []
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        pending = self._seen[0].shape[1]
+        full = np.empty((self.rows, len(places[0]), self.valid.shape[1] + pending), dtype=bool)
+        full[:, :, :-pending] = self.valid[:, None]
+        for row, seen in enumerate(self._seen):
+            full[row, :, -pending:] = seen[before:]
         if not self._windows:
             return self._fitted(full, self._physical(windowed=False), implementation)
+        config = self.model.config.get_text_config()
         slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)
         keys = np.concatenate([self.positions, slots], axis=1)
-        near = positions.numpy()[:, :, None] - keys[:, None, :] < window
+        near = np.array(places)[:, :, None] - keys[:, None, :] < config.sliding_window
         sliding = self._fitted(full & near, self._physical(windowed=True), implementation)
-        if len(set(kinds)) < 2:
+        if len(set(getattr(config, "layer_types", None) or [])) < 2:
             return sliding
         return {
             "full_attention": self._fitted(full, self._physical(windowed=False), implementation),
@@ -240,8 +234,7 @@ class TreeDecoder:
 
     def _fitted(self, seen: np.ndarray, held: int, implementation: str) -> Tensor:
         """The mask of a forward, [rows, 1, new, held + new]: the last keys of `seen`, as the attention takes it."""
-        mask = torch.from_numpy(np.ascontiguousarray(seen[:, None, :, -(held + seen.shape[1]) :]))
-        mask = mask.to(self.model.device)
+        mask = torch.from_numpy(seen)[:, None, :, -(held + seen.shape[1]) :].to(self.model.device)
         if implementation == "sdpa":
             return mask
         dtype = self.model.dtype
@@ -280,5 +273,9 @@ def _move(layer: DynamicLayer, index: Tensor, pending: int) -> None:
     """Bring the pending slots `index` [rows, kept] of a layer to the front of its pending ones."""
     for x in (layer.keys, layer.values):
         tail = x[:, :, x.shape[2] - pending :]
-        where = index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-        tail[:, :, : index.shape[1]] = tail.gather(2, where)
+        where = index.to(x.device)
+        if len(where) == 1:
+            kept = tail.index_select(2, where[0])
+        else:
+            kept = tail.gather(2, where[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        tail[:, :, : index.shape[1]] = kept

@@ -173,13 +173,16 @@ class _Generation:
 
     def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
         """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""
-        # One transfer instead of one a node, where nothing changes the logits.
-        plain = not (self.sampling or self.processors or self.config.return_dict_in_generate)
-        best = logits.argmax(-1).tolist() if plain else None
+        # Where nothing changes the logits: one transfer from a device, or just the nodes that are visited.
+        plain = not (self.sampling or self.processors or self.config.output_scores or self.config.output_logits)
+        best = logits.argmax(-1).tolist() if plain and not logits.is_cpu else None
         node: int | None = ROOT
         path: list[int] = []
         while node is not None:
-            token = best[node + 1] if best else self._choose(row, tree, node, logits[node + 1 : node + 2])
+            if plain:
+                token = best[node + 1] if best else int(logits[node + 1].argmax())
+            else:
+                token = self._choose(row, tree, node, logits[node + 1 : node + 2])
             length = self.lengths[row]
             self.buffer[row, length] = token
             self.lengths[row] = length + 1

@@ -7,7 +7,6 @@ confident, as in EAGLE-2 (arXiv 2406.16858); sampled trees are SpecInfer's (arXi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,9 +100,8 @@ class KBest:
 
     def grow(self, trees: list[Tree], roots: list[Tensor], room: list[int], sampling: bool, expand: Expand) -> None:
         """Level by level, then the best of what was seen but not expanded."""
-        least = math.log(self.confidence) if self.confidence else -math.inf
-        frontier = [[(ROOT, 0.0)] if left > 0 else [] for left in room]
-        spare: list[list[tuple[float, int, int]]] = [[] for _ in trees]  # (log probability, parent, token)
+        frontier = [[(ROOT, 1.0)] if left > 0 else [] for left in room]
+        spare: list[list[tuple[float, int, int]]] = [[] for _ in trees]  # (chance of the path, parent, token)
         found = roots
         for depth in range(self.depth):
             if depth:
@@ -114,21 +112,17 @@ class KBest:
                 if not frontier[row]:
                     continue
                 best = found[row].topk(min(self.width, found[row].shape[1]))
-                values, indices = best.values.log().tolist(), best.indices.tolist()
-                candidates = [
-                    (log + value, node, token)
-                    for (node, log), some, tokens in zip(frontier[row], values, indices)
-                    for value, token in zip(some, tokens)
-                    if log + value > -math.inf
+                seen = [
+                    (chance * q, node, token)
+                    for (node, chance), some, tokens in zip(frontier[row], best.values.tolist(), best.indices.tolist())
+                    for q, token in zip(some, tokens)
+                    if q > 0
                 ]
-                candidates.sort(reverse=True)
-                if depth + 1 == min(self.depth, room[row]):
-                    spare[row] += candidates
-                    frontier[row] = []
-                    continue
-                chosen = [one for one in candidates[: self.width] if one[0] >= least]
-                spare[row] += candidates[len(chosen) :]
-                frontier[row] = [(tree.add(node, token), log) for log, node, token in chosen]
+                seen.sort(reverse=True)
+                last = depth + 1 == min(self.depth, room[row])
+                chosen = [] if last else [one for one in seen[: self.width] if one[0] >= self.confidence]
+                spare[row] += seen[len(chosen) :]
+                frontier[row] = [(tree.add(node, token), chance) for chance, node, token in chosen]
         for row, tree in enumerate(trees):
             spare[row].sort(reverse=True)
             for _, node, token in spare[row][: self.nodes - len(tree.tokens)]:
@@ -212,13 +206,23 @@ class ModelDrafter:
             places.update({node: self._next + i for i, node in enumerate(some)})
         self._next += max(map(len, nodes))
         logits = self._decoder.feed(tokens, parents).logits
-        suffixes = [[[tree.tokens[n] for n in tree.path(node)] for node in some] for tree, some in zip(trees, nodes)]
         return [
-            self._distribution(context, row, suffixes[row], logits[row, : len(some)]) if some else logits[row, :0]
+            self._distribution(context, row, _suffixes(context, trees[row], some), logits[row, : len(some)])
+            if some
+            else logits[row, :0]
             for row, some in enumerate(nodes)
         ]
 
     def _distribution(self, context: Context, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
-        return context.distribution(
-            row, suffixes, F.pad(logits, (0, self._vocabulary - logits.shape[-1]), value=-torch.inf)
-        )
+        missing = self._vocabulary - logits.shape[-1]
+        if missing:
+            logits = F.pad(logits, (0, missing), value=-torch.inf)
+        missing = self._vocabulary - logits.shape[-1]
+        if missing > 0:
+            logits = F.pad(logits, (0, missing), value=-torch.inf)
+        return context.distribution(row, suffixes, logits[..., : self._vocabulary])
+
+
+def _suffixes(context: Context, tree: Tree, nodes: list[int]) -> list[list[int]]:
+    """The drafted tokens down to each node, where somebody wants to know them."""
+    return [[tree.tokens[n] for n in tree.path(node)] for node in nodes] if context.processors else []

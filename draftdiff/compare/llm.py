@@ -1,0 +1,205 @@
+"""Methods of draftdiff.llm measured against plain decoding on the same prompts.
+
+All methods run in turn within a round, in one process, so that a machine that slows down slows all of them; a speed-up
+is a ratio within a round. What a method writes is looked at in an untimed run before, and every timed run is checked
+against it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from draftdiff.compare.folder import check_folder, replacing_folder
+from draftdiff.compare.html import spread, text_table
+from draftdiff.compare.llm_page import COLUMNS, write_page
+from draftdiff.llm_model import METHODS, LanguageModel, Run, check_method
+
+MADE_BY = "draftdiff llm compare"
+
+
+@dataclass
+class MethodResult:
+    """runs: untimed ones, one per prompt.  seconds: of all prompts together, per round.  next_token: share of plain's
+    tokens that the method's target would choose too, given plain's before it; None when sampling.  repeats: whether all
+    timed runs wrote the same."""
+
+    name: str
+    runs: list[Run]
+    seconds: list[float] = field(default_factory=list)
+    next_token: float | None = None
+    repeats: bool = True
+
+
+@dataclass
+class LlmComparison:
+    """Results, plain first. prompts: their tokens.  options: arguments of generate.  about: where and with what."""
+
+    model: str
+    prompts: list[Tensor]
+    capacity: int
+    options: dict[str, Any]
+    results: list[MethodResult]
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> MethodResult:
+        return self.results[0]
+
+    @property
+    def sampling(self) -> bool:
+        return bool(self.options["do_sample"])
+
+    def row(self, result: MethodResult) -> dict[str, Any]:
+        """The figures of one method; None for what does not apply."""
+        others = result is not self.plain
+        reports = [run.report for run in result.runs if run.report is not None]
+        tokens = sum(len(run.tokens) for run in result.runs)
+        rounds = sum(report.target_forwards for report in reports)
+        drafts = sum(report.draft_forwards for report in reports)
+        same = [_same_start(run.tokens, base.tokens) for run, base in zip(result.runs, self.plain.runs)]
+        return {
+            "method": METHODS[result.name].title,
+            "lossless": "yes" if METHODS[result.name].lossless else "no",
+            "tokens_per_forward": sum(report.tokens for report in reports) / rounds if reports else 1.0,
+            "drafts_per_round": drafts / rounds if reports else None,
+            "mbsu": fmean(report.mbsu for report in reports) if reports else None,
+            "speedup": spread([base / own for base, own in zip(self.plain.seconds, result.seconds)])
+            if others
+            else None,
+            "milliseconds": spread([1e3 * seconds / tokens for seconds in result.seconds]),
+            "cache": max(run.cache for run in result.runs),
+            "cache_share": max(run.cache for run in result.runs) / max(run.cache for run in self.plain.runs)
+            if others
+            else None,
+            "same_text": fmean(same) if others and not self.sampling else None,
+            "next_token": result.next_token,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.row(result) for result in self.results]
+
+    def notes(self) -> list[str]:
+        """What a reader of the table should know."""
+        return [
+            f"{METHODS[result.name].title} did not write the same text in every round"
+            for result in self.results
+            if not result.repeats and not self.sampling
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        methods = [
+            {
+                "name": result.name,
+                **row,
+                "seconds": result.seconds,
+                "repeats": result.repeats,
+                "reports": [run.report and run.report.to_dict() for run in result.runs],
+                "texts": self.texts.get(result.name),
+            }
+            for result, row in zip(self.results, self.rows())
+        ]
+        return {
+            "made_by": MADE_BY,
+            "model": self.model,
+            "prompt_tokens": [prompt.shape[1] for prompt in self.prompts],
+            "capacity": self.capacity,
+            "options": self.options,
+            "methods": methods,
+            "about": self.about,
+        }
+
+    def table(self) -> str:
+        """Aligned columns for a terminal; columns without a value are left out."""
+        return "\n".join(line.rstrip() for line in [*text_table(self.rows(), COLUMNS), *self.notes()])
+
+    def write(self, folder: Path | str) -> Path:
+        """Write results.json and report.html. Raises ValueError as `check_folder` does."""
+        folder = Path(folder)
+        check_folder(folder, MADE_BY)
+        with replacing_folder(folder) as partial:
+            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+            (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+            write_page(self, partial / "report.html")
+        return folder
+
+
+def compare_methods(
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    methods: Sequence[str],
+    *,
+    capacity: int,
+    options: dict[str, Any],
+    repeat: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> LlmComparison:
+    """Run plain decoding and every method on all prompts, `repeat` times, and compare.
+
+    prompts: int64 [1, tokens] each.  methods: keys of METHODS.  capacity: tokens that SpecKV and SpecPC keep.
+    options: arguments of generate, do_sample and max_new_tokens among them.
+    Raises ValueError for no prompts, unknown methods, or a capacity below 1.
+    """
+    if not prompts:
+        raise ValueError("a comparison needs at least one prompt")
+    if repeat < 1:
+        raise ValueError(f"repeat must be at least 1, got {repeat}")
+    if capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    names = list(dict.fromkeys(["plain", *methods]))
+    for name in names:
+        check_method(model, name)
+    prompts = [prompt.to(model.device) for prompt in prompts]
+    results: list[MethodResult] = []
+
+    def run_all(name: str) -> list[Run]:
+        torch.manual_seed(seed)
+        return [METHODS[name].run(model, prompt, options, capacity) for prompt in prompts]
+
+    with tqdm(total=len(names) * (1 + repeat), desc="compare", unit="run", disable=not progress, leave=False) as bar:
+        for name in names:
+            bar.set_postfix_str(f"{name} (warm-up)")
+            results.append(MethodResult(name, run_all(name)))
+            bar.update()
+        for result in (result for _ in range(repeat) for result in results):
+            bar.set_postfix_str(result.name)
+            runs = run_all(result.name)
+            result.seconds.append(sum(run.seconds for run in runs))
+            result.repeats &= all(torch.equal(a.tokens, b.tokens) for a, b in zip(runs, result.runs))
+            bar.update()
+    if not options["do_sample"]:
+        for result in results[1:]:
+            result.next_token = _next_token(result, results[0])
+    texts = {result.name: [model.tokenizer.decode(run.tokens) for run in result.runs] for result in results}
+    return LlmComparison(model.name, list(prompts), capacity, dict(options), results, texts)
+
+
+def _same_start(tokens: Tensor, plain: Tensor) -> float:
+    """Share of plain's tokens before the first that differs."""
+    length = min(len(tokens), len(plain))
+    different = (tokens[:length] != plain[:length]).nonzero()
+    return (int(different[0]) if len(different) else length) / len(plain)
+
+
+def _next_token(result: MethodResult, plain: MethodResult) -> float | None:
+    """Share of plain's tokens that are this method's choice after plain's tokens before them."""
+    if METHODS[result.name].lossless:
+        # The target sees everything: it would choose differently only if speculation were wrong.
+        return fmean(_same_start(run.tokens, base.tokens) for run, base in zip(result.runs, plain.runs))
+    shares = []
+    for run, base in zip(result.runs, plain.runs):
+        assert run.logits is not None
+        chosen = run.logits(base.tokens).argmax(-1).cpu()
+        shares.append(float((chosen == base.tokens).float().mean()))
+    return fmean(shares)

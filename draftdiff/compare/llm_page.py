@@ -1,0 +1,100 @@
+"""A comparison of decoding methods for the eye: the columns of its table, one self-contained page."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftdiff.compare.charts import bars
+from draftdiff.compare.html import Column, document, facts_list, html_table, with_spread
+
+if TYPE_CHECKING:
+    from draftdiff.compare.llm import LlmComparison
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("method", "method", str, "plain is one token per forward of the target"),
+    ("lossless", "lossless", str, "whether the text is the target's own whatever the draft says"),
+    ("tokens/forward", "tokens_per_forward", "{:.2f}".format, "tokens per forward of the target, its prompt left out"),
+    ("drafts/round", "drafts_per_round", "{:.1f}".format, "forwards of the draft per forward of the target"),
+    (
+        "MBSU",
+        "mbsu",
+        "{:.2f}x".format,
+        "memory-bound speed-up: what the bytes of weights that are read predict, the prompt left out",
+    ),
+    ("speed-up", "speedup", with_spread("x", 2), "plain time over this time in the same round: median (least-most)"),
+    ("ms/token", "milliseconds", with_spread("", 2), "time of whole calls, prompt included: median (least-most)"),
+    ("cache", "cache", _bytes, "the target's keys and values at the end of a call"),
+    ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
+    ("same text", "same_text", "{:.0%}".format, "share of plain's text before the first token that differs"),
+    (
+        "next token",
+        "next_token",
+        "{:.0%}".format,
+        "share of plain's tokens that are also this method's choice after plain's text so far",
+    ),
+)
+
+
+def write_page(comparison: LlmComparison, path: Path) -> None:
+    path.write_text(page(comparison), encoding="utf-8")
+
+
+def page(comparison: LlmComparison) -> str:
+    rows = comparison.rows()
+    lossless = [row for row in rows[1:] if row["lossless"] == "yes"]
+    headline = f"{len(comparison.prompts)} prompts, {comparison.options['max_new_tokens']} new tokens each."
+    if lossless:
+        best = max(lossless, key=lambda row: row["speedup"]["median"])
+        headline += (
+            f" Fastest without any loss: <b>{escape(best['method'])}</b>, {best['speedup']['median']:.2f}x, "
+            f"{best['tokens_per_forward']:.2f} tokens per forward of the target."
+        )
+    title = f"Decoding methods: {comparison.model}"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="lead">{headline}</p>',
+        html_table(rows, COLUMNS),
+        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
+        "<h2>Tokens per forward and speed</h2>",
+        _bars(rows),
+        "<h2>What was written</h2>",
+        *(_texts(comparison, index) for index in range(min(len(comparison.prompts), 3))),
+        "<h2>How it was run</h2>",
+        _details(comparison),
+    ]
+    return document(f"draftdiff llm compare: {comparison.model}", sections)
+
+
+def _bars(rows: list[dict[str, Any]]) -> str:
+    tokens = [(row["method"], {"tokens per forward of the target": row["tokens_per_forward"]}) for row in rows]
+    speed = [(row["method"], {"milliseconds per token": row["milliseconds"]["median"]}) for row in rows]
+    cache = [(row["method"], {"MB of keys and values": row["cache"] / 1e6}) for row in rows]
+    return bars(tokens, "", "tokens per forward") + bars(speed, "ms", "time per token") + bars(cache, "MB", "cache")
+
+
+def _texts(comparison: LlmComparison, index: int) -> str:
+    plain = comparison.texts["plain"][index]
+    same = [name for name, texts in comparison.texts.items() if texts[index] == plain and name != "plain"]
+    others = [name for name, texts in comparison.texts.items() if texts[index] != plain]
+    blocks = [_block(f"plain, and word for word {len(same)} methods" if same else "plain", plain)]
+    blocks += [_block(name, comparison.texts[name][index]) for name in others]
+    return f"<h3>Prompt {index + 1}, {comparison.prompts[index].shape[1]} tokens</h3>{''.join(blocks)}"
+
+
+def _block(name: str, text: str) -> str:
+    state = " open" if name.startswith("plain") else ""
+    return f"<details{state}><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _details(comparison: LlmComparison) -> str:
+    facts = dict(comparison.about)
+    facts["tokens kept by SpecKV and SpecPC"] = comparison.capacity
+    facts["generate"] = comparison.options
+    return facts_list(facts)

@@ -1,0 +1,162 @@
+"""The commands `draftdiff llm generate` and `draftdiff llm compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from draftdiff.llm_model import LanguageModel
+
+# torch and transformers take seconds to import: only inside the commands that need them.
+
+_METHODS = (
+    "plain, chain, adaptive, tree, sampled, trimmed, ngram, ngram-puct (all lossless), speckv, specpc, speckv-pc, "
+    "speckv-chain"
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Add them to the parser's commands."""
+    llm = commands.add_parser("llm", help="text by language models with a draft; generate, compare")
+    parts = llm.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = parts.add_parser("generate", help="continue one prompt")
+    generate.add_argument("--prompt", help='for example "def "')
+    generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file instead")
+    generate.add_argument("--method", default="chain", help=f"{_METHODS} (default: chain)")
+    _add_common(generate, tokens=128)
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    generate.set_defaults(func=_generate)
+
+    compare = parts.add_parser("compare", help="measure every method beside plain decoding")
+    compare.add_argument("--prompt", dest="prompts", action="append", default=[], help="repeat for several")
+    compare.add_argument("--prompt-file", dest="prompt_files", type=Path, action="append", default=[], metavar="FILE")
+    compare.add_argument(
+        "--method", dest="methods", action="append", default=[], help=f"repeat for several: {_METHODS} (default: all)"
+    )
+    compare.add_argument("--examples", type=int, default=4, help="prompts where none is given, up to 8 (default: 4)")
+    compare.add_argument("--prompt-tokens", type=int, default=384, help="length of those (default: 384)")
+    compare.add_argument("--repeat", type=int, default=3, help="timed rounds (default: 3)")
+    compare.add_argument(
+        "-o", "--output", type=Path, default=Path("compare-llm"), metavar="FOLDER", help="default: compare-llm"
+    )
+    _add_common(compare, tokens=64)
+    compare.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
+    compare.set_defaults(func=_compare)
+
+
+def _add_common(parser: argparse.ArgumentParser, tokens: int) -> None:
+    parser.add_argument("--tokens", type=int, default=tokens, help=f"new tokens (default: {tokens})")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--capacity", type=int, default=128, help="tokens that SpecKV and SpecPC keep (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded mini pair)")
+    parser.add_argument("--draft", help="folder or Hub id of a smaller model with the same tokenizer")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu, ...")
+
+
+def _load(options: argparse.Namespace) -> LanguageModel:
+    import transformers
+
+    from draftdiff.llm_model import load
+
+    transformers.utils.logging.set_verbosity_error()
+    return load(options.model, options.draft, dtype=options.dtype, device=options.device)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"prompt file {str(file)!r} cannot be read: {error}") from None
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if (options.prompt is None) == (options.prompt_file is None):
+        raise ValueError("give --prompt TEXT or --prompt-file FILE")
+    text = options.prompt if options.prompt_file is None else _read(options.prompt_file)
+    from draftdiff.llm_model import check_method, encode, generate_options
+
+    arguments = generate_options(options.tokens, options.temperature)
+    import torch
+    from transformers import TextStreamer
+
+    from draftdiff.devices import device_name, versions
+
+    model = _load(options)
+    method = check_method(model, options.method)
+    ids = encode(model, text)
+    if not options.json:
+        print(text, end="", flush=True)
+        arguments["streamer"] = TextStreamer(model.tokenizer, skip_prompt=True)
+    torch.manual_seed(options.seed)
+    run = method.run(model, ids, arguments, options.capacity)
+    if options.json:
+        result = {
+            "model": model.name,
+            "method": options.method,
+            "prompt": text,
+            "text": model.tokenizer.decode(run.tokens),
+            "tokens": len(run.tokens),
+            "seconds": run.seconds,
+            "cache_bytes": run.cache,
+            "report": run.report.to_dict() if run.report else None,
+            "device": device_name(model.device),
+            "versions": versions(),
+        }
+        print(json.dumps(result))
+        return 0
+    sys.stdout.flush()  # before what goes to standard error
+    speed = f"{method.title}: {len(run.tokens)} tokens in {run.seconds:.2f} s, cache {run.cache / 1e6:.3g} MB"
+    print(speed if run.report is None else f"{speed}\n{run.report}", file=sys.stderr)
+    return 0
+
+
+def _prompts(options: argparse.Namespace, model: LanguageModel) -> list[Tensor]:
+    from draftdiff.llm_model import encode, example_prompts
+
+    texts = [*options.prompts, *map(_read, options.prompt_files)]
+    if texts:
+        return [encode(model, text) for text in texts]
+    return example_prompts(model, options.examples, options.prompt_tokens)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from draftdiff.compare.folder import check_folder
+    from draftdiff.compare.llm import MADE_BY, compare_methods
+
+    check_folder(options.output, MADE_BY)
+    from draftdiff.devices import device_name, versions
+    from draftdiff.llm_model import METHODS, generate_options
+
+    arguments = generate_options(options.tokens, options.temperature)
+    model = _load(options)
+    methods = options.methods or [name for name in METHODS if name != "trimmed" or model.counts is not None]
+    comparison = compare_methods(
+        model,
+        _prompts(options, model),
+        methods,
+        capacity=options.capacity,
+        options=arguments,
+        repeat=options.repeat,
+        seed=options.seed,
+    )
+    comparison.about = {
+        "device": device_name(model.device),
+        "dtype": str(model.target.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "command": options.command_line,
+    }
+    # Printed before it is written: hours of runs should not be lost to a full disk.
+    print(json.dumps(comparison.to_dict()) if options.json else comparison.table())
+    comparison.write(options.output)
+    if not options.json:
+        print(options.output / "report.html")
+    return 0

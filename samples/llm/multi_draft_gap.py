@@ -1,0 +1,126 @@
+"""How far each verifier of several drafts is from the best possible (arXiv 2502.18779): over temperature and drafts.
+
+Target and draft read program text that neither has seen; at each place the acceptance of every sampler and verifier is
+computed exactly from the two distributions, beside the optimum of its sampler. A few minutes on one core:
+
+    python samples/llm/multi_draft_gap.py --json gap.json --plot gap.png
+    python samples/llm/multi_draft_gap.py --model Qwen/Qwen2.5-7B --draft Qwen/Qwen2.5-0.5B
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from recipe import write_json
+from stdlib_corpus import PYTHON
+from torch import Tensor
+from tqdm import tqdm
+
+from draftdiff.devices import device_name
+from draftdiff.llm import acceptance_upper_bound, expected_acceptance
+from draftdiff.llm.verify import VERIFIERS
+from draftdiff.llm_model import UNSEEN, LanguageModel, example_prompts, load
+from draftdiff.media import replacing
+
+TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3)
+DRAFTS = (1, 2, 3, 4, 6)
+
+
+@torch.no_grad()
+def logits_at(model: LanguageModel, places: int, tokens: int = 256) -> list[tuple[Tensor, Tensor]]:
+    """(target, draft) logits at places spread evenly over the example texts."""
+    found = []
+    for prompt in example_prompts(model, len(UNSEEN), tokens):
+        target, draft = (one(prompt).logits[0].float().cpu() for one in (model.target, model.draft))
+        found += [(target[i], draft[i, : target.shape[1]]) for i in range(tokens // 2, tokens)]
+    return found[:: max(len(found) // places, 1)][:places]
+
+
+def row(places: list[tuple[Tensor, Tensor]], temperature: float, n: int, sampler: str) -> dict[str, Any]:
+    """Means over all places: the optimum, and what each verifier reaches."""
+    pairs = [((p / temperature).softmax(-1), (q / temperature).softmax(-1)) for p, q in places]
+    return {
+        "temperature": temperature,
+        "drafts": n,
+        "sampler": sampler,
+        "optimum": fmean(acceptance_upper_bound(p, q, n, sampler) for p, q in pairs),
+        **{
+            verifier: fmean(expected_acceptance(p, q, n, sampler, verifier) for p, q in pairs)
+            for verifier in VERIFIERS[sampler]
+        },
+    }
+
+
+def draw(rows: list[dict[str, Any]], file: Path, temperature: float, drafts: int) -> None:
+    """Acceptance over temperature, and over the number of drafts: a row of panels each, a panel per sampler."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from draftdiff.compare.charts import PALETTE
+
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(VERIFIERS), sharey="row")
+    colours = dict(zip(("optimum", "rrs", "k_seq", "greedy", "match"), PALETTE))
+    for line, (key, fixed, value) in enumerate(
+        (("temperature", "drafts", drafts), ("drafts", "temperature", temperature))
+    ):
+        for axes, (sampler, verifiers) in zip(panels[line], VERIFIERS.items()):
+            own = [r for r in rows if r["sampler"] == sampler and r[fixed] == value]
+            for name in ("optimum", *verifiers):
+                style = "k--" if name == "optimum" else "o-"
+                colour = {} if name == "optimum" else {"color": colours[name]}
+                axes.plot([r[key] for r in own], [r[name] for r in own], style, ms=4, label=name, **colour)
+            axes.set_title(f"{sampler.replace('_', ' ')}, {fixed} {value:g}", fontsize=10)
+            axes.set_xlabel(key)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False, fontsize=8)
+        panels[line][0].set_ylabel("acceptance of one of the drafts")
+    with replacing(file) as partial:
+        FigureCanvasAgg(figure).print_figure(partial, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded pair)")
+    parser.add_argument("--draft", help="folder or Hub id of a smaller model with the same tokenizer")
+    parser.add_argument("--places", type=int, default=200, help="places in the text (default 200)")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
+    parser.add_argument("--drafts", type=int, nargs="+", default=DRAFTS)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the lines over drafts (default 1)")
+    parser.add_argument("--n", type=int, default=4, help="drafts of the lines over temperature (default 4)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--plot", type=Path, help="file for the curves (.png)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    try:
+        model = load(options.model, options.draft)
+    except ValueError as error:
+        raise SystemExit(f"multi_draft_gap: {error}") from None
+    places = logits_at(model, options.places)
+    wanted = [(t, options.n, s) for t in options.temperatures for s in VERIFIERS]
+    wanted += [(options.temperature, n, s) for n in options.drafts for s in VERIFIERS]
+    rows = [row(places, *one) for one in tqdm(list(dict.fromkeys(wanted)), unit="setting")]
+    rows.sort(key=lambda r: (r["sampler"], r["temperature"], r["drafts"]))
+    names = ("optimum", "rrs", "k_seq", "greedy", "match")
+    print(f"{'sampler':<22}{'temperature':>12}{'drafts':>8}" + "".join(f"{name:>10}" for name in names))
+    for one in rows:
+        figures = "".join(f"{one[name]:>10.3f}" if name in one else f"{'':>10}" for name in names)
+        print(f"{one['sampler']:<22}{one['temperature']:>12g}{one['drafts']:>8}{figures}")
+    if options.json:
+        settings = {"model": model.name, "places": len(places), "device": device_name(model.device), "python": PYTHON}
+        write_json(options.json, {"rows": rows, "settings": settings})
+    if options.plot:
+        draw(rows, options.plot, options.temperature, options.n)
+
+
+if __name__ == "__main__":
+    main()
