@@ -2,8 +2,9 @@
 
 Each sparse output is checked, on rows spread over the prompt, against dense fp32 attention under the same mask. Columns
 are random: the time does not depend on which they are, unlike the quality, which this does not measure. "Products" is
-how many fewer there are; a speed-up beyond it is the kernel's, which is faster than SDPA's. The whole prefill of a small random Llama by SpecKV follows, with the layers
-outside attention in it. Results go to samples/results/llm-sparse-prefill.json.
+how many fewer there are; a speed-up beyond it is the kernel's, faster than SDPA's. The whole prefill of a small
+random Llama by SpecKV follows, with the layers outside attention in it. Results go to
+samples/results/llm-sparse-prefill.json.
 """
 
 from __future__ import annotations

@@ -227,6 +227,9 @@ def test_a_users_mistakes_are_errors_of_one_line():
     failing("padding, which is on the left", attention_mask=torch.ones(1, 60).index_fill(1, torch.tensor([59]), 0))
     failing("row 1 has none", ids=prompt(60, batch=2), attention_mask=torch.tensor([[1], [0]]).expand(2, 60))
     failing("a layer to evict from", model=tiny_model("mistral sliding"))
+    both = tiny_model()
+    both.config.is_encoder_decoder = True
+    failing("decoder-only, got LlamaForCausalLM", model=both)
     static = tiny_model()
     static.generation_config.cache_implementation = "static"
     failing("cache_implementation must be None .* got 'static'", model=static)
