@@ -12,8 +12,9 @@ from draftdiff.llm.drafters.base import vocabulary_size
 def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The attention mask, int64 like ids.
 
-    Raises ValueError for an encoder-decoder model, for ids that are no int64 [batch, tokens], are empty, out of the vocabulary or on another device
-    than the model, and for a mask of another shape, with padding on the right, or of a row without tokens.
+    Raises ValueError for an encoder-decoder model, for ids that are no int64 [batch, tokens], are empty, out of the
+    vocabulary or on another device than the model, and for a mask of another shape, with padding on the right, or of a
+    row without tokens.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"models must be decoder-only, got {type(model).__name__}")
