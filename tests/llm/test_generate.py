@@ -348,4 +348,5 @@ def test_the_hosts_own_assisted_decoding_goes_wrong_where_ours_does_not(pair):
 
     assert torch.equal(from_cache(), plain)
     assert torch.equal(from_cache(custom_generate=speculative, drafter=ModelDrafter(draft)), plain)
-    assert not torch.equal(from_cache(prompt_lookup_num_tokens=3), plain)
+    unused = next(token for token in range(VOCABULARY) if token not in plain[0, 30:])
+    assert not torch.equal(from_cache(prompt_lookup_num_tokens=3, eos_token_id=unused), plain)
