@@ -24,7 +24,7 @@ test: $(READY)
 # draftdiff.llm on the oldest transformers that it supports, beside the newest in the environment.
 OLDEST := .oldest-transformers
 $(OLDEST): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST) transformers==5.8.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST) "transformers[kernels]==5.8.0"
 	touch $(OLDEST)
 
 test-oldest: $(READY) $(OLDEST)
