@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-oldest test-slow lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -21,6 +21,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
+# draftdiff.llm on the oldest transformers that it supports, beside the newest in the environment.
+OLDEST := .oldest-transformers
+$(OLDEST): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST) "transformers[kernels]==5.8.0"
+	touch $(OLDEST)
+
+test-oldest: $(READY) $(OLDEST)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/llm tests/pipelines/test_mini_llm.py tests/test_llm_cli.py
+
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
 
@@ -28,4 +37,4 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="draftdiff",
-        description="Cheap drafts that speed up generators: sparse attention, CoDe, ScaleKV, and drafts for language models.",
+        description="Cheap drafts for expensive models: sparse attention, CoDe, ScaleKV, and language-model drafts.",
     )
     parser.add_argument("--version", action="version", version=f"draftdiff {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -83,7 +83,7 @@ def _missing(names: tuple[str, ...]) -> list[str]:
 
 
 def _embedded_models() -> dict[str, dict[str, Any]]:
-    from draftdiff.pipelines import mini_image, mini_video
+    from draftdiff.pipelines import mini_image, mini_llm, mini_video
 
     def load_pair() -> None:
         mini_image.load_mini_image()
@@ -93,6 +93,7 @@ def _embedded_models() -> dict[str, dict[str, Any]]:
     for name, folder, load in (
         ("mini-video", mini_video.WEIGHTS, lambda: mini_video.load_mini_video()),
         ("mini-image", mini_image.WEIGHTS, load_pair),
+        ("mini-llm", mini_llm.WEIGHTS, lambda: mini_llm.load_mini_llm()),
     ):
         status = "ok"
         try:

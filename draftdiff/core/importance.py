@@ -94,6 +94,12 @@ def importance_order(scores: Tensor, ties: Tensor) -> Tensor:
 
 
 def gather_kv(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [batch, heads, keys, head_dim] at indices [batch, heads, kept], in memory of their own."""
-    where = indices[..., None].expand(-1, -1, -1, key.shape[-1])
-    return key.gather(2, where), value.gather(2, where)
+    """Keys and values [batch, heads, keys, head_dim] at indices [batch, heads, kept], in memory of their own.
+
+    Values may have another head_dim than keys.
+    """
+    return key.gather(2, _places(indices, key)), value.gather(2, _places(indices, value))
+
+
+def _places(indices: Tensor, x: Tensor) -> Tensor:
+    return indices[..., None].expand(-1, -1, -1, x.shape[-1])

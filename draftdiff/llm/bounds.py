@@ -80,7 +80,7 @@ def _checked(p: Tensor, q: Tensor, n: int, sampler: str) -> tuple[Tensor, Tensor
         raise ValueError(f"p and q must be vectors of one size, got {list(p.shape)} and {list(q.shape)}")
     if n > int((q > 0).sum()) and sampler != "with_replacement":
         raise ValueError(f"n must be at most the {int((q > 0).sum())} tokens that q can give, got {n}")
-    p, q = p.double(), q.double()
+    p, q = p.detach().double(), q.detach().double()
     return p / p.sum(), q / q.sum()
 
 

@@ -80,6 +80,8 @@ def _check(model: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs
             raise ValueError(f"speculative cannot return {name.removeprefix('output_')}, got {name}=True")
     if (config.output_scores or config.output_logits) and len(ids) > 1:
         raise ValueError(f"speculative returns scores and logits of one row only, got a batch of {len(ids)}")
+    if len(ids) > 1 and config._pad_token_tensor is None:
+        raise ValueError("rows of a batch end at different lengths: set pad_token_id in the generation config")
     unknown = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
     if unknown:
         raise ValueError(f"speculative takes token ids only, got {', '.join(sorted(unknown))}")

@@ -12,9 +12,12 @@ from draftdiff.llm.drafters.base import vocabulary_size
 def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The attention mask, int64 like ids.
 
-    Raises ValueError for ids that are no int64 [batch, tokens], are empty, out of the vocabulary or on another device
-    than the model, and for a mask of another shape, with padding on the right, or of a row without tokens.
+    Raises ValueError for an encoder-decoder model, for ids that are no int64 [batch, tokens], are empty, out of the
+    vocabulary or on another device than the model, and for a mask of another shape, with padding on the right, or of a
+    row without tokens.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"models must be decoder-only, got {type(model).__name__}")
     if ids.ndim != 2 or ids.dtype != torch.long:
         raise ValueError(f"ids must be int64 [batch, tokens], got {ids.dtype} {list(ids.shape)}")
     if ids.numel() == 0:

@@ -105,6 +105,11 @@ class _Eviction:
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
         layer = self.cache.layers[call.layer]
+        if layer.keys.shape[1] != call.key.shape[1]:
+            raise ValueError(
+                f"layers must hold the keys that they attend to, layer {call.layer} holds {layer.keys.shape[1]} heads "
+                f"and attends to {call.key.shape[1]} (compressed keys, as of multi-head latent attention)"
+            )
         incoming = self.cache.nbytes
         if isinstance(layer, KeptLayer):
             kept, out = self._choose(call)

@@ -31,6 +31,7 @@ from draftdiff.media import replacing
 
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3)
 DRAFTS = (1, 2, 3, 4, 6)
+LABELS = {"optimum": "optimum", "rrs": "RRS", "k_seq": "K-SEQ", "greedy": "greedy rule", "match": "match"}
 
 
 @torch.no_grad()
@@ -67,17 +68,18 @@ def draw(rows: list[dict[str, Any]], file: Path, temperature: float, drafts: int
 
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     panels = figure.subplots(2, len(VERIFIERS), sharey="row")
-    colours = dict(zip(("optimum", "rrs", "k_seq", "greedy", "match"), PALETTE))
+    colours = dict(zip(LABELS, PALETTE))
     for line, (key, fixed, value) in enumerate(
         (("temperature", "drafts", drafts), ("drafts", "temperature", temperature))
     ):
         for axes, (sampler, verifiers) in zip(panels[line], VERIFIERS.items()):
             own = [r for r in rows if r["sampler"] == sampler and r[fixed] == value]
-            for name in ("optimum", *verifiers):
+            for name in (*verifiers, "optimum"):
                 style = "k--" if name == "optimum" else "o-"
                 colour = {} if name == "optimum" else {"color": colours[name]}
-                axes.plot([r[key] for r in own], [r[name] for r in own], style, ms=4, label=name, **colour)
-            axes.set_title(f"{sampler.replace('_', ' ')}, {fixed} {value:g}", fontsize=10)
+                axes.plot([r[key] for r in own], [r[name] for r in own], style, ms=4, label=LABELS[name], **colour)
+            rest = f"{value:g} drafts" if fixed == "drafts" else f"temperature {value:g}"
+            axes.set_title(f"{sampler.replace('_', ' ')}, {rest}", fontsize=10)
             axes.set_xlabel(key)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
@@ -110,10 +112,9 @@ def main() -> None:
     wanted += [(options.temperature, n, s) for n in options.drafts for s in VERIFIERS]
     rows = [row(places, *one) for one in tqdm(list(dict.fromkeys(wanted)), unit="setting")]
     rows.sort(key=lambda r: (r["sampler"], r["temperature"], r["drafts"]))
-    names = ("optimum", "rrs", "k_seq", "greedy", "match")
-    print(f"{'sampler':<22}{'temperature':>12}{'drafts':>8}" + "".join(f"{name:>10}" for name in names))
+    print(f"{'sampler':<22}{'temperature':>12}{'drafts':>8}" + "".join(f"{name:>10}" for name in LABELS))
     for one in rows:
-        figures = "".join(f"{one[name]:>10.3f}" if name in one else f"{'':>10}" for name in names)
+        figures = "".join(f"{one[name]:>10.3f}" if name in one else f"{'':>10}" for name in LABELS)
         print(f"{one['sampler']:<22}{one['temperature']:>12g}{one['drafts']:>8}{figures}")
     if options.json:
         settings = {"model": model.name, "places": len(places), "device": device_name(model.device), "python": PYTHON}

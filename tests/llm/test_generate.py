@@ -332,3 +332,21 @@ def test_shapes_check_their_numbers(make, message):
 def test_a_drafter_without_a_generation_has_no_report():
     with pytest.raises(ValueError, match="has not been used"):
         report(ModelDrafter(tiny_model()))
+
+
+def test_the_hosts_own_assisted_decoding_goes_wrong_where_ours_does_not(pair):
+    """With a cache that holds a part of the prompt the host feeds the whole prompt again (transformers 5.8 to 5.24).
+    When this fails the host has been mended, and the README may say so."""
+    target, draft = pair
+    ids = prompt(30)
+    plain = target.generate(ids, do_sample=False, max_new_tokens=12)
+
+    def from_cache(**options):
+        cache = DynamicCache(config=target.config)
+        target(ids[:, :20], **{cache_argument(target): cache})
+        return target.generate(ids, do_sample=False, max_new_tokens=12, **{cache_argument(target): cache}, **options)
+
+    assert torch.equal(from_cache(), plain)
+    assert torch.equal(from_cache(custom_generate=speculative, drafter=ModelDrafter(draft)), plain)
+    unused = next(token for token in range(VOCABULARY) if token not in plain[0, 30:])
+    assert not torch.equal(from_cache(prompt_lookup_num_tokens=3, eos_token_id=unused), plain)

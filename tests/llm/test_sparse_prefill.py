@@ -30,6 +30,15 @@ def test_vertical_slash_attention_is_dense_attention_under_its_mask(shape, backe
     torch.testing.assert_close(got, expected.transpose(1, 2), rtol=0, atol=1e-5)
 
 
+def test_the_gpus_kernel_agrees(triton_interpreter):
+    query, key, value = torch.randn(1, 2, 200, 32), torch.randn(1, 1, 200, 32), torch.randn(1, 1, 200, 32)
+    columns = torch.randperm(150)[:37].sort().values.view(1, 1, 37)
+    given = {"local": 64, "scale": 0.2}
+    expected = vertical_slash_attention(query, key, value, columns, backend="torch", **given)
+    got = vertical_slash_attention(query, key, value, columns, backend="triton", **given)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_sparse_prefill_is_a_prefill_under_that_mask():
     """The cache of later layers holds what came out of the attention of earlier ones."""

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from draftdiff.llm import ModelDrafter, SparsePrefill, SpecKVConfig, speckv, speculative
 from draftdiff.llm.decoder import cache_argument
@@ -227,6 +227,9 @@ def test_a_users_mistakes_are_errors_of_one_line():
     failing("padding, which is on the left", attention_mask=torch.ones(1, 60).index_fill(1, torch.tensor([59]), 0))
     failing("row 1 has none", ids=prompt(60, batch=2), attention_mask=torch.tensor([[1], [0]]).expand(2, 60))
     failing("a layer to evict from", model=tiny_model("mistral sliding"))
+    both = tiny_model()
+    both.config.is_encoder_decoder = True
+    failing("decoder-only, got LlamaForCausalLM", model=both)
     static = tiny_model()
     static.generation_config.cache_implementation = "static"
     failing("cache_implementation must be None .* got 'static'", model=static)
@@ -236,6 +239,50 @@ def test_a_users_mistakes_are_errors_of_one_line():
     failing("without a soft cap of the scores, got 50", config=sparse, model=tiny_model("gemma2"))
     with pytest.raises(ValueError, match="a lookahead of 4 tokens needs a draft model, got None"):
         speckv(tiny_model(), None, prompt(60), SMALL)
+
+
+def test_latent_attention_is_evicted_from_where_its_cache_holds_keys_and_values():
+    """Older hosts do, with another size for values than for keys; newer ones hold a compressed form."""
+    config = AutoConfig.for_model(
+        "deepseek_v3",
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=12,
+    )
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), prompt(60)
+    model.generation_config.pad_token_id = 0
+    plain = DynamicCache(config=config)
+    with torch.no_grad():
+        model(ids, **{cache_argument(model): plain})
+    if plain.layers[0].keys.shape[1] == 1:
+        failing("layer 0 holds 1 heads and attends to 4", model=model)
+        return
+    cache, _ = speckv(model, model, ids, SMALL)
+    assert cache.layers[0].keys.shape == (1, 4, 20, 24) and cache.layers[0].values.shape == (1, 4, 20, 12)
+    room, _ = speckv(model, model, ids, SpecKVConfig(capacity=60))
+    assert tokens(model, ids, room) == tokens(model, ids)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_half_precision_models_work_in_their_own(attention):
+    model, ids, mask = tiny_model(attention=attention).bfloat16(), prompt(60, batch=2), torch.ones(2, 60)
+    mask[1, :45] = 0
+    cache, info = speckv(model, model, ids, SMALL, attention_mask=mask)
+    assert cache.layers[0].keys.dtype == torch.bfloat16 and info.kept_bytes == 2 * 3 * 20 * 2 * 2 * 16 * 2
+    assert all(len(row) == 10 for row in tokens(model, ids, cache, attention_mask=mask.long()))
 
 
 def test_vocabularies_that_differ_by_padding_may_go_together():

@@ -1,0 +1,59 @@
+"""What the methods promise of each other, on the trained pair: orderings, never speed."""
+
+import pytest
+import torch
+
+from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, Sampled, report, speculative
+from draftdiff.llm_model import example_prompts, load
+
+
+@pytest.fixture(name="model", scope="module")
+def _model():
+    return load(None, None, device="cpu")
+
+
+def reports(model, make, **options):
+    """Of a generation from each of four prompts."""
+    torch.manual_seed(0)
+    found = []
+    for ids in example_prompts(model, 4, 160):
+        drafter = make(model.draft)
+        given = {"do_sample": False, "max_new_tokens": 48, "custom_generate": speculative, "drafter": drafter} | options
+        model.target.generate(ids, **given)
+        found.append(report(drafter))
+    return found
+
+
+def tokens_per_forward(found):
+    return sum(one.tokens for one in found) / sum(one.target_forwards for one in found)
+
+
+def test_a_tree_gains_more_tokens_per_forward_than_its_best_path(model):
+    chain = reports(model, lambda draft: ModelDrafter(draft, Chain(4)))
+    tree = reports(model, lambda draft: ModelDrafter(draft, KBest(4, 3, 12)))
+    assert tokens_per_forward(tree) > tokens_per_forward(chain) > 1.5
+
+
+def test_stopping_where_the_draft_is_unsure_wastes_fewer_drafts(model):
+    static = reports(model, lambda draft: ModelDrafter(draft, Chain(6)))
+    adaptive = reports(model, lambda draft: ModelDrafter(draft, Chain(6, confidence=0.3)))
+    waste = [sum(one.drafted for one in found) / sum(one.tokens for one in found) for found in (static, adaptive)]
+    assert waste[1] < 0.8 * waste[0]
+    assert sum(one.mbsu for one in adaptive) > sum(one.mbsu for one in static)
+
+
+def test_several_samples_are_accepted_more_often_than_one(model):
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 64}
+    one = reports(model, lambda draft: ModelDrafter(draft, Chain(2)), **options)
+    several = reports(model, lambda draft: ModelDrafter(draft, Sampled((4, 2))), **options)
+    assert tokens_per_forward(several) > tokens_per_forward(one)
+
+
+def test_longer_chains_are_accepted_further_but_less_at_every_depth(model):
+    found = reports(model, lambda draft: ModelDrafter(draft, Chain(5)))
+    tried = [sum(one.tried[d] for one in found if len(one.tried) > d) for d in range(5)]
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_program_text_is_repetitive_enough_for_n_grams(model):
+    assert tokens_per_forward(reports(model, lambda _: NGramDrafter(nodes=16))) > 1.2

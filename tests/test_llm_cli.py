@@ -1,0 +1,140 @@
+"""`draftdiff llm generate` and `draftdiff llm compare` on the embedded pair, and their one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from draftdiff.cli import main
+from draftdiff.llm_model import METHODS, example_prompts, load
+from draftdiff.pipelines.mini_llm import WEIGHTS, load_mini_llm
+from tests.llm.tiny_models import tiny_model
+from tests.test_cli import fails_in_one_line
+
+TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
+
+
+def run(capsys, *argv: object) -> dict:
+    assert main(["llm", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Target and draft as two folders with a tokenizer each, as people have them."""
+    home = tmp_path_factory.mktemp("pair")
+    target, draft, tokenizer = load_mini_llm()
+    for name, model in (("target", target), ("draft", draft)):
+        model.save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    return home
+
+
+def test_text_goes_to_standard_output_and_figures_to_standard_error(capfd):
+    assert main(["llm", "generate", "--prompt", "def ", "--tokens", "12", "--method", "chain"]) == 0
+    printed = capfd.readouterr()
+    target, _, tokenizer = load_mini_llm()
+    ids = tokenizer("def ", return_tensors="pt").input_ids
+    assert printed.out.rstrip("\n") == tokenizer.decode(target.generate(ids, do_sample=False, max_new_tokens=12)[0])
+    assert "12 tokens in" in printed.err and "target forwards" in printed.err
+
+
+def test_lossless_methods_write_what_plain_decoding_writes(capsys):
+    plain = run(capsys, "generate", "--prompt", "def ", "--tokens", 20, "--method", "plain")
+    assert plain["report"] is None
+    for name, method in METHODS.items():
+        if method.lossless and name != "plain":
+            other = run(capsys, "generate", "--prompt", "def ", "--tokens", 20, "--method", name)
+            assert other["text"] == plain["text"]
+            assert other["report"]["target_forwards"] <= 20
+
+
+def test_sampling_repeats_with_its_seed(capsys):
+    given = ["generate", "--prompt", "def ", "--tokens", 16, "--temperature", 0.9, "--seed", 3, "--method", "sampled"]
+    assert run(capsys, *given)["text"] == run(capsys, *given)["text"]
+    assert run(capsys, *given)["text"] != run(capsys, *given[:-3], 4, *given[-2:])["text"]
+
+
+def test_a_pair_of_folders_is_the_embedded_pair(folders, capsys):
+    given = ["generate", "--prompt", "import ", "--tokens", 10]
+    embedded = run(capsys, *given)
+    ours = run(capsys, *given, "--model", folders / "target", "--draft", folders / "draft")
+    assert ours["text"] == embedded["text"] and ours["model"] == str(folders / "target")
+
+
+def test_every_method_is_measured_beside_plain_decoding(tmp_path, capsys):
+    out = tmp_path / "compared"
+    given = ["compare", "-o", out, "--examples", 2, "--prompt-tokens", 160, "--tokens", 16, "--capacity", 48]
+    result = run(capsys, *given, "--repeat", 1)
+    assert json.loads((out / "results.json").read_text()) == result
+    rows = {row["name"]: row for row in result["methods"]}
+    assert list(rows) == [name for name in METHODS if name in rows] and set(METHODS) - set(rows) <= {"trimmed"}
+    for name, row in rows.items():
+        assert row["repeats"], name
+        if METHODS[name].lossless and name != "plain":
+            assert row["same_text"] == 1.0 and row["next_token"] == 1.0, name
+            assert row["cache_share"] == 1.0
+    assert rows["plain"]["speedup"] is None and rows["plain"]["tokens_per_forward"] == 1
+    for name in ("tree", "chain", "speckv-chain"):
+        assert rows[name]["tokens_per_forward"] > 1 and rows[name]["mbsu"] > 0
+    for name in ("speckv", "specpc", "speckv-pc", "speckv-chain"):
+        assert rows[name]["cache_share"] < 0.45, name
+        assert 0.3 < rows[name]["next_token"] <= 1
+    page = (out / "report.html").read_text()
+    assert "tree of best paths" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_table_is_printed(tmp_path, capsys):
+    given = ["llm", "compare", "--prompt", "def f(", "--method", "chain", "--tokens", "8", "--repeat", "1"]
+    assert main([*given, "-o", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["method", "lossless"]
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["plain decoding", "chain"]
+    assert lines[-1] == str(tmp_path / "out" / "report.html")
+
+
+def test_example_prompts_are_unseen_program_text_of_the_asked_length():
+    model = load(None, None, device="cpu")
+    prompts = example_prompts(model, 3, 100)
+    assert [list(prompt.shape) for prompt in prompts] == [[1, 100]] * 3
+    assert not torch.equal(prompts[0], prompts[1])
+
+
+def test_mistakes_are_one_line(folders, tmp_path, capsys):
+    def fails(*argv: object) -> str:
+        return fails_in_one_line(capsys, "llm", *argv)
+
+    assert "give --prompt TEXT or --prompt-file FILE" in fails("generate")
+    assert "is empty" in fails("generate", "--prompt", "")
+    assert "method must be one of plain, chain" in fails("generate", "--prompt", "x", "--method", "magic")
+    assert "tokens must be at least 1, got 0" in fails("generate", "--prompt", "x", "--tokens", 0)
+    assert "temperature must be at least 0" in fails("generate", "--prompt", "x", "--temperature", -1)
+    assert "come together" in fails("generate", "--prompt", "x", "--model", TARGET)
+    assert "cannot be read" in fails("generate", "--prompt-file", tmp_path / "none.txt")
+    assert "cannot be loaded" in fails("generate", "--prompt", "x", "--model", tmp_path, "--draft", tmp_path)
+    assert "dtype must be one of" in fails("generate", "--prompt", "x", "--dtype", "int3")
+    assert "there are 1 to 8 example prompts, got 9" in fails("compare", "-o", tmp_path / "a", "--examples", 9)
+    assert "capacity must be at least 1" in fails("compare", "-o", tmp_path / "b", "--capacity", 0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    assert "holds other files" in fails("compare", "-o", tmp_path / "full")
+    other = tmp_path / "other"
+    tiny_model(vocab_size=2048).save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained(folders / "target")
+    tokenizer.add_tokens(["a token of its own"])
+    tokenizer.save_pretrained(other)
+    assert "has another tokenizer" in fails(
+        "generate", "--prompt", "x", "--model", folders / "target", "--draft", other
+    )
+
+
+def test_the_commands_do_without_diffusers():
+    code = (
+        "import sys; from draftdiff.cli import main\n"
+        "assert main(['llm', 'generate', '--prompt', 'x', '--tokens', '2', '--json']) == 0\n"
+        "assert 'diffusers' not in sys.modules, 'diffusers'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
