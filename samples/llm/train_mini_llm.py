@@ -8,7 +8,7 @@ checkpoint once a minute and when interrupted, and resume from it; the alignment
     python samples/llm/train_mini_llm.py tokenizer
     python samples/llm/train_mini_llm.py target --minutes 60
     python samples/llm/train_mini_llm.py draft --minutes 9
-    python samples/llm/train_mini_llm.py align --steps 500
+    python samples/llm/train_mini_llm.py align --steps 1100
     python samples/llm/train_mini_llm.py export
 """
 
@@ -59,8 +59,8 @@ SIZES: dict[str, dict[str, int]] = {
     "draft": {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
-# Of the alignment: prompts, each continued at four temperatures; loss and learning rate.
-WRITTEN, ALIGN_LOSS, ALIGN_RATE = 256, "lk", 1e-3
+# Of the alignment: prompts, each continued at four temperatures; share of corpus text beside them; loss; learning rate.
+WRITTEN, TEXT_SHARE, ALIGN_LOSS, ALIGN_RATE = 256, 0.85, "lk", 1.5e-3
 LENGTH = 4  # of the draft's chains
 
 
@@ -241,7 +241,7 @@ def align(work: Path, steps: int) -> None:
         arguments,
         target=target,
         loss=ALIGN_LOSS,
-        train_dataset=mix_in_text(written, text, 0.5),
+        train_dataset=mix_in_text(written, text, TEXT_SHARE),
     )
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if (work / "llm_align").exists() else None
@@ -307,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("phase", choices=["tokenizer", *SIZES, "align", "export"])
     parser.add_argument("--minutes", type=float, default=9.0, help="how long target or draft train in all (default 9)")
-    parser.add_argument("--steps", type=int, default=500, help="how many steps the alignment takes (default 500)")
+    parser.add_argument("--steps", type=int, default=1100, help="how many steps the alignment takes (default 1100)")
     parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     arguments = parser.parse_args()

@@ -73,11 +73,12 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             own = [row for row in rows if row["calibration"] == calibration]
             axes.plot([r["size"] for r in own], [r[key] for r in own], "o-", color=colour, label=calibration, ms=4)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("tokens that the draft can emit")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False, title="trimmed by")
+    panels[0].legend(frameon=False, title="trimmed by", loc="lower right")
     with replacing(file) as partial:
         FigureCanvasAgg(figure).print_figure(partial, dpi=130)
 
