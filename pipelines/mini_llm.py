@@ -55,7 +55,8 @@ def load_mini_llm(
 
 
 def mini_llm_defaults(folder: Path = WEIGHTS) -> dict[str, Any]:
-    """What is known about the pair: `length`, the chain length that suits the draft, `prompt`, an example, scores."""
+    """What is known about the pair: `length`, the chain length that suits the draft; `prompt`, an example; scores;
+    `token_counts`, how often the target wrote each token of its vocabulary, for VocabTrim."""
     file = folder / DEFAULTS_FILE
     try:
         return json.loads(file.read_text(encoding="utf-8"))

@@ -47,6 +47,7 @@ from draftdiff.llm import (
     mix_in_text,
     packed_text,
 )
+from draftdiff.llm.train.trim import count_tokens
 from draftdiff.media import replacing
 from draftdiff.pipelines.mini_llm import DEFAULTS_FILE, WEIGHTS, load_mini_llm
 
@@ -289,7 +290,10 @@ def export(work: Path, folder: Path) -> None:
         "python": PYTHON,
         "sha256": digests,
     }
-    (new / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    written = DistillationSet.load(work / "llm_written.safetensors")
+    counts = json.dumps(count_tokens(written, VOCABULARY).tolist())  # on one line
+    text = json.dumps(settings, indent=2).removesuffix("\n}") + f',\n  "token_counts": {counts}\n}}\n'
+    (new / DEFAULTS_FILE).write_text(text, encoding="utf-8")
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

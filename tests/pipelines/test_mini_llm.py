@@ -138,6 +138,8 @@ def test_the_settings_tell_what_the_pair_is_worth() -> None:
     assert settings["length"] == settings["held_out"]["length"] == 4
     assert settings["held_out"]["block_efficiency"] >= 2
     assert settings["prompt"].startswith("def ")
+    counts = settings["token_counts"]
+    assert len(counts) == 2048 and min(counts) >= 0 and sum(counts) > 50_000
 
 
 @pytest.mark.parametrize("kept", [0, 5000, -1])
