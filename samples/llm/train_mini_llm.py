@@ -8,7 +8,7 @@ checkpoint once a minute and when interrupted, and resume from it; the alignment
     python samples/llm/train_mini_llm.py tokenizer
     python samples/llm/train_mini_llm.py target --minutes 60
     python samples/llm/train_mini_llm.py draft --minutes 9
-    python samples/llm/train_mini_llm.py align --steps 1100
+    python samples/llm/train_mini_llm.py align --steps 850
     python samples/llm/train_mini_llm.py export
 """
 
@@ -311,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("phase", choices=["tokenizer", *SIZES, "align", "export"])
     parser.add_argument("--minutes", type=float, default=9.0, help="how long target or draft train in all (default 9)")
-    parser.add_argument("--steps", type=int, default=1100, help="how many steps the alignment takes (default 1100)")
+    parser.add_argument("--steps", type=int, default=850, help="how many steps the alignment takes (default 850)")
     parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     arguments = parser.parse_args()
