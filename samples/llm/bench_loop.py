@@ -12,7 +12,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,12 @@ def bound_row(sampler: str, n: int, repeat: int) -> dict[str, Any]:
     return {"what": f"bound, {n} drafts {sampler}", "nodes": None, "ms": spread(rounds[1:]), "bar": 50.0}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--repeat", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     model = load(None, None, device="cpu")
     ids = example_prompts(model, 1, 128)[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,7 +90,7 @@ def draw(rows: list[dict[str, Any]], file: Path, temperature: float, drafts: int
         FigureCanvasAgg(figure).print_figure(partial, dpi=130)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded pair)")
     parser.add_argument("--draft", help="folder or Hub id of a smaller model with the same tokenizer")
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--plot", type=Path, help="file for the curves (.png)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     try:
         model = load(options.model, options.draft)
