@@ -96,6 +96,30 @@ class EndsWith(StoppingCriteria):
         return (input_ids[:, -len(self.tokens) :] == self.tokens).all(-1)
 
 
+@pytest.mark.parametrize("sampler", ["with_replacement", "without_replacement", "greedy"])
+def test_a_token_that_the_draft_does_not_have_may_be_forced(pair, sampler):
+    target = tiny_model(vocab_size=128)
+    draft = tiny_model(vocab_size=64)
+    verifier = "greedy" if sampler == "greedy" else "rrs"
+    drafter = ModelDrafter(draft, Sampled((3, 2, 1), sampler, verifier))
+    options = {"do_sample": True, "forced_eos_token_id": 100, "max_new_tokens": 6}
+    out = target.generate(prompt(6, vocab_size=64), custom_generate=speculative, drafter=drafter, **options)
+    assert out[0, -1] == 100
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_target_may_write_tokens_that_the_draft_does_not_have(shape):
+    target = tiny_model(vocab_size=128)
+    plain, fast = both(target, ModelDrafter(tiny_model(vocab_size=64), SHAPES[shape]), prompt(6, vocab_size=128))
+    assert plain.max() >= 64 and torch.equal(plain, fast)
+
+
+def test_more_branches_than_tokens_are_all_of_them():
+    small = tiny_model(vocab_size=8)
+    plain, fast = both(small, ModelDrafter(small, Sampled((9, 1))), prompt(6, vocab_size=8))
+    assert torch.equal(plain, fast)
+
+
 def test_own_stopping_criteria_see_every_token(pair):
     target, draft = pair
     plain = target.generate(prompt(12), do_sample=False, max_new_tokens=30)
