@@ -59,6 +59,16 @@ def test_all_families_decode_as_without_drafts(name, shape):
     assert report(drafter).tokens_per_forward > 1.2
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompt_of_one_token_is_a_prompt(name, rows):
+    target = family(name)
+    ids = prompt(1, batch=rows)
+    drafter = ModelDrafter(relative(target), SHAPES["best"])
+    plain, fast = both(target, drafter, ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)
+    assert torch.equal(plain, fast)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral sliding", "gemma3_text"])
 def test_rows_of_a_padded_batch_advance_on_their_own(name):
     target = family(name)
