@@ -169,7 +169,6 @@ class _Generation:
         for row in live:
             self.report.rounds += 1
             self.report.drafted += len(trees[row].tokens)
-            self.report.count(max(trees[row].depths(), default=0), len(context.paths[row]))
         self.report.draft_seconds += drafted - start
         self.report.target_seconds += seen - drafted
 
@@ -197,6 +196,10 @@ class _Generation:
                 break
             if node is not None:
                 path.append(node)
+        if node is None:
+            self.report.count(max(tree.depths(), default=0), len(path))
+        else:  # the last token of all was drafted too, but is on no path: nothing was to follow it
+            self.report.count(len(path) + 1, len(path) + 1)
         return path
 
     def _choose(self, row: int, tree: Tree, node: int, logits: Tensor) -> int:

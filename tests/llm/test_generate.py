@@ -236,6 +236,14 @@ def test_a_perfect_draft_is_always_accepted(pair):
     assert "25 tokens in 5 target forwards" in str(done)
 
 
+def test_a_draft_of_the_end_token_counts_as_accepted(pair):
+    target, _ = pair
+    plain = target.generate(prompt(12), do_sample=False, max_new_tokens=30)
+    drafter = ModelDrafter(target, Chain(4))
+    both(target, drafter, prompt(12), eos_token_id=int(plain[0, 12 + 2]))
+    assert (report(drafter).tokens, report(drafter).acceptance) == (3, [1, 1, 1])
+
+
 def test_an_unsure_draft_stops_early(pair):
     target, draft = pair
     fixed, adaptive = ModelDrafter(draft, Chain(8)), ModelDrafter(draft, Chain(8, confidence=0.5))
