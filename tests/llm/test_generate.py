@@ -8,6 +8,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
     TextIteratorStreamer,
@@ -16,6 +17,7 @@ from transformers import (
 from draftdiff.llm import Chain, KBest, ModelDrafter, Sampled, report, speculative
 from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.tree import ROOT, Tree
+from draftdiff.pipelines.mini_llm import load_mini_llm
 from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
 
 SHAPES = {"chain": Chain(4), "best": KBest(4, 3, 20), "sampled": Sampled((3, 2, 1))}
@@ -153,6 +155,15 @@ def test_logits_processors_see_the_tokens_of_their_branch(pair):
         assert torch.equal(plain, fast)
 
 
+def test_stop_strings_are_found_in_the_middle_of_a_tree():
+    target, draft, tokenizer = load_mini_llm()
+    ids = tokenizer("def __init__(self", return_tensors="pt").input_ids
+    whole = target.generate(ids, do_sample=False, max_new_tokens=30)[0]
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [tokenizer.decode(whole[-9:-6])])])
+    plain, fast = both(target, ModelDrafter(draft, SHAPES["best"]), ids, stopping_criteria=criteria, max_new_tokens=30)
+    assert torch.equal(plain, fast) and fast.shape[1] < len(whole)
+
+
 class Words:
     """The least of a tokenizer that a streamer needs."""
 
@@ -204,6 +215,12 @@ def test_the_returned_cache_holds_all_but_the_last_token_and_goes_on(pair):
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
     more = target.generate(out.sequences, do_sample=False, max_new_tokens=8, **{cache_argument(target): cache})
     assert torch.equal(more, target.generate(prompt(12), do_sample=False, max_new_tokens=23))
+
+
+def test_the_cache_of_a_batch_has_gaps_and_is_not_returned(pair):
+    options = {"return_dict_in_generate": True, "custom_generate": speculative, "drafter": ModelDrafter(pair[1])}
+    out = pair[0].generate(prompt(12, batch=2), do_sample=False, max_new_tokens=9, **options)
+    assert getattr(out, cache_argument(pair[0])) is None
 
 
 def test_scores_and_logits_are_those_of_plain_decoding(pair):
@@ -320,6 +337,16 @@ BAD = {
         lambda t, d: {"drafter": ModelDrafter(tiny_model(vocab_size=VOCABULARY + 1))},
         f"vocabulary of {VOCABULARY + 1} tokens is not the target's of {VOCABULARY}",
     ),
+    "guidance": (lambda t, d: {"guidance_scale": 1.5}, "processors without state, got guidance_scale"),
+    "positions": (lambda t, d: {"position_ids": torch.arange(6)[None] * 2}, "got other position_ids"),
+    "padding behind": (
+        lambda t, d: {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])},
+        "the padding must be on the left",
+    ),
+    "a prompt without what is in the cache": (
+        lambda t, d: {"attention_mask": torch.ones(1, 9, dtype=torch.long)},
+        "got 6 tokens and a mask of 9",
+    ),
     "other device": (lambda t, d: {"drafter": ModelDrafter(tiny_model().to("meta"))}, "the draft is on meta"),
 }
 
@@ -331,6 +358,34 @@ def test_what_cannot_be_is_said_in_one_line(pair, what):
     with pytest.raises(ValueError, match=message) as caught:
         pair[0].generate(prompt(6), custom_generate=speculative, **given)
     assert "\n" not in str(caught.value)
+
+
+class Silent:
+    def put(self, tokens):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [1, 2]}, "prefix_allowed_tokens_fn for one row only"),
+        ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty for one row only"),
+        ({"streamer": Silent()}, "streams one row only"),
+    ],
+)
+def test_what_tells_rows_apart_is_refused_in_a_batch(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        pair[0].generate(
+            prompt(6, batch=2), custom_generate=speculative, drafter=ModelDrafter(pair[1]), max_new_tokens=4, **options
+        )
+
+
+def test_allowed_tokens_are_asked_for_row_0_whatever_the_drafts(pair):
+    target, draft = pair
+    for shape in SHAPES.values():
+        options = {"prefix_allowed_tokens_fn": lambda row, ids: [[5, 9, 11, 20, 33]][row]}
+        plain, fast = both(target, ModelDrafter(draft, shape), prompt(12), **options)
+        assert torch.equal(plain, fast)
 
 
 def test_an_empty_prompt_is_refused(pair):
