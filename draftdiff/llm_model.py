@@ -154,7 +154,7 @@ def _cut(
 ) -> Run:
     """SpecPC, SpecKV or both, then decoding, with drafts or without."""
     start = time.perf_counter()
-    cache, window, wanted = None, min(32, capacity), options["max_new_tokens"]
+    cache, window, wanted = None, min(32, capacity, ids.shape[1]), options["max_new_tokens"]
     if compress and evict:
         kept = min(2 * capacity, ids.shape[1])
         shorter = SpecPCConfig(capacity=kept, window=window, lookahead=8)

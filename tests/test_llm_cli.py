@@ -87,6 +87,13 @@ def test_every_method_is_measured_beside_plain_decoding(tmp_path, capsys):
     assert "tree of best paths" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
+def test_a_prompt_may_be_shorter_than_what_is_kept_of_it(tmp_path, capsys):
+    methods = ("speckv", "specpc", "speckv-pc", "speckv-chain")
+    given = [part for name in methods for part in ("--method", name)]
+    result = run(capsys, "compare", *given, "-o", tmp_path / "out", "--prompt", "x", "--tokens", 4, "--repeat", 1)
+    assert {row["name"]: row["same_text"] for row in result["methods"][1:]} == dict.fromkeys(methods, 1.0)
+
+
 def test_the_table_is_printed(tmp_path, capsys):
     given = ["llm", "compare", "--prompt", "def f(", "--method", "chain", "--tokens", "8", "--repeat", "1"]
     assert main([*given, "-o", str(tmp_path / "out")]) == 0

@@ -28,9 +28,10 @@ class WindowLayer(KeptLayer):
 
     def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
         self.window = layer.sliding_window
-        self.keys, self.values = layer.keys, layer.values
+        if layer.is_initialized:
+            self.lazy_initialization(layer.keys, layer.values)
+            self.keys, self.values = layer.keys, layer.values
         self.dropped = layer.get_seq_length() - self.physical_length
 
     def forget(self) -> None:
@@ -125,7 +126,7 @@ class TreeDecoder:
     def _prepare_rollback(self) -> None:
         layers = self.cache.layers
         for index, layer in enumerate(layers):
-            if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+            if type(layer) is DynamicSlidingWindowLayer:
                 layers[index] = WindowLayer(layer)
         self._windows = [layer for layer in layers if isinstance(layer, WindowLayer)]
         self.linear = any(_is_linear(layer) for layer in layers)

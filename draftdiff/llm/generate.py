@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Drafter
+from draftdiff.llm.processors import usable
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree
 from draftdiff.llm.verify import draw, reject
@@ -45,14 +46,20 @@ def speculative(
     """Decode with drafts; called by `generate`, which takes `drafter=` and all of its own arguments as usual.
 
     Logits processors, stopping criteria, streamers, left-padded batches and caches that hold part of the prompt work as
-    without drafts. Raises ValueError in one line for what cannot be: beams, encoder-decoder models, caches that cannot
-    be rolled back, attention or hidden-state outputs. `draftdiff.llm.report(drafter)` tells what it did.
+    without drafts. Processors see drafted tokens too and must keep no state; rows of a batch are padded once they end,
+    and its cache, which has gaps, is not returned. generate does not hand its tokenizer on: instead of `stop_strings`
+    give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
+    beams, encoder-decoder models, caches that cannot be rolled back, attention or hidden-state outputs, position_ids of
+    one's own, a prompt without the tokens that the cache holds. `draftdiff.llm.report(drafter)` tells what it did.
     """
     if drafter is None:
         raise ValueError("speculative needs drafter=..., for example draftdiff.llm.ModelDrafter(draft_model)")
     _check(model, input_ids, generation_config, model_kwargs)
     streamer = _streamer(model)
-    generation = _Generation(model, input_ids, logits_processor, stopping_criteria, generation_config, drafter)
+    if streamer is not None and len(input_ids) > 1:
+        raise ValueError(f"speculative streams one row only, got a streamer and a batch of {len(input_ids)}")
+    processors = usable(logits_processor, len(input_ids))
+    generation = _Generation(model, input_ids, processors, stopping_criteria, generation_config, drafter)
     generation.streamer = streamer
     with torch.no_grad():
         return generation.run(model_kwargs)
@@ -82,9 +89,27 @@ def _check(model: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs
         raise ValueError(f"speculative returns scores and logits of one row only, got a batch of {len(ids)}")
     if len(ids) > 1 and config._pad_token_tensor is None:
         raise ValueError("rows of a batch end at different lengths: set pad_token_id in the generation config")
+    _check_positions(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
     unknown = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
     if unknown:
         raise ValueError(f"speculative takes token ids only, got {', '.join(sorted(unknown))}")
+
+
+def _check_positions(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
+    """Only whole prompts, padded on the left, with positions that follow from the mask."""
+    # generate drops a mask without padding, but makes positions of its length before.
+    known = positions if mask is None else mask
+    if known is not None and known.shape[-1] != ids.shape[1]:
+        raise ValueError(
+            f"speculative needs the whole prompt, also what the cache holds: got {ids.shape[1]} tokens and a mask of "
+            f"{known.shape[-1]}"
+        )
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError("the padding must be on the left, and each row must have a token: the mask ends with a 0")
+    if positions is not None and positions.ndim == 2:
+        real = torch.ones_like(ids) if mask is None else mask.long()
+        if not bool(((positions == real.cumsum(-1) - 1) | (real == 0)).all()):
+            raise ValueError("speculative counts positions by the attention mask, got other position_ids")
 
 
 class _Generation:
@@ -169,7 +194,6 @@ class _Generation:
         for row in live:
             self.report.rounds += 1
             self.report.drafted += len(trees[row].tokens)
-            self.report.count(max(trees[row].depths(), default=0), len(context.paths[row]))
         self.report.draft_seconds += drafted - start
         self.report.target_seconds += seen - drafted
 
@@ -197,6 +221,10 @@ class _Generation:
                 break
             if node is not None:
                 path.append(node)
+        if node is None:
+            self.report.count(max(tree.depths(), default=0), len(path))
+        else:  # the last token of all was drafted too, but is on no path: nothing was to follow it
+            self.report.count(len(path) + 1, len(path) + 1)
         return path
 
     def _choose(self, row: int, tree: Tree, node: int, logits: Tensor) -> int:
@@ -225,4 +253,5 @@ class _Generation:
             return sequences
         extra = {"scores": self.scores or None, "logits": self.logits or None}
         name = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
-        return GenerateDecoderOnlyOutput(sequences=sequences, **extra, **{name: cache})  # type: ignore[arg-type]
+        kept = cache if len(self.lengths) == 1 else None
+        return GenerateDecoderOnlyOutput(sequences=sequences, **extra, **{name: kept})  # type: ignore[arg-type]

@@ -49,13 +49,17 @@ def sample(q: Tensor, count: int, sampler: str) -> list[int]:
     often, each time from what is left; "greedy" takes the count - 1 likeliest and draws the last from the rest. Fewer
     come back where q has fewer tokens of positive chance.
     """
+    possible = min(count, int((q > 0).sum()))
+    if not possible:  # all that the draft knows is forbidden
+        return []
     if sampler == "with_replacement":
         return [draw(q) for _ in range(count)]
-    possible = min(count, int((q > 0).sum()))
     if sampler == "greedy":
         best = q.topk(possible - 1).indices
         return [*best.tolist(), draw(q.index_fill(0, best, 0))]
-    # Exponential races: the order of arrival is that of successive draws without replacement.
+    # Exponential races: the order of arrival is that of successive draws without replacement. In fp32 the time of a
+    # token of very small chance would be infinite, as if it had no chance at all.
+    q = q.double()
     return (torch.empty_like(q).exponential_() / q).topk(possible, largest=False).indices.tolist()
 
 
@@ -71,7 +75,7 @@ def reject(p: Tensor, q: Tensor, tokens: Sequence[int], sampler: str, verifier: 
     Raises ValueError for a verifier that is not exact for this sampler.
     """
     check_verifier(sampler, verifier)
-    if verifier == "match":
+    if verifier == "match" or not tokens:
         return match(p)
     if verifier == "k_seq":
         return _k_seq(p, q, tokens)

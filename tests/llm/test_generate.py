@@ -8,6 +8,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
     TextIteratorStreamer,
@@ -16,6 +17,7 @@ from transformers import (
 from draftdiff.llm import Chain, KBest, ModelDrafter, Sampled, report, speculative
 from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.tree import ROOT, Tree
+from draftdiff.pipelines.mini_llm import load_mini_llm
 from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
 
 SHAPES = {"chain": Chain(4), "best": KBest(4, 3, 20), "sampled": Sampled((3, 2, 1))}
@@ -59,6 +61,16 @@ def test_all_families_decode_as_without_drafts(name, shape):
     assert report(drafter).tokens_per_forward > 1.2
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompt_of_one_token_is_a_prompt(name, rows):
+    target = family(name)
+    ids = prompt(1, batch=rows)
+    drafter = ModelDrafter(relative(target), SHAPES["best"])
+    plain, fast = both(target, drafter, ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)
+    assert torch.equal(plain, fast)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral sliding", "gemma3_text"])
 def test_rows_of_a_padded_batch_advance_on_their_own(name):
     target = family(name)
@@ -96,6 +108,30 @@ class EndsWith(StoppingCriteria):
         return (input_ids[:, -len(self.tokens) :] == self.tokens).all(-1)
 
 
+@pytest.mark.parametrize("sampler", ["with_replacement", "without_replacement", "greedy"])
+def test_a_token_that_the_draft_does_not_have_may_be_forced(pair, sampler):
+    target = tiny_model(vocab_size=128)
+    draft = tiny_model(vocab_size=64)
+    verifier = "greedy" if sampler == "greedy" else "rrs"
+    drafter = ModelDrafter(draft, Sampled((3, 2, 1), sampler, verifier))
+    options = {"do_sample": True, "forced_eos_token_id": 100, "max_new_tokens": 6}
+    out = target.generate(prompt(6, vocab_size=64), custom_generate=speculative, drafter=drafter, **options)
+    assert out[0, -1] == 100
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_target_may_write_tokens_that_the_draft_does_not_have(shape):
+    target = tiny_model(vocab_size=128)
+    plain, fast = both(target, ModelDrafter(tiny_model(vocab_size=64), SHAPES[shape]), prompt(6, vocab_size=128))
+    assert plain.max() >= 64 and torch.equal(plain, fast)
+
+
+def test_more_branches_than_tokens_are_all_of_them():
+    small = tiny_model(vocab_size=8)
+    plain, fast = both(small, ModelDrafter(small, Sampled((9, 1))), prompt(6, vocab_size=8))
+    assert torch.equal(plain, fast)
+
+
 def test_own_stopping_criteria_see_every_token(pair):
     target, draft = pair
     plain = target.generate(prompt(12), do_sample=False, max_new_tokens=30)
@@ -117,6 +153,15 @@ def test_logits_processors_see_the_tokens_of_their_branch(pair):
         options = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 6, "eos_token_id": 5}
         plain, fast = both(target, ModelDrafter(draft, shape), prompt(12), max_new_tokens=40, **options)
         assert torch.equal(plain, fast)
+
+
+def test_stop_strings_are_found_in_the_middle_of_a_tree():
+    target, draft, tokenizer = load_mini_llm()
+    ids = tokenizer("def __init__(self", return_tensors="pt").input_ids
+    whole = target.generate(ids, do_sample=False, max_new_tokens=30)[0]
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [tokenizer.decode(whole[-9:-6])])])
+    plain, fast = both(target, ModelDrafter(draft, SHAPES["best"]), ids, stopping_criteria=criteria, max_new_tokens=30)
+    assert torch.equal(plain, fast) and fast.shape[1] < len(whole)
 
 
 class Words:
@@ -172,6 +217,12 @@ def test_the_returned_cache_holds_all_but_the_last_token_and_goes_on(pair):
     assert torch.equal(more, target.generate(prompt(12), do_sample=False, max_new_tokens=23))
 
 
+def test_the_cache_of_a_batch_has_gaps_and_is_not_returned(pair):
+    options = {"return_dict_in_generate": True, "custom_generate": speculative, "drafter": ModelDrafter(pair[1])}
+    out = pair[0].generate(prompt(12, batch=2), do_sample=False, max_new_tokens=9, **options)
+    assert getattr(out, cache_argument(pair[0])) is None
+
+
 def test_scores_and_logits_are_those_of_plain_decoding(pair):
     target, draft = pair
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
@@ -200,6 +251,14 @@ def test_a_perfect_draft_is_always_accepted(pair):
     for key in ("tokens_per_forward", "mbsu", "acceptance", "seconds"):
         assert key in done.to_dict()
     assert "25 tokens in 5 target forwards" in str(done)
+
+
+def test_a_draft_of_the_end_token_counts_as_accepted(pair):
+    target, _ = pair
+    plain = target.generate(prompt(12), do_sample=False, max_new_tokens=30)
+    drafter = ModelDrafter(target, Chain(4))
+    both(target, drafter, prompt(12), eos_token_id=int(plain[0, 12 + 2]))
+    assert (report(drafter).tokens, report(drafter).acceptance) == (3, [1, 1, 1])
 
 
 def test_an_unsure_draft_stops_early(pair):
@@ -278,6 +337,16 @@ BAD = {
         lambda t, d: {"drafter": ModelDrafter(tiny_model(vocab_size=VOCABULARY + 1))},
         f"vocabulary of {VOCABULARY + 1} tokens is not the target's of {VOCABULARY}",
     ),
+    "guidance": (lambda t, d: {"guidance_scale": 1.5}, "processors without state, got guidance_scale"),
+    "positions": (lambda t, d: {"position_ids": torch.arange(6)[None] * 2}, "got other position_ids"),
+    "padding behind": (
+        lambda t, d: {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])},
+        "the padding must be on the left",
+    ),
+    "a prompt without what is in the cache": (
+        lambda t, d: {"attention_mask": torch.ones(1, 9, dtype=torch.long)},
+        "got 6 tokens and a mask of 9",
+    ),
     "other device": (lambda t, d: {"drafter": ModelDrafter(tiny_model().to("meta"))}, "the draft is on meta"),
 }
 
@@ -289,6 +358,34 @@ def test_what_cannot_be_is_said_in_one_line(pair, what):
     with pytest.raises(ValueError, match=message) as caught:
         pair[0].generate(prompt(6), custom_generate=speculative, **given)
     assert "\n" not in str(caught.value)
+
+
+class Silent:
+    def put(self, tokens):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [1, 2]}, "prefix_allowed_tokens_fn for one row only"),
+        ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty for one row only"),
+        ({"streamer": Silent()}, "streams one row only"),
+    ],
+)
+def test_what_tells_rows_apart_is_refused_in_a_batch(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        pair[0].generate(
+            prompt(6, batch=2), custom_generate=speculative, drafter=ModelDrafter(pair[1]), max_new_tokens=4, **options
+        )
+
+
+def test_allowed_tokens_are_asked_for_row_0_whatever_the_drafts(pair):
+    target, draft = pair
+    for shape in SHAPES.values():
+        options = {"prefix_allowed_tokens_fn": lambda row, ids: [[5, 9, 11, 20, 33]][row]}
+        plain, fast = both(target, ModelDrafter(draft, shape), prompt(12), **options)
+        assert torch.equal(plain, fast)
 
 
 def test_an_empty_prompt_is_refused(pair):

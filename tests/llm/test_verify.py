@@ -97,6 +97,20 @@ def test_no_more_tokens_are_sampled_than_have_a_chance():
     assert verify.sample(q, 4, "greedy") == [1, 3]
 
 
+def test_a_token_whose_chance_is_barely_above_zero_is_drawn_before_those_of_none():
+    q = torch.tensor([0.0, -95.0, -200.0, -200.0, -200.0, -200.0]).softmax(-1)  # a sure draft at a low temperature
+    assert 0 < q[1] < 1e-38 and not q[2:].any()
+    assert all(verify.sample(q, 2, "without_replacement") == [0, 1] for _ in range(50))
+
+
+@pytest.mark.parametrize(("sampler", "verifier"), CASES)
+def test_a_draft_that_knows_no_allowed_token_proposes_none(sampler, verifier):
+    p = torch.tensor([0.0, 1.0, 0.0])
+    nothing = torch.full((3,), -torch.inf).softmax(-1)
+    assert verify.sample(nothing, 2, sampler) == []
+    assert verify.reject(p, nothing, [], sampler, verifier) == 1
+
+
 def test_a_token_of_zero_chance_is_never_drawn():
     p = torch.tensor([0.0, 1.0, 0.0])
     assert {verify.draw(p) for _ in range(200)} == {1}

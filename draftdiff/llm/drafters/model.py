@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.llm.decoder import TreeDecoder
-from draftdiff.llm.drafters.base import Context, check_vocabularies
+from draftdiff.llm.drafters.base import Context, check_vocabularies, vocabulary_size
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.tree import ROOT, Draws, Tree
 from draftdiff.llm.verify import check_verifier, sample
@@ -68,12 +68,18 @@ class Sampled:
             for row, tree in enumerate(trees):
                 grown: list[tuple[int, float]] = []
                 for (node, chance), q in zip(frontier[row], found[row]):
-                    tokens = sample(q, count, self.sampler) if sampling else q.topk(count).indices.tolist()
+                    tokens = sample(q, count, self.sampler) if sampling else _likeliest(q, count)
                     if sampling:
                         tree.draws[node] = Draws(q, tokens, self.sampler, self.verifier)
                     grown += [(tree.add(node, token), chance * float(q[token])) for token in dict.fromkeys(tokens)]
                 more = depth + 1 < room[row]
                 frontier[row] = [(node, chance) for node, chance in grown if more and chance >= self.confidence]
+
+
+def _likeliest(q: Tensor, count: int) -> list[int]:
+    """Fewer where q has fewer tokens of positive chance."""
+    best = q.topk(min(count, len(q)))
+    return [token for token, chance in zip(best.indices.tolist(), best.values.tolist()) if chance > 0]
 
 
 def Chain(length: int = 5, confidence: float = 0.0) -> Sampled:
@@ -149,7 +155,9 @@ class ModelDrafter:
     def begin(self, context: Context) -> None:
         """Prefill the draft. Raises ValueError for another vocabulary or device than the target's."""
         self._vocabulary = check_vocabularies(context.target.model, self.model)
-        ids = torch.cat(context.ids).to(self.model.device)
+        # The target may have padding tokens that the draft lacks; any other token in their place will do.
+        self._last_token = vocabulary_size(self.model) - 1
+        ids = torch.cat(context.ids).to(self.model.device).clamp(max=self._last_token)
         padding = torch.tensor(context.padding, device=ids.device)
         mask = (
             (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long() if any(context.padding) else None
@@ -184,7 +192,7 @@ class ModelDrafter:
 
     def _catch_up(self, context: Context) -> list[Tensor]:
         tokens = [
-            ids[0, held:].tolist() if left >= 0 else []
+            ids[0, held:].clamp(max=self._last_token).tolist() if left >= 0 else []
             for ids, held, left in zip(context.ids, self._held, context.room)
         ]
         self._known = [len(new) for new in tokens]
