@@ -73,6 +73,7 @@ class TreeDecoder:
         hidden: bool = False,
     ) -> None:
         self.model, self.hidden = model, hidden
+        self._device = model.device  # a model looks for it among its parameters each time
         self.cache = DynamicCache(config=model.config) if cache is None else cache
         self.forwards = 0
         self._argument = cache_argument(model)
@@ -144,7 +145,7 @@ class TreeDecoder:
 
     def _replay(self, length: int) -> None:
         """Go back to the committed state and feed the first `length` pending tokens again."""
-        tokens = torch.tensor([self._fed[:length]], dtype=torch.int64, device=self.model.device)
+        tokens = torch.tensor([self._fed[:length]], dtype=torch.int64, device=self._device)
         for index, layer in enumerate(self.cache.layers):
             if index in self._saved:
                 self.cache.layers[index] = self._saved[index]
@@ -187,7 +188,7 @@ class TreeDecoder:
             self._seen[row] = ancestors(self._parents[row], self._seen[row])
         if self.linear:
             self._fed += tokens[0]
-        device = self.model.device
+        device = self._device
         fed = torch.tensor(ids, dtype=torch.int64, device=device)
         return self._forward(fed, self._mask(before, places), torch.tensor(places, device=device))
 
@@ -235,7 +236,7 @@ class TreeDecoder:
 
     def _fitted(self, seen: np.ndarray, held: int, implementation: str) -> Tensor:
         """The mask of a forward, [rows, 1, new, held + new]: the last keys of `seen`, as the attention takes it."""
-        mask = torch.from_numpy(seen)[:, None, :, -(held + seen.shape[1]) :].to(self.model.device)
+        mask = torch.from_numpy(seen)[:, None, :, -(held + seen.shape[1]) :].to(self._device)
         if implementation == "sdpa":
             return mask
         dtype = self.model.dtype
@@ -246,7 +247,7 @@ class TreeDecoder:
         pending = len(self._parents[0])
         width = max(map(len, paths))
         if not all(list(path) == list(range(len(path))) for path in paths):
-            index = torch.tensor([[*path, *[0] * (width - len(path))] for path in paths], device=self.model.device)
+            index = torch.tensor([[*path, *[0] * (width - len(path))] for path in paths], device=self._device)
             for layer in self.cache.layers:
                 if layer.is_initialized:
                     _move(layer, index, pending)
