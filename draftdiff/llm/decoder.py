@@ -109,7 +109,11 @@ class TreeDecoder:
         self._depths: list[list[int]] = [[] for _ in range(self.rows)]
 
     def _check_cache(self, batch: int, tokens: int) -> None:
-        cache = self.cache
+        name, cache = type(self.model).__name__, self.cache
+        if self.model.config.get_text_config().model_type in _START_ANEW:
+            raise ValueError(
+                f"{name} cannot take drafts: its recurrent layers forget the past when tokens come at once"
+            )
         layers = getattr(cache, "layers", None)
         allowed = layers is not None and all(
             _is_linear(layer)
