@@ -81,6 +81,8 @@ def _read(file: Path) -> str:
 def _generate(options: argparse.Namespace) -> int:
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("give --prompt TEXT or --prompt-file FILE")
+    if options.capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {options.capacity}")
     text = options.prompt if options.prompt_file is None else _read(options.prompt_file)
     from draftdiff.llm_model import check_method, encode, generate_options
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -126,7 +127,8 @@ def _generate(
     tokens = out.sequences[0, ids.shape[1] :].cpu()  # waits for the device
     seconds = time.perf_counter() - start
     held = getattr(out, cache_argument(model.target))
-    layers = [layer for layer in held.layers if layer.is_initialized]
+    # Linear-attention layers hold no keys, nor do those that use another layer's.
+    layers = [layer for layer in held.layers if getattr(layer, "keys", None) is not None]
     size = sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
     return Run(tokens, seconds, size, getattr(drafter, "last_report", None))
 
@@ -259,8 +261,8 @@ def generate_options(tokens: int, temperature: float) -> dict[str, Any]:
     """Arguments of generate. temperature: 0 takes the likeliest token each time. Raises ValueError below 0."""
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
     if temperature == 0:
         return {"max_new_tokens": tokens, "do_sample": False}
     return {"max_new_tokens": tokens, "do_sample": True, "temperature": temperature, "top_k": 0}

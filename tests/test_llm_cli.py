@@ -9,9 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from draftdiff.cli import main
-from draftdiff.llm_model import METHODS, example_prompts, load
+from draftdiff.llm_model import METHODS, LanguageModel, example_prompts, generate_options, load
 from draftdiff.pipelines.mini_llm import WEIGHTS, load_mini_llm
-from tests.llm.tiny_models import tiny_model
+from tests.llm.tiny_models import prompt, tiny_hybrid, tiny_model
 from tests.test_cli import fails_in_one_line
 
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
@@ -103,6 +103,14 @@ def test_the_table_is_printed(tmp_path, capsys):
     assert lines[-1] == str(tmp_path / "out" / "report.html")
 
 
+def test_a_cache_of_layers_without_keys_has_a_size():
+    hybrid = tiny_hybrid()
+    model = LanguageModel("hybrid", hybrid, tiny_model(), None)
+    options = generate_options(6, 0.0)
+    plain, chain = (METHODS[name].run(model, prompt(8), options, 4) for name in ("plain", "chain"))
+    assert plain.cache == chain.cache > 0 and torch.equal(plain.tokens, chain.tokens)
+
+
 def test_example_prompts_are_unseen_program_text_of_the_asked_length():
     model = load(None, None, device="cpu")
     prompts = example_prompts(model, 3, 100)
@@ -119,6 +127,8 @@ def test_mistakes_are_one_line(folders, tmp_path, capsys):
     assert "method must be one of plain, chain" in fails("generate", "--prompt", "x", "--method", "magic")
     assert "tokens must be at least 1, got 0" in fails("generate", "--prompt", "x", "--tokens", 0)
     assert "temperature must be at least 0" in fails("generate", "--prompt", "x", "--temperature", -1)
+    assert "finite, got nan" in fails("generate", "--prompt", "x", "--temperature", "nan")
+    assert "capacity must be at least 1" in fails("generate", "--prompt", "x", "--method", "speckv", "--capacity", 0)
     assert "come together" in fails("generate", "--prompt", "x", "--model", TARGET)
     assert "cannot be read" in fails("generate", "--prompt-file", tmp_path / "none.txt")
     assert "cannot be loaded" in fails("generate", "--prompt", "x", "--model", tmp_path, "--draft", tmp_path)

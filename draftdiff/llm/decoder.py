@@ -20,6 +20,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from draftdiff.llm.kept_cache import KeptLayer
 from draftdiff.llm.tree import ROOT, ancestors
 
+# Models whose attention tells distances by the place in the cache, not by position ids: branches confuse them.
+_BY_PLACE = {"bloom", "gpt_neo", "mpt"}
+# Models with recurrent layers that start anew whenever several tokens come at once.
+_START_ANEW = {"jamba", "zamba"}
+
 
 class WindowLayer(KeptLayer):
     """A sliding-window layer that keeps what it is fed until told to forget, so that branches can be taken back."""
@@ -105,10 +110,16 @@ class TreeDecoder:
         self._depths: list[list[int]] = [[] for _ in range(self.rows)]
 
     def _check_cache(self, batch: int, tokens: int) -> None:
-        cache = self.cache
+        name, cache = type(self.model).__name__, self.cache
+        if self.model.config.get_text_config().model_type in _START_ANEW:
+            raise ValueError(
+                f"{name} cannot take drafts: its recurrent layers forget the past when tokens come at once"
+            )
         layers = getattr(cache, "layers", None)
         allowed = layers is not None and all(
-            _is_linear(layer) or (isinstance(layer, DynamicLayer) and not hasattr(layer, "quantize"))
+            _is_linear(layer)
+            or type(layer).__name__ == "DummyLayer"  # of a layer that uses another's keys
+            or (isinstance(layer, DynamicLayer) and not hasattr(layer, "quantize"))
             for layer in layers
         )
         if layers is None or not allowed or type(cache).__name__ in ("EncoderDecoderCache", "QuantizedCache"):
@@ -131,10 +142,15 @@ class TreeDecoder:
                 layers[index] = WindowLayer(layer)
         self._windows = [layer for layer in layers if isinstance(layer, WindowLayer)]
         self.linear = any(_is_linear(layer) for layer in layers)
-        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        name, config = type(self.model).__name__, self.model.config.get_text_config()
+        if config.model_type in _START_ANEW:
+            raise ValueError(
+                f"{name} cannot take drafts: its recurrent layers forget the past when tokens come at once"
+            )
+        kinds = getattr(config, "layer_types", None) or ()
         if "conv" in kinds and not hasattr(self.cache, "activate_past_recording"):
             # Their layers start anew whenever several tokens come at once.
-            raise ValueError(f"{type(self.model).__name__} takes drafts from transformers 5.15 on")
+            raise ValueError(f"{name} takes drafts from transformers 5.15 on")
         self._save()
 
     def _save(self) -> None:
@@ -163,9 +179,13 @@ class TreeDecoder:
         if "logits_to_keep" in kwargs and not self.model._supports_logits_to_keep():
             del kwargs["logits_to_keep"]
         kwargs[self._argument] = self.cache
-        return self.model(
+        held = self.cache.get_seq_length()
+        output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True, **kwargs
         )
+        if self.cache.get_seq_length() != held + ids.shape[1]:
+            raise ValueError(f"{type(self.model).__name__} does not keep its past in a cache of keys and values")
+        return output
 
     def feed(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Any:
         """The model's output for new pending tokens, logits [rows, most new tokens of a row, vocabulary].
@@ -201,10 +221,13 @@ class TreeDecoder:
     def _mask(self, before: int, places: list[list[int]]) -> Any:
         if self._is_plain_chain():
             return None
+        name, config = type(self.model).__name__, self.model.config.get_text_config()
         if self.linear:
-            raise ValueError(
-                f"{type(self.model).__name__} has linear-attention layers: draft chains, one row at a time"
-            )
+            raise ValueError(f"{name} has linear-attention layers: draft chains, one row at a time")
+        if config.model_type in _BY_PLACE or getattr(config, "alibi", False):
+            raise ValueError(f"{name} attends by place, not by position: draft chains, one row at a time, unpadded")
+        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            raise ValueError(f"{name} has chunked attention: draft chains, one row at a time, unpadded")
         implementation = self.model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(f"trees and batches need attention 'sdpa' or 'eager', got {implementation!r}")
@@ -215,7 +238,6 @@ class TreeDecoder:
             full[row, :, -pending:] = seen[before:]
         if not self._windows:
             return self._fitted(full, self._physical(windowed=False), implementation)
-        config = self.model.config.get_text_config()
         slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)
         keys = np.concatenate([self.positions, slots], axis=1)
         near = np.array(places)[:, :, None] - keys[:, None, :] < config.sliding_window
@@ -230,7 +252,7 @@ class TreeDecoder:
     def _physical(self, *, windowed: bool) -> int:
         """Keys that the layers of a kind hold, pending ones included: evicted caches hold fewer than `length`."""
         for layer in self.cache.layers:
-            if isinstance(layer, WindowLayer) == windowed and layer.is_initialized:
+            if isinstance(layer, WindowLayer) == windowed and layer.is_initialized and layer.keys is not None:
                 return layer.keys.shape[-2]
         return self.valid.shape[1]
 
@@ -249,7 +271,7 @@ class TreeDecoder:
         if not all(list(path) == list(range(len(path))) for path in paths):
             index = torch.tensor([[*path, *[0] * (width - len(path))] for path in paths], device=self._device)
             for layer in self.cache.layers:
-                if layer.is_initialized:
+                if layer.is_initialized and layer.keys is not None:
                     _move(layer, index, pending)
         if self.linear:
             if width < pending:

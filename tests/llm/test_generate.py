@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     QuantizedCache,
     StaticCache,
@@ -288,6 +290,104 @@ def test_models_with_linear_attention_take_chains(kind):
     for shape, rows in (("best", 1), ("chain", 2)):
         with pytest.raises(ValueError, match="has linear-attention layers: draft chains, one row at a time"):
             both(target, ModelDrafter(tiny_model(), SHAPES[shape]), prompt(12, batch=rows))
+
+
+def other_kind(kind, **sizes):
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=None, **sizes
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+GPT_NEO = {
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 8,
+}
+LAYERS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "what"),
+    [
+        ("gpt_neo", GPT_NEO, "attends by place"),
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "attends by place"),
+        (
+            "llama4_text",
+            LAYERS
+            | {
+                "head_dim": 16,
+                "attention_chunk_size": 8,
+                "num_local_experts": 2,
+                "intermediate_size_mlp": 64,
+                "no_rope_layers": [1, 1, 1, 0],
+            },
+            "has chunked attention",
+        ),
+    ],
+)
+def test_models_that_do_not_go_by_position_take_chains(kind, sizes, what):
+    target = other_kind(kind, **sizes)
+    plain, fast = both(target, ModelDrafter(target, Chain(3)), prompt(20))
+    assert torch.equal(plain, fast)
+    for shape, rows in (("best", 1), ("chain", 2)):
+        with pytest.raises(ValueError, match=f"{what}.*: draft chains, one row at a time, unpadded"):
+            both(target, ModelDrafter(tiny_model(), SHAPES[shape]), prompt(12, batch=rows))
+
+
+@pytest.mark.skipif(
+    not hasattr(DynamicCache, "activate_past_recording"), reason="older hosts fetch a kernel to make the model"
+)
+def test_models_that_forget_when_tokens_come_at_once_are_refused():
+    mamba = {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8}
+    target = other_kind("jamba", **LAYERS, **mamba, use_mamba_kernels=False)
+    with pytest.raises(ValueError, match="JambaForCausalLM cannot take drafts"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))
+
+
+def test_models_that_keep_no_past_in_the_cache_are_refused():
+    target = other_kind("openai-gpt", n_embd=64, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="does not keep its past in a cache"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))
+
+
+def test_layers_may_use_the_keys_of_others():
+    sizes = {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "tie_word_embeddings": False,
+    }
+    target = other_kind("gemma3n_text", **LAYERS, **sizes)
+    ids = prompt(20, batch=2)
+    for given in ({"inputs": ids[:1]}, {"inputs": ids, "attention_mask": torch.ones_like(ids)}):
+        plain = target.generate(**given, do_sample=False, max_new_tokens=24)
+        assert len(plain[0, 20:].unique()) > 8
+        for shape in SHAPES.values():
+            options = {"do_sample": False, "max_new_tokens": 24, "custom_generate": speculative}
+            fast = target.generate(**given, **options, drafter=ModelDrafter(target, shape))
+            assert torch.equal(plain, fast)
 
 
 class HiddenReader:
