@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from draftdiff.arguments import seed
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -188,7 +190,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=int, help="pixels")
     group.add_argument("--steps", type=int, help="denoising steps")
     group.add_argument("--guidance", type=float, help="classifier-free guidance scale")
-    group.add_argument("--seed", type=int, default=0, help="default: 0")
+    group.add_argument("--seed", type=seed, default=0, help="default: 0")
     group.add_argument("--fps", type=float, help="frames per second of the video")
     group.add_argument("--dtype", help="float32, float16 or bfloat16")
     group.add_argument("--device", help="cuda, cuda:1, cpu, ...")

@@ -21,7 +21,7 @@ def find_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # which "meta" cannot
     except Exception as error:  # torch raises a different class for every kind of device that is not there
         raise ValueError(f"device {name!r} cannot be used: {one_line(error)}") from None
     return device

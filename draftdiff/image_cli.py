@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftdiff.arguments import seed
+
 if TYPE_CHECKING:
     from draftdiff.image import ImageModel
 
@@ -84,7 +86,9 @@ def _add_subjects(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the model's)")
     parser.add_argument("--aspect-ratio", type=float, help="height / width, for Infinity (default: 1)")
     parser.add_argument("--size", help="0.06M, 0.25M, 0.60M or 1M pixels, for Infinity (default: 1M)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture, one more for each next (default: 0)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of the first picture, one more for each next (default: 0)"
+    )
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...")
 

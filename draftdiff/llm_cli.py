@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftdiff.arguments import seed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,7 +57,7 @@ def _add_common(parser: argparse.ArgumentParser, tokens: int) -> None:
     parser.add_argument("--tokens", type=int, default=tokens, help=f"new tokens (default: {tokens})")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--capacity", type=int, default=128, help="tokens that SpecKV and SpecPC keep (default: 128)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded mini pair)")
     parser.add_argument("--draft", help="folder or Hub id of a smaller model with the same tokenizer")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")

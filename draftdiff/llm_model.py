@@ -239,6 +239,8 @@ def example_prompts(model: LanguageModel, count: int, tokens: int) -> list[Tenso
     """Pieces of unseen program text, int64 [1, tokens] each. Raises ValueError for more than there are."""
     if not 1 <= count <= len(UNSEEN):
         raise ValueError(f"there are 1 to {len(UNSEEN)} example prompts, got {count}")
+    if tokens < 1:
+        raise ValueError(f"prompts must have at least 1 token, got {tokens}")
     prompts = []
     for name in UNSEEN[:count]:
         spec = importlib.util.find_spec(name)
@@ -250,7 +252,11 @@ def example_prompts(model: LanguageModel, count: int, tokens: int) -> list[Tenso
 
 
 def encode(model: LanguageModel, text: str) -> Tensor:
-    """Token ids int64 [1, tokens] of a prompt. Raises ValueError for an empty one."""
+    """Token ids int64 [1, tokens] of a prompt. Raises ValueError for an empty one, or one that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the prompt {text!r} is not valid UTF-8") from None
     ids = model.tokenizer(text, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise ValueError(f"the prompt {text!r} is empty: at least one token is needed")

@@ -22,6 +22,7 @@ from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree
 from draftdiff.llm.verify import draw, reject
 
+_STEP = 256  # tokens that the text grows by at least
 # What generate hands over besides the cache that the loop makes itself or does without.
 _IGNORED = {
     "attention_mask",
@@ -59,10 +60,15 @@ def speculative(
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"speculative streams one row only, got a streamer and a batch of {len(input_ids)}")
     processors = usable(logits_processor, len(input_ids))
-    generation = _Generation(model, input_ids, processors, stopping_criteria, generation_config, drafter)
+    ids = input_ids.to(model.device)  # generate takes them from the CPU too
+    generation = _Generation(model, ids, processors, stopping_criteria, generation_config, drafter)
     generation.streamer = streamer
     with torch.no_grad():
-        return generation.run(model_kwargs)
+        result = generation.run(model_kwargs)
+    if isinstance(result, Tensor):
+        return result.to(input_ids.device)
+    result.sequences = result.sequences.to(input_ids.device)  # type: ignore[union-attr]
+    return result
 
 
 def _streamer(model: PreTrainedModel) -> Any:
@@ -133,8 +139,7 @@ class _Generation:
         )
         self.sampling = bool(config.do_sample)
         self.limit = criteria.max_length or config.max_length
-        self.buffer = torch.zeros((len(ids), self.limit), dtype=ids.dtype, device=ids.device)
-        self.buffer[:, : ids.shape[1]] = ids
+        self.buffer = ids.clone()
         self.lengths = [ids.shape[1]] * len(ids)
         self.done = [ids.shape[1] >= self.limit] * len(ids)
         self.streamer: Any = None
@@ -145,9 +150,9 @@ class _Generation:
     def run(self, kwargs: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
         start = time.perf_counter()
         report, drafter = self.report, self.drafter
-        prompt, mask = self.buffer[:, : self.lengths[0]], kwargs.get("attention_mask")
+        prompt, mask = self.buffer, kwargs.get("attention_mask")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        prompt = prompt.to(self.model.device)
+        mask = None if mask is None else mask.to(prompt.device)
         hidden = drafter.reads_hidden_states
         target = TreeDecoder(self.model, prompt, mask, cache, chunk=self.config.prefill_chunk_size, hidden=hidden)
         padding = [0] * len(prompt) if mask is None else (mask == 0).sum(-1).tolist()
@@ -210,6 +215,10 @@ class _Generation:
             else:
                 token = self._choose(row, tree, node, logits[node + 1 : node + 2])
             length = self.lengths[row]
+            if length == self.buffer.shape[1]:
+                # In steps, because max_new_tokens may be a mere upper limit.
+                room = min(max(length, _STEP), self.limit - length)
+                self.buffer = torch.nn.functional.pad(self.buffer, (0, room))
             self.buffer[row, length] = token
             self.lengths[row] = length + 1
             self.report.tokens += 1

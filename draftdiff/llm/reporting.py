@@ -47,7 +47,7 @@ class Report:
 
     @property
     def overhead(self) -> float:
-        """Seconds per round outside the target's forwards and the drafter."""
+        """Seconds per round for all but drafting and the target's forwards, whose masks count as theirs."""
         spent = self.seconds - self.prompt_seconds - self.draft_seconds - self.target_seconds
         return spent / max(self.target_forwards, 1)
 

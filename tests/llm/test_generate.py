@@ -142,6 +142,16 @@ def test_own_stopping_criteria_see_every_token(pair):
     assert torch.equal(plain, fast) and plain.shape[1] == 22
 
 
+def test_the_text_may_grow_far_below_its_limit(pair):
+    target, draft = pair
+    plain = target.generate(prompt(12), do_sample=False, max_new_tokens=600)
+    criteria = StoppingCriteriaList([EndsWith(plain[0, 590:592].tolist())])
+    plain, fast = both(
+        target, ModelDrafter(draft, SHAPES["best"]), prompt(12), max_new_tokens=10**12, stopping_criteria=criteria
+    )
+    assert torch.equal(plain, fast)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_no_token_too_many(pair, limit):
     target, draft = pair
