@@ -143,12 +143,16 @@ class TreeDecoder:
         self._windows = [layer for layer in layers if isinstance(layer, WindowLayer)]
         self.linear = any(_is_linear(layer) for layer in layers)
         name, config = type(self.model).__name__, self.model.config.get_text_config()
-        if config.model_type in _START_ANEW:
-            raise ValueError(
-                f"{name} cannot take drafts: its recurrent layers forget the past when tokens come at once"
-            )
-        kinds = getattr(config, "layer_types", None) or ()
-        if "conv" in kinds and not hasattr(self.cache, "activate_past_recording"):
+        self._kinds = set(getattr(config, "layer_types", None) or ())
+        self._window = getattr(config, "sliding_window", None)
+        self._no_branches = None
+        if self.linear:
+            self._no_branches = f"{name} has linear-attention layers: draft chains, one row at a time"
+        elif config.model_type in _BY_PLACE or getattr(config, "alibi", False):
+            self._no_branches = f"{name} attends by place, not by position: draft chains, one row at a time, unpadded"
+        elif "chunked_attention" in self._kinds:
+            self._no_branches = f"{name} has chunked attention: draft chains, one row at a time, unpadded"
+        if "conv" in self._kinds and not hasattr(self.cache, "activate_past_recording"):
             # Their layers start anew whenever several tokens come at once.
             raise ValueError(f"{name} takes drafts from transformers 5.15 on")
         self._save()
@@ -221,13 +225,8 @@ class TreeDecoder:
     def _mask(self, before: int, places: list[list[int]]) -> Any:
         if self._is_plain_chain():
             return None
-        name, config = type(self.model).__name__, self.model.config.get_text_config()
-        if self.linear:
-            raise ValueError(f"{name} has linear-attention layers: draft chains, one row at a time")
-        if config.model_type in _BY_PLACE or getattr(config, "alibi", False):
-            raise ValueError(f"{name} attends by place, not by position: draft chains, one row at a time, unpadded")
-        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-            raise ValueError(f"{name} has chunked attention: draft chains, one row at a time, unpadded")
+        if self._no_branches:
+            raise ValueError(self._no_branches)
         implementation = self.model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(f"trees and batches need attention 'sdpa' or 'eager', got {implementation!r}")
@@ -240,9 +239,9 @@ class TreeDecoder:
             return self._fitted(full, self._physical(windowed=False), implementation)
         slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)
         keys = np.concatenate([self.positions, slots], axis=1)
-        near = np.array(places)[:, :, None] - keys[:, None, :] < config.sliding_window
+        near = np.array(places)[:, :, None] - keys[:, None, :] < self._window
         sliding = self._fitted(full & near, self._physical(windowed=True), implementation)
-        if len(set(getattr(config, "layer_types", None) or [])) < 2:
+        if len(self._kinds) < 2:
             return sliding
         return {
             "full_attention": self._fitted(full, self._physical(windowed=False), implementation),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from draftdiff.llm.decoder import TreeDecoder
@@ -130,15 +131,13 @@ class _Generation:
         config: GenerationConfig,
         drafter: Drafter,
     ) -> None:
-        self.model, self.processors, self.criteria, self.config, self.drafter = (
-            model,
-            processors,
-            criteria,
-            config,
-            drafter,
-        )
+        self.model, self.processors, self.config, self.drafter = model, processors, config, drafter
         self.sampling = bool(config.do_sample)
         self.limit = criteria.max_length or config.max_length
+        # The two that nearly every generation has need no tensors.
+        self.ends = {int(end) for one in criteria if type(one) is EosTokenCriteria for end in one.eos_token_id}
+        plain = (EosTokenCriteria, MaxLengthCriteria)
+        self.criteria = StoppingCriteriaList([one for one in criteria if type(one) not in plain])
         self.buffer = ids.clone()
         self.lengths = [ids.shape[1]] * len(ids)
         self.done = [ids.shape[1] >= self.limit] * len(ids)
@@ -225,7 +224,7 @@ class _Generation:
             if self.streamer is not None:
                 self.streamer.put(self.buffer[row, length : length + 1].cpu())
             node = tree.child(node, token)
-            if bool(self.criteria(self.buffer[row : row + 1, : length + 1], self.scores or None)):
+            if self._is_done(row, token):
                 self.done[row] = True
                 break
             if node is not None:
@@ -235,6 +234,13 @@ class _Generation:
         else:  # the last token of all was drafted too, but is on no path: nothing was to follow it
             self.report.count(len(path) + 1, len(path) + 1)
         return path
+
+    def _is_done(self, row: int, token: int) -> bool:
+        """Whether the row ends with this token, its last."""
+        length = self.lengths[row]
+        if length >= self.limit or token in self.ends:
+            return True
+        return bool(self.criteria and self.criteria(self.buffer[row : row + 1, :length], self.scores or None))
 
     def _choose(self, row: int, tree: Tree, node: int, logits: Tensor) -> int:
         scores = logits.to(torch.float32, copy=True)

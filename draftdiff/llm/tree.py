@@ -77,6 +77,11 @@ def ancestors(parents: list[int], before: np.ndarray) -> np.ndarray:
     known = len(before)
     seen = np.zeros((len(parents), len(parents)), dtype=bool)
     seen[:known, :known] = before
+    new = parents[known:]
+    if known and all(ROOT < parent < known for parent in new):  # a level below what was there
+        seen[known:, :known] = before[new]
+        np.fill_diagonal(seen[known:, known:], True)
+        return seen
     for node in range(known, len(parents)):
         if parents[node] != ROOT:
             seen[node] = seen[parents[node]]
