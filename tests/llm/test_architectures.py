@@ -1,0 +1,149 @@
+"""The loop on every kind of model: windows, soft caps, linear attention, shared keys, places instead of positions."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+)
+
+from draftdiff.llm import Chain, ModelDrafter, report, speculative
+from tests.llm.generation import SHAPES, both, family, relative
+from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_families_decode_as_without_drafts(name, shape):
+    target = family(name)
+    drafter = ModelDrafter(relative(target), SHAPES[shape])
+    plain, fast = both(target, drafter, prompt(30), max_new_tokens=40)  # well past a window of 16
+    assert torch.equal(plain, fast)
+    assert report(drafter).tokens_per_forward > 1.2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompt_of_one_token_is_a_prompt(name, rows):
+    target = family(name)
+    ids = prompt(1, batch=rows)
+    drafter = ModelDrafter(relative(target), SHAPES["best"])
+    plain, fast = both(target, drafter, ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)
+    assert torch.equal(plain, fast)
+
+
+def test_eager_attention_takes_trees_too(pair):
+    target = family("llama", attention="eager")
+    plain, fast = both(target, ModelDrafter(pair[1], SHAPES["best"]), prompt(12))
+    assert torch.equal(plain, fast)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
+def test_models_with_linear_attention_take_chains(kind):
+    if kind == "lfm2" and not hasattr(DynamicCache, "activate_past_recording"):
+        with pytest.raises(ValueError, match="takes drafts from transformers 5"):
+            both(tiny_hybrid(kind), ModelDrafter(tiny_model()), prompt(6))
+        return
+    target = tiny_hybrid(kind)
+    draft = tiny_hybrid(kind)
+    for weight in draft.parameters():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for small in (draft, tiny_model()):
+        drafter = ModelDrafter(small, Chain(3))
+        plain, fast = both(target, drafter, prompt(12))
+        assert torch.equal(plain, fast)
+    for shape, rows in (("best", 1), ("chain", 2)):
+        with pytest.raises(ValueError, match="has linear-attention layers: draft chains, one row at a time"):
+            both(target, ModelDrafter(tiny_model(), SHAPES[shape]), prompt(12, batch=rows))
+
+
+def other_kind(kind, **sizes):
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=None, **sizes
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+LAYERS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "what"),
+    [
+        ("gpt_neo", GPT_NEO, "attends by place"),
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "attends by place"),
+        (
+            "llama4_text",
+            LAYERS
+            | {
+                "head_dim": 16,
+                "attention_chunk_size": 8,
+                "num_local_experts": 2,
+                "intermediate_size_mlp": 64,
+                "no_rope_layers": [1, 1, 1, 0],
+            },
+            "has chunked attention",
+        ),
+    ],
+)
+def test_models_that_do_not_go_by_position_take_chains(kind, sizes, what):
+    target = other_kind(kind, **sizes)
+    plain, fast = both(target, ModelDrafter(target, Chain(3)), prompt(20))
+    assert torch.equal(plain, fast)
+    for shape, rows in (("best", 1), ("chain", 2)):
+        with pytest.raises(ValueError, match=f"{what}.*: draft chains, one row at a time, unpadded"):
+            both(target, ModelDrafter(tiny_model(), SHAPES[shape]), prompt(12, batch=rows))
+
+
+@pytest.mark.skipif(
+    not hasattr(DynamicCache, "activate_past_recording"), reason="older hosts fetch a kernel to make the model"
+)
+def test_models_that_forget_when_tokens_come_at_once_are_refused():
+    mamba = {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8}
+    target = other_kind("jamba", **LAYERS, **mamba, use_mamba_kernels=False)
+    with pytest.raises(ValueError, match="JambaForCausalLM cannot take drafts"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))
+
+
+def test_models_that_keep_no_past_in_the_cache_are_refused():
+    target = other_kind("openai-gpt", n_embd=64, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="does not keep its past in a cache"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))
+
+
+def test_layers_may_use_the_keys_of_others():
+    sizes = {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "tie_word_embeddings": False,
+    }
+    target = other_kind("gemma3n_text", **LAYERS, **sizes)
+    ids = prompt(20, batch=2)
+    for given in ({"inputs": ids[:1]}, {"inputs": ids, "attention_mask": torch.ones_like(ids)}):
+        plain = target.generate(**given, do_sample=False, max_new_tokens=24)
+        assert len(plain[0, 20:].unique()) > 8
+        for shape in SHAPES.values():
+            options = {"do_sample": False, "max_new_tokens": 24, "custom_generate": speculative}
+            fast = target.generate(**given, **options, drafter=ModelDrafter(target, shape))
+            assert torch.equal(plain, fast)
