@@ -80,6 +80,21 @@ LAYERS = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+GPT_NEO = {
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 8,
+}
+LAYERS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.mark.parametrize(
