@@ -29,18 +29,25 @@ def add_commands(commands: Any) -> None:
     parts = llm.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     generate = parts.add_parser("generate", help="continue one prompt")
-    generate.add_argument("--prompt", help='for example "def "')
+    generate.add_argument("--prompt", metavar="TEXT", help='for example "def "')
     generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file instead")
-    generate.add_argument("--method", default="chain", help=f"{_METHODS} (default: chain)")
+    generate.add_argument("--method", default="chain", metavar="NAME", help=f"{_METHODS} (default: chain)")
     _add_common(generate, tokens=128)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     generate.set_defaults(func=_generate)
 
     compare = parts.add_parser("compare", help="measure every method beside plain decoding")
-    compare.add_argument("--prompt", dest="prompts", action="append", default=[], help="repeat for several")
+    compare.add_argument(
+        "--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="repeat for several"
+    )
     compare.add_argument("--prompt-file", dest="prompt_files", type=Path, action="append", default=[], metavar="FILE")
     compare.add_argument(
-        "--method", dest="methods", action="append", default=[], help=f"repeat for several: {_METHODS} (default: all)"
+        "--method",
+        dest="methods",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"repeat for several: {_METHODS} (default: all)",
     )
     compare.add_argument("--examples", type=int, default=4, help="prompts where none is given, up to 8 (default: 4)")
     compare.add_argument("--prompt-tokens", type=int, default=384, help="length of those (default: 384)")
