@@ -83,7 +83,7 @@ def _texts(comparison: LlmComparison, index: int) -> str:
     plain = comparison.texts["plain"][index]
     same = [name for name, texts in comparison.texts.items() if texts[index] == plain and name != "plain"]
     others = [name for name, texts in comparison.texts.items() if texts[index] != plain]
-    blocks = [_block(f"plain, and word for word {len(same)} methods" if same else "plain", plain)]
+    blocks = [_block(f"plain, and {len(same)} methods word for word" if same else "plain", plain)]
     blocks += [_block(name, comparison.texts[name][index]) for name in others]
     return f"<h3>Prompt {index + 1}, {comparison.prompts[index].shape[1]} tokens</h3>{''.join(blocks)}"
 
