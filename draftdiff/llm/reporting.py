@@ -14,7 +14,8 @@ class Report:
 
     rounds: rounds of each row, added.  tokens: emitted.  drafted: nodes proposed.  tried, accepted: how often a node at
     depth 1, 2, ... was there to be accepted, and how often one was.  seconds: of the whole call, its drafting and its
-    target forwards; prompt: those of the prompt in both models, part of the whole.
+    target forwards; prompt: those of the prompt in both models, part of the whole. A GPU's work counts where
+    its result is waited for.
     """
 
     rounds: int = 0
