@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -35,6 +37,14 @@ def write_result(path: Path, payload: dict[str, Any]) -> None:
     text = json.dumps(payload, indent=1, allow_nan=False)
     with replacing(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
+
+
+def draw_beside(path: Path, payload: dict[str, Any], plotter: str) -> None:
+    """The plot of a result beside its file, by `plot` of the module `plotter`; a line instead without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{Path(sys.argv[0]).name}: no plot without matplotlib: pip install 'draftdiff[plots]'", file=sys.stderr)
+        return
+    importlib.import_module(plotter).plot(payload, path.with_suffix(".png"))
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:

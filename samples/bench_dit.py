@@ -30,7 +30,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_common import RESULTS, device_slug, peak_memory, reset_peak_memory, timed, versions, write_result
+from bench_common import (
+    RESULTS,
+    device_slug,
+    draw_beside,
+    peak_memory,
+    reset_peak_memory,
+    timed,
+    versions,
+    write_result,
+)
 from bench_dit_rows import DENSE, HOOKED, RUN_STEPS, Sample, Samples, row, table
 from bench_models import MODELS, BenchModel, Size, build, make_inputs, twin
 
@@ -374,21 +383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: interrupted; {len(payload['models'])} models are in {path}", file=sys.stderr)
         return 130
     print(json.dumps(payload, indent=1) if options.json else table(payload))
-    draw(payload, path.with_suffix(".png"))
+    draw_beside(path, payload, "bench_dit_plot")
     for failure in bench.failures:
         print(f"{parser.prog}: failed: {failure}", file=sys.stderr)
     return 1 if bench.failures else 0
-
-
-def draw(payload: dict[str, Any], path: Path) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print("bench_dit.py: no plot without matplotlib: pip install 'draftdiff[plots]'", file=sys.stderr)
-        return
-    from bench_dit_plot import plot
-
-    plot(payload, path)
 
 
 if __name__ == "__main__":

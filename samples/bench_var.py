@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_common import RESULTS, device_slug, median_and_spread, timed, versions, write_result
+from bench_common import RESULTS, device_slug, draw_beside, median_and_spread, timed, versions, write_result
 from bench_var_models import MODELS, BenchModel, build, subjects
 
 from draftdiff.compare.html import Column, text_table, with_spread
@@ -321,21 +321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: interrupted; {len(payload['results'])} results are in {path}", file=sys.stderr)
         return 130
     print(json.dumps(payload, indent=1) if options.json else table(payload))
-    draw(payload, path.with_suffix(".png"))
+    draw_beside(path, payload, "bench_var_plot")
     for failure in bench.failures:
         print(f"{parser.prog}: failed: {failure}", file=sys.stderr)
     return 1 if bench.failures else 0
-
-
-def draw(payload: dict[str, Any], path: Path) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print("bench_var.py: no plot without matplotlib: pip install 'draftdiff[plots]'", file=sys.stderr)
-        return
-    from bench_var_plot import plot
-
-    plot(payload, path)
 
 
 if __name__ == "__main__":

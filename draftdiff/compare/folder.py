@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from draftdiff.media import check_writable
 
@@ -43,3 +44,16 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         finally:
             if old.exists() and not folder.exists():
                 old.rename(folder)
+
+
+@contextmanager
+def results_folder(folder: Path, made_by: str, results: dict[str, Any]) -> Iterator[Path]:
+    """The folder that takes the place of `folder`, with results.json in it; values that JSON lacks become text.
+
+    Raises ValueError as `check_folder` does, and for NaN or inf.
+    """
+    check_folder(folder, made_by)
+    text = json.dumps(results, indent=1, allow_nan=False, default=str)
+    with replacing_folder(folder) as partial:
+        (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+        yield partial

@@ -7,7 +7,6 @@ untimed runs before the rounds; every timed run is checked against those picture
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from draftdiff.compare.folder import check_folder, replacing_folder
+from draftdiff.compare.folder import results_folder
 from draftdiff.compare.html import spread, text_table
 from draftdiff.compare.image_page import COLUMNS, write_page, write_sheet
 from draftdiff.compare.metrics import Unavailable, lpips, psnr, ssim
@@ -129,10 +128,7 @@ class ImageComparison:
     def write(self, folder: Path | str) -> Path:
         """Write results.json, contact-sheet.png and report.html. Raises ValueError as `check_folder` does."""
         folder = Path(folder)
-        check_folder(folder, MADE_BY)
-        with replacing_folder(folder) as partial:
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-            (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+        with results_folder(folder, MADE_BY, self.to_dict()) as partial:
             write_sheet(self, partial / "contact-sheet.png")
             write_page(self, partial / "report.html")
         return folder

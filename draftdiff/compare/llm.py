@@ -7,7 +7,6 @@ against it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from draftdiff.compare.folder import check_folder, replacing_folder
+from draftdiff.compare.folder import results_folder
 from draftdiff.compare.html import spread, text_table
 from draftdiff.compare.llm_page import COLUMNS, write_page
 from draftdiff.llm_model import METHODS, LanguageModel, Run, check_method
@@ -126,10 +125,7 @@ class LlmComparison:
     def write(self, folder: Path | str) -> Path:
         """Write results.json and report.html. Raises ValueError as `check_folder` does."""
         folder = Path(folder)
-        check_folder(folder, MADE_BY)
-        with replacing_folder(folder) as partial:
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-            (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+        with results_folder(folder, MADE_BY, self.to_dict()) as partial:
             write_page(self, partial / "report.html")
         return folder
 

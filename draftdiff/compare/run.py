@@ -8,7 +8,6 @@ one more run per round with clocks around its attention, and bounds what sparse 
 from __future__ import annotations
 
 import inspect
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from draftdiff.compare.folder import check_folder, replacing_folder
+from draftdiff.compare.folder import results_folder
 from draftdiff.compare.html import spread, text_table
 from draftdiff.compare.metrics import Quality, quality
 from draftdiff.compare.page import COLUMNS, SIDE_BY_SIDE, file_name, write_page, write_videos
@@ -201,10 +200,7 @@ class Comparison:
     def write(self, folder: Path | str) -> Path:
         """Write results.json, the videos and report.html. Raises ValueError as `check_folder` does."""
         folder = Path(folder)
-        check_folder(folder, MADE_BY)
-        with replacing_folder(folder) as partial:
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False, default=str)
-            (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+        with results_folder(folder, MADE_BY, self.to_dict()) as partial:
             write_videos(self, partial / "videos")
             write_page(self, partial / "videos", partial / "report.html")
         return folder

@@ -72,14 +72,6 @@ def other_kind(kind, **sizes):
     return model
 
 
-LAYERS = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 GPT_NEO = {
     "hidden_size": 64,
     "num_layers": 2,

@@ -50,5 +50,5 @@ def test_the_drafts_lookahead_keeps_more_of_what_will_be_read_than_the_window_al
         paid = future_attention(target, ids, 32)[1]
         for config, masses in ((ahead, ours), (window_only, theirs)):
             masses.append(kept_mass(paid, speckv(target, draft, ids, config, return_indices=True)[1].indices))
-    assert statistics.mean(ours) > statistics.mean(theirs)
-    assert sum(a > b for a, b in zip(ours, theirs)) >= 5
+    assert statistics.mean(ours) > statistics.mean(theirs) + 0.01
+    assert sum(a > b for a, b in zip(ours, theirs)) >= 6

@@ -213,15 +213,6 @@ def test_an_unsure_draft_stops_early(pair):
     assert share[1] > share[0]
 
 
-GPT_NEO = {
-    "hidden_size": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "attention_types": [[["global", "local"], 1]],
-    "window_size": 8,
-}
-
-
 class HiddenReader:
     """Proposes nothing; keeps what it is shown."""
 
