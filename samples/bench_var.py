@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_common import RESULTS, device_slug, draw_beside, median_and_spread, timed, versions, write_result
 from bench_var_models import MODELS, BenchModel, build, subjects
 
-from draftdiff.compare.html import Column, text_table, with_spread
+from draftdiff.compare.html import Column, megabytes, text_table, with_spread
 from draftdiff.core.budget import check_cache_budget
 from draftdiff.devices import DTYPES, device_name
 from draftdiff.image import PLAIN, ImageModel, Setting, settings_of
@@ -47,17 +47,13 @@ EXAMPLES = """examples:
 NO_MEMORY = "not enough memory on this device"
 
 
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
-
-
 COLUMNS: tuple[Column, ...] = (
     ("setting", "setting", str, ""),
     ("per image", "seconds_per_image", with_spread(" s", 3), ""),
     ("speed-up", "speedup", with_spread("x", 2), ""),
     ("predicted", "predicted_speedup", "{:.2f}x".format, ""),
-    ("memory", "memory_total", _megabytes, ""),
-    ("cache", "cache", _megabytes, ""),
+    ("memory", "memory_total", megabytes, ""),
+    ("cache", "cache", megabytes, ""),
     ("of plain", "cache_share", "{:.1%}".format, ""),
     ("", "skipped", str, ""),
 )

@@ -16,6 +16,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
+def megabytes(value: float) -> str:
+    """Bytes as people read them."""
+    return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
+
+
 def with_spread(unit: str, digits: int) -> Callable[[dict[str, float]], str]:
     """Writes a median with its least and most."""
 

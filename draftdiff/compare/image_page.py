@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from draftdiff.compare.charts import bars, scatter
-from draftdiff.compare.html import Column, document, facts_list, figure, html_table, with_spread
+from draftdiff.compare.html import Column, document, facts_list, figure, html_table, megabytes, with_spread
 from draftdiff.compare.page import contact_sheet, side_by_side
 from draftdiff.media import replacing
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 SHEET_ROWS, PAGE_ROWS = 8, 4  # pictures per setting that are shown
 LARGEST = 512  # pixels a side of a picture in the page
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -37,8 +33,8 @@ COLUMNS: tuple[Column, ...] = (
         "{:.2f}x".format,
         "plain operations over these: the speed-up if all operations took the same time",
     ),
-    ("memory", "memory", _megabytes, "most memory of a call above what was in use before it: its weights are left out"),
-    ("cache", "cache", _megabytes, "most bytes of keys and values held between two scales, measured"),
+    ("memory", "memory", megabytes, "most memory of a call above what was in use before it: its weights are left out"),
+    ("cache", "cache", megabytes, "most bytes of keys and values held between two scales, measured"),
     ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
     ("PSNR", "psnr", "{:.1f} dB".format, "against the plain picture of the same seed, RGB, mean; 100 is identical"),
     ("SSIM", "ssim", "{:.3f}".format, "structural similarity to the plain picture, RGB; 1 is identical"),

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftdiff.compare.charts import bars
-from draftdiff.compare.html import Column, document, facts_list, html_table, with_spread
+from draftdiff.compare.html import Column, document, facts_list, html_table, megabytes, with_spread
 
 if TYPE_CHECKING:
     from draftdiff.compare.llm import LlmComparison
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -30,7 +26,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     ("speed-up", "speedup", with_spread("x", 2), "plain time over this time in the same round: median (least-most)"),
     ("ms/token", "milliseconds", with_spread("", 2), "time of whole calls, prompt included: median (least-most)"),
-    ("cache", "cache", _bytes, "the target's keys and values at the end of a call"),
+    ("cache", "cache", megabytes, "the target's keys and values at the end of a call"),
     ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
     ("same text", "same_text", "{:.0%}".format, "share of plain's text before the first token that differs"),
     (

@@ -20,7 +20,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from recipe import write_json
 
 from draftdiff.compare.html import spread
 from draftdiff.devices import device_name
@@ -35,6 +34,7 @@ from draftdiff.llm import (
     speculative,
 )
 from draftdiff.llm_model import example_prompts, load
+from samples.bench_common import write_result
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nodes = "" if row["nodes"] is None else f"{row['nodes']:.0f}"
         print(f"{row['what']:<40}{nodes:>8}{text:>26}{row['bar']:>6g}")
     if options.json:
-        write_json(options.json, {"rows": rows, "device": device_name(model.device)})
+        write_result(options.json, {"rows": rows, "device": device_name(model.device)})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from recipe import write_json
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
@@ -29,6 +28,7 @@ from draftdiff.devices import device_name
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm_model import example_prompts, generate_options, load
 from draftdiff.media import replacing
+from samples.bench_common import write_result
 
 METHODS = ("chain", "adaptive", "tree", "trimmed", "ngram")
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {
             name: getattr(options, name) for name in ("prompts", "prompt_tokens", "tokens", "repeat", "threads")
         }
-        write_json(options.json, {"rows": rows, "settings": settings, "device": device_name(model.device)})
+        write_result(options.json, {"rows": rows, "settings": settings, "device": device_name(model.device)})
     if options.plot:
         draw(rows, options.plot)
 

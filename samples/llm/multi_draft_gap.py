@@ -19,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from recipe import write_json
 from stdlib_corpus import PYTHON
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from draftdiff.llm import acceptance_upper_bound, expected_acceptance
 from draftdiff.llm.verify import VERIFIERS
 from draftdiff.llm_model import UNSEEN, LanguageModel, example_prompts, load
 from draftdiff.media import replacing
+from samples.bench_common import write_result
 
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3)
 DRAFTS = (1, 2, 3, 4, 6)
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{one['sampler']:<22}{one['temperature']:>12g}{one['drafts']:>8}{figures}")
     if options.json:
         settings = {"model": model.name, "places": len(places), "device": device_name(model.device), "python": PYTHON}
-        write_json(options.json, {"rows": rows, "settings": settings})
+        write_result(options.json, {"rows": rows, "settings": settings})
     if options.plot:
         draw(rows, options.plot, options.temperature, options.n)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import asdict
@@ -24,8 +23,9 @@ from draftdiff.llm import (
     generate_distillation_set,
     packed_text,
 )
-from draftdiff.media import new_folder, replacing
+from draftdiff.media import new_folder
 from draftdiff.pipelines.mini_llm import load_mini_llm
+from samples.bench_common import write_result
 
 WINDOW = 256
 
@@ -148,9 +148,4 @@ class Recipe:
                 "device": device_name(self.target.device),
                 "python": PYTHON,
             }
-            write_json(self.options.json, result)
-
-
-def write_json(file: Path, result: dict[str, Any]) -> None:
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_result(self.options.json, result)

@@ -18,7 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from recipe import write_json
 from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from draftdiff.llm.train.data import left_padded
 from draftdiff.llm.train.trim import count_tokens
 from draftdiff.media import replacing
 from draftdiff.pipelines.mini_llm import load_mini_llm, mini_llm_defaults
+from samples.bench_common import write_result
 
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         settings = {"chain": length, "prompts": options.prompts, "new_tokens": options.new_tokens}
         device = device_name(target.device)
-        write_json(options.json, {"rows": rows, "settings": settings, "device": device, "python": PYTHON})
+        write_result(options.json, {"rows": rows, "settings": settings, "device": device, "python": PYTHON})
     if options.plot:
         draw(rows, options.plot)
 
