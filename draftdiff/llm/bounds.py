@@ -16,10 +16,10 @@ from torch import Tensor
 from draftdiff.llm.verify import SAMPLERS, check_verifier, k_seq_rate
 
 _HEAVIEST = 4  # per draft: tokens that are convolved one by one, see `_Races`
-_TERMS = 6  # and n more of the exponential's series for light tokens
-_LIGHT = 0.3  # the largest exponent that the series is used for
+_TERMS = 8  # and n more of the exponential's series for light tokens
+_LIGHT = 0.5  # the largest exponent that the series is used for
 _STEP = 0.5  # of the sum over log time
-_GRID, _TOLERANCE = 24, 1e-7  # of the search for the best prefix
+_GRID, _TOLERANCE = 12, 1e-7  # of the search for the best prefix
 _POINTS = 2**16  # of the quasi-random estimate
 
 
@@ -215,16 +215,16 @@ class _Races:
         """Tokens whose odds must be summed one by one; sums of powers 1 to n - 1 of the odds of lighter ones."""
         latest = float(t.max())
         if latest > self._latest:
-            self._latest = latest
-            self._middle = torch.nonzero(self._rest * latest > _LIGHT).flatten()
+            self._latest = 2 * latest  # later prefixes are longer and wait for longer: once is enough for most
+            self._middle = torch.nonzero(self._rest * self._latest > _LIGHT).flatten()
             q = self._rest.index_fill(0, self._middle, 0)
             powers = [q]
             while len(powers) < (_TERMS + self.n if self.n > 1 else 0):
                 powers.append(powers[-1] * q)
-            self._powers = [F.pad(power.cumsum(0), (1, 0)) for power in powers]
+            self._powers = [power.cumsum(0) for power in powers]
         sums = [torch.zeros_like(t) for _ in range(self.n - 1)]
         for degree, power in enumerate(self._powers, start=1):
-            moments = power[ends][:, None] * t**degree
+            moments = power[ends - 1][:, None] * t**degree
             for k in range(min(degree, self.n - 1)):
                 sums[k] = sums[k] + _series(degree, k + 1) * moments
         return self._middle, sums

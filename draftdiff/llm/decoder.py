@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from draftdiff.llm.kept_cache import KeptLayer
-from draftdiff.llm.tree import ROOT, ancestors
+from draftdiff.llm.tree import ROOT, ancestors, as_mask
 
 # Models whose attention tells distances by the place in the cache, not by position ids: branches confuse them.
 _BY_PLACE = {"bloom", "gpt_neo", "mpt"}
@@ -106,7 +106,7 @@ class TreeDecoder:
 
     def _reset_pending(self) -> None:
         self._parents: list[list[int]] = [[] for _ in range(self.rows)]
-        self._seen = [np.zeros((0, 0), dtype=bool) for _ in range(self.rows)]
+        self._seen: list[list[int]] = [[] for _ in range(self.rows)]
         self._depths: list[list[int]] = [[] for _ in range(self.rows)]
 
     def _check_cache(self, batch: int, tokens: int) -> None:
@@ -212,9 +212,8 @@ class TreeDecoder:
             self._seen[row] = ancestors(self._parents[row], self._seen[row])
         if self.linear:
             self._fed += tokens[0]
-        device = self._device
-        fed = torch.tensor(ids, dtype=torch.int64, device=device)
-        return self._forward(fed, self._mask(before, places), torch.tensor(places, device=device))
+        fed, positions = torch.tensor([ids, places], dtype=torch.int64, device=self._device)
+        return self._forward(fed, self._mask(before, places), positions)
 
     def _is_plain_chain(self) -> bool:
         """Whether the host's own causal mask is the right one."""
@@ -230,11 +229,11 @@ class TreeDecoder:
         implementation = self.model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(f"trees and batches need attention 'sdpa' or 'eager', got {implementation!r}")
-        pending = self._seen[0].shape[1]
+        pending = len(self._seen[0])
         full = np.empty((self.rows, len(places[0]), self.valid.shape[1] + pending), dtype=bool)
         full[:, :, :-pending] = self.valid[:, None]
         for row, seen in enumerate(self._seen):
-            full[row, :, -pending:] = seen[before:]
+            full[row, :, -pending:] = as_mask(seen[before:], pending)
         if not self._windows:
             return self._fitted(full, self._physical(windowed=False), implementation)
         slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,21 +70,20 @@ class Tree:
         return depths
 
 
-def ancestors(parents: list[int], before: np.ndarray) -> np.ndarray:
-    """Which nodes each node sees: itself and its ancestors, bool [nodes, nodes].
+def ancestors(parents: Sequence[int], before: Sequence[int] = ()) -> list[int]:
+    """Which nodes each node sees, itself and its ancestors, as the bits of an integer.
 
-    parents: of all nodes, ROOT or an index.  before: the same for the first nodes, [n, n], extended here.
+    parents: of all nodes, ROOT or an index.  before: the same for the first nodes.
     """
-    known = len(before)
-    seen = np.zeros((len(parents), len(parents)), dtype=bool)
-    seen[:known, :known] = before
-    new = parents[known:]
-    if known and all(ROOT < parent < known for parent in new):  # a level below what was there
-        seen[known:, :known] = before[new]
-        np.fill_diagonal(seen[known:, known:], True)
-        return seen
-    for node in range(known, len(parents)):
-        if parents[node] != ROOT:
-            seen[node] = seen[parents[node]]
-        seen[node, node] = True
+    seen = list(before)
+    for node in range(len(seen), len(parents)):
+        parent = parents[node]
+        seen.append(1 << node | (0 if parent == ROOT else seen[parent]))
     return seen
+
+
+def as_mask(seen: Sequence[int], width: int) -> np.ndarray:
+    """The lowest bits of each integer, bool [integers, width]."""
+    size = (width + 7) // 8
+    packed = np.frombuffer(b"".join(bits.to_bytes(size, "little") for bits in seen), np.uint8).reshape(len(seen), size)
+    return np.unpackbits(packed, axis=1, count=width, bitorder="little").view(bool)
