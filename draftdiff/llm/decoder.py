@@ -1,7 +1,7 @@
 """A causal model with its cache that is fed trees of tokens and then rolled back to the path that was accepted.
 
 Used for the target, which sees a whole tree at once, and for drafts, which grow one level by level. Rows of a batch
-keep paths of different lengths: shorter ones leave masked slots, so nothing of the past is ever moved.
+keep paths of different lengths: shorter ones leave masked slots, which are closed once they are a fifth of the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from draftdiff.core.importance import gather_kv
 from draftdiff.llm.kept_cache import KeptLayer
 from draftdiff.llm.tree import ROOT, ancestors, as_mask
 
@@ -289,6 +290,37 @@ class TreeDecoder:
         self.positions = np.concatenate([self.positions, places], axis=1)
         self.next = [start + len(path) for start, path in zip(self.next, paths)]
         self._reset_pending()
+        if self.rows > 1:
+            self._close_gaps()
+
+    def _close_gaps(self) -> None:
+        """Bring the rows of a batch to the right once there are many more slots than the longest row needs, or a window
+        holds far more than it sees. Not in an evicted cache, whose layers hold fewer slots than the rows have tokens.
+        """
+        slots, needed = self.valid.shape[1], int(self.valid.sum(1).max())
+        layers = [layer for layer in self.cache.layers if layer.is_initialized and layer.keys is not None]
+        whole = {layer.keys.shape[-2] for layer in layers if not isinstance(layer, WindowLayer)} <= {slots}
+        wide = any(window.physical_length > 2 * window.window for window in self._windows)
+        if not whole or not (wide or slots > 1.25 * needed + 16):
+            return
+        for layer in layers:
+            # What a window still holds of a row begins with a whole window, or with the row.
+            valid = self.valid[:, -layer.keys.shape[-2] :]
+            length = needed
+            if isinstance(layer, WindowLayer):
+                length = min(needed, layer.window - 1)
+                layer.dropped = needed - length
+            index = torch.from_numpy(_to_the_right(valid, length))[:, None].to(layer.keys.device)
+            index = index.expand(-1, layer.keys.shape[1], -1)
+            layer.keys, layer.values = gather_kv(layer.keys, layer.values, index)
+        order = _to_the_right(self.valid, needed)
+        self.valid = np.take_along_axis(self.valid, order, axis=1)
+        self.positions = np.take_along_axis(self.positions, order, axis=1)
+
+
+def _to_the_right(valid: np.ndarray, length: int) -> np.ndarray:
+    """For each row its last `length` slots when those that are not valid go to the left, int64 [rows, length]."""
+    return np.argsort(valid, axis=1, kind="stable")[:, -length:]
 
 
 def _move(layer: DynamicLayer, index: Tensor, pending: int) -> None:

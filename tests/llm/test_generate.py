@@ -30,6 +30,26 @@ def test_rows_of_a_padded_batch_advance_on_their_own(name):
     assert done.rounds < done.tokens and done.target_forwards < done.rounds
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral sliding", "gemma3_text"])
+def test_the_cache_of_a_batch_stays_about_as_long_as_its_longest_row(name):
+    class Watching(ModelDrafter):
+        def propose(self, context):
+            layers = context.target.cache.layers
+            longest = max(ids.shape[1] - padding for ids, padding in zip(context.ids, context.padding)) - 1
+            for layer in layers:
+                most = 2 * layer.window if hasattr(layer, "window") else 1.25 * longest + 16
+                assert layer.keys.shape[-2] <= most
+            return super().propose(context)
+
+    target = family(name)
+    ids = prompt(20, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :15] = 0
+    drafter = Watching(relative(target), SHAPES["chain"])
+    plain, fast = both(target, drafter, ids * mask, attention_mask=mask, max_new_tokens=120)
+    assert torch.equal(plain, fast)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decoding_ends_at_the_end_token_in_the_middle_of_a_tree(pair, shape):
     target, draft = pair
