@@ -12,6 +12,8 @@ TOLERANCE = 0.1  # of the parameters asked for
 STEP = 64  # of widths, or the size of a head if that is less
 MLP_STRETCH = (0.75, 1.25)  # of the target's ratio between the widths of its MLP and its layers
 
+_MLP = ("intermediate_size", "n_inner")  # names of the width of an MLP; GPT-2 and its kin leave it at four times all
+
 
 def draft_config(target_config: PretrainedConfig, params: float = 50e6) -> PretrainedConfig:
     """A config for a draft of about `params` parameters, embeddings included, for `AutoModelForCausalLM.from_config`.
@@ -24,9 +26,11 @@ def draft_config(target_config: PretrainedConfig, params: float = 50e6) -> Pretr
     Raises ValueError if the family's config has no widths to set, or if no draft comes within a tenth of `params`.
     """
     target = target_config.get_text_config()
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(getattr(target, name, None), int):
             raise ValueError(f"target_config must have a whole number {name}; {target.model_type} has none")
+    if not any(hasattr(target, name) for name in _MLP):
+        raise ValueError(f"target_config must have {' or '.join(_MLP)}; {target.model_type} has neither")
     least, most = count_parameters(_scaled(target, 1, _step(target), MLP_STRETCH[0])), count_parameters(target)
     if (1 - TOLERANCE) * params <= most and least <= (1 + TOLERANCE) * params:
         narrow = max(target.hidden_size // 4, min(target.hidden_size, 4 * _head_size(target)))
@@ -68,6 +72,8 @@ def _fitted(target: PretrainedConfig, layers: int, cap: int, params: float) -> P
 
 def _scaled(target: PretrainedConfig, layers: int, width: int, mlp_stretch: float = 1.0) -> PretrainedConfig:
     fields: dict[str, Any] = target.to_dict()
+    mlp = next(name for name in _MLP if hasattr(target, name))
+    mlp_width = getattr(target, mlp) or 4 * target.hidden_size
     head = gcd(_head_size(target), width)
     heads = width // head
     grouped = getattr(target, "num_key_value_heads", None) or target.num_attention_heads
@@ -76,7 +82,7 @@ def _scaled(target: PretrainedConfig, layers: int, width: int, mlp_stretch: floa
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "intermediate_size": max(8, 8 * round(mlp_stretch * target.intermediate_size * width / target.hidden_size / 8)),
+        mlp: max(8, 8 * round(mlp_stretch * mlp_width * width / target.hidden_size / 8)),
         "_name_or_path": "",
     }
     if "num_key_value_heads" in fields:
