@@ -22,6 +22,7 @@ def attention_mass(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     reduce: str = "sum",
@@ -30,7 +31,8 @@ def attention_mass(
 
     query: [batch, heads, queries, head_dim].  key: [batch, key heads, keys, head_dim]; several query heads may share a
     key head, and their masses are reduced together.  scale: of the scores, 1/sqrt(head_dim) if None.  softcap: bounds
-    the scores to +-softcap by tanh, as Gemma 2 does.  mask: bool [batch or 1, 1, queries, keys], True where a query
+    the scores to +-softcap by tanh, as Gemma 2 does.  sinks: scores [heads] of a key that takes
+    attention and is none of these, as in GPT-OSS.  mask: bool [batch or 1, 1, queries, keys], True where a query
     reads a key; a query that reads nothing gives nothing.  weights: of the queries, [queries] or [batch, queries].
     reduce: over queries and the heads that share a key head, one of REDUCTIONS.
     Raises ValueError for another reduction.
@@ -44,7 +46,10 @@ def attention_mass(
         scores = (scores / softcap).tanh() * softcap
     if mask is not None:
         scores = scores.unflatten(2, groups.shape[2:4]).masked_fill(~mask[:, :, None], -torch.inf).flatten(2, 3)
-    mass = scores.softmax(-1)
+    if sinks is not None:
+        sink = sinks.float().unflatten(0, (key.shape[1], -1)).repeat_interleave(groups.shape[3], dim=1)
+        scores = torch.cat([scores, sink[..., None].expand(len(scores), -1, -1, 1)], dim=-1)
+    mass = scores.softmax(-1)[..., : key.shape[2]]
     if mask is not None:
         mass = mass.nan_to_num(0.0)
     if weights is not None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
+import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ class AttentionCall:
 
     query: [batch, heads, queries, head_dim].  key, value: [batch, key heads, keys, head_dim], rotated, the queries' own
     keys last.  scale: of the scores.  mask: the model's, for this call; see `readable`.  softcap: of the scores.
-    sliding_window: keys that a query reads, itself included.
+    sliding_window: keys that a query reads, itself included.  sinks: scores [heads] of a key beyond all others.
     """
 
     layer: int
@@ -34,6 +38,7 @@ class AttentionCall:
     mask: Any = None
     softcap: float | None = None
     sliding_window: int | None = None
+    sinks: Tensor | None = None
 
     def readable(self, rows: int) -> Tensor:
         """Which keys the last `rows` queries read, bool [batch or 1, 1, rows, keys].
@@ -64,12 +69,14 @@ class AttentionCall:
         """
         readable = self.readable(rows)
         groups = self.query[:, :, -rows:].unflatten(1, (self.key.shape[1], -1))
+        sinks = None if self.sinks is None else self.sinks.unflatten(0, groups.shape[1:3])
         heads = [
             attention_mass(
                 groups[:, head],
                 self.key[:, head, None],
                 scale=self.scale,
                 softcap=self.softcap,
+                sinks=None if sinks is None else sinks[head],
                 mask=readable,
                 weights=weights,
                 reduce=reduce,
@@ -80,6 +87,10 @@ class AttentionCall:
 
 
 Observer = Callable[[AttentionCall], "Tensor | None"]
+# An attention implementation belongs to the model, not to a thread: one observes at a time.
+_TURNS: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
+_ALONE = threading.Lock()
+_RETIRED: deque[tuple[float, str]] = deque()
 
 
 @contextmanager
@@ -87,18 +98,33 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """Call observer before each attention of the model while the context lasts.
 
     What it returns, [batch, queries, heads, head_dim], stands in for the attention; None leaves it to the model's own
-    implementation, with outputs bit for bit as without an observer. On exit, also by an exception, the implementations
-    are what they were and the temporary name is in no registry. Contexts may be nested.
+    implementation, with outputs bit for bit as without an observer; so it is for other threads that use the model
+    meanwhile, while those that would observe it too wait for their turn. On exit, also by an exception, the
+    implementations are what they were and the temporary name is in no registry (where another thread used it, the next
+    context a second later takes it out). Contexts may be nested.
     Raises ValueError for a model that does not take its attention from transformers' AttentionInterface.
     """
     if not _dispatches(model):
         raise ValueError(
             f"the model must take its attention from transformers' AttentionInterface, {type(model).__name__} does not"
         )
+    with _ALONE:
+        turn = _TURNS.setdefault(model, threading.RLock())
+    with turn:
+        yield from _observing(model, observer)
+
+
+def _observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
+    owner, shared = threading.get_ident(), False
     before = {id(config): (config, config._attn_implementation) for config in _configs(model)}
 
     def own(config: Any) -> str:
         return before.get(id(config), before[id(model.config)])[1]
+
+    def is_owner() -> bool:
+        nonlocal shared
+        shared |= threading.get_ident() != owner
+        return threading.get_ident() == owner
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
@@ -114,8 +140,9 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             attention_mask,
             given.get("softcap"),
             given.get("sliding_window"),
+            given.get("s_aux"),
         )
-        out = observer(call)
+        out = observer(call) if is_owner() else None
         if out is not None:
             return out, None
         return _implementation(module, own(module.config))(module, query, key, value, attention_mask, **given)
@@ -132,6 +159,19 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     finally:
         for config, implementation in before.values():
             config._attn_implementation_internal = implementation
+        observer = _nothing
+        # Another thread that uses the model may have just read the name from it and be about to look it up.
+        _RETIRED.append((time.monotonic() + (1.0 if shared else 0.0), name))
+        _forget_names()
+
+
+def _nothing(call: AttentionCall) -> None:
+    """What is observed once a context has ended."""
+
+
+def _forget_names() -> None:
+    while _RETIRED and time.monotonic() >= _RETIRED[0][0]:
+        _, name = _RETIRED.popleft()
         # The registries have no public way to take a name out.
         AttentionInterface._global_mapping.pop(name)
         AttentionMaskInterface._global_mapping.pop(name)

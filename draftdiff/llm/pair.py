@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from draftdiff.llm.drafters.base import vocabulary_size
+from draftdiff.llm.plain_config import own_law
 
 
 def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The attention mask, int64 like ids.
 
-    Raises ValueError for an encoder-decoder model, for ids that are no int64 [batch, tokens], are empty, out of the
-    vocabulary or on another device than the model, and for a mask of another shape, with padding on the right, or of a
-    row without tokens.
+    Raises ValueError for an encoder-decoder model or torch.compile's wrapper of one, for ids that are no int64 [batch,
+    tokens], are empty, out of the vocabulary or on another device than the model, and for a mask of another shape, with
+    padding on the right, or of a row without tokens.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("models must come without torch.compile's wrapper: take its _orig_mod, or model.compile()")
     if model.config.is_encoder_decoder:
         raise ValueError(f"models must be decoder-only, got {type(model).__name__}")
     if ids.ndim != 2 or ids.dtype != torch.long:
@@ -42,6 +45,19 @@ def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | N
     return mask
 
 
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ValueError where a prompt with its lookahead is longer than a table of learned positions."""
+    learned = any(
+        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions")
+        for name, module in model.named_modules()
+    )
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
+    if learned and tokens > most:
+        raise ValueError(
+            f"prompt and lookahead must fit the {most} positions of {type(model).__name__}, got {tokens} tokens"
+        )
+
+
 def positions(attention_mask: Tensor) -> Tensor:
     """Position of each token in its row, padding aside; int64 like the mask [batch, tokens]."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -51,25 +67,19 @@ def positions(attention_mask: Tensor) -> Tensor:
 def lookahead(
     draft: PreTrainedModel, ids: Tensor, attention_mask: Tensor, tokens: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """The draft's greedy continuation of prompts [batch, tokens], by its own `generate`.
+    """The draft's greedy continuation of prompts [batch, tokens], whatever its generation config asks for.
 
     tokens: how many at most; it ends with the last row's end-of-sequence token.  size: of the vocabulary to use.
     Returns int64 [batch, tokens] and int64 of that shape, 1 up to a row's first end-of-sequence token and 0 after it.
     """
+    check_length(draft, ids.shape[1] + tokens)
     own = draft.generation_config.eos_token_id
     stops = torch.as_tensor([] if own is None else own, device=ids.device).flatten()
-    config = GenerationConfig(
+    config = own_law(
+        draft,
         max_new_tokens=tokens,
-        do_sample=False,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        num_beams=1,
-        num_return_sequences=1,
-        cache_implementation="dynamic",
         suppress_tokens=list(range(size, vocabulary_size(draft))) or None,
         pad_token_id=0,
-        return_dict_in_generate=False,
     )
     new = draft.generate(ids, attention_mask=attention_mask, generation_config=config)[:, ids.shape[1] :]
     stop = torch.isin(new, stops).long()

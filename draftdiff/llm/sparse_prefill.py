@@ -55,7 +55,10 @@ def sparse_attention(call: AttentionCall, order: Tensor, config: SparsePrefill) 
     """A layer's attention, [batch, queries, heads, head_dim], or None where all of it fits columns and local.
 
     order: the keys that may be columns, from most to least important, int64 [batch, key heads, keys].
+    Raises ValueError for attention with sinks.
     """
+    if call.sinks is not None:
+        raise ValueError(f"sparse_prefill takes models without attention sinks, {type(call.module).__name__} has them")
     if call.key.shape[2] <= config.columns + config.local:
         return None
     columns = order[..., : config.columns].sort(-1).values

@@ -19,7 +19,7 @@ from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.drafters.base import check_vocabularies, vocabulary_size
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_prompt, lookahead, positions
+from draftdiff.llm.pair import check_length, check_prompt, lookahead, positions
 from draftdiff.llm.sparse_prefill import SparsePrefill, check_sparse, sparse_attention
 
 REDUCES = ("max", "mean")
@@ -207,6 +207,7 @@ def evicting_prefill(
     """What speckv does once it has the draft's continuation `ahead` [batch, tokens], of which `valid` ones vote."""
     cache = KeptCache(model.config)
     prompt = ids.shape[1]
+    check_length(model, prompt + ahead.shape[1])
     if config.sparse_prefill is not None:
         check_sparse(model, attention_mask)
     full_mask = torch.cat([attention_mask, valid], dim=1)

@@ -175,6 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for capacity in options.capacity:
             if capacity < 2 * options.window:
                 raise ValueError(f"--capacity must be at least twice the window of {options.window}, got {capacity}")
+            if capacity >= options.tokens:
+                raise ValueError(
+                    f"--capacity must be less than the {options.tokens} tokens of a prompt, got {capacity}"
+                )
+        for name in ("window", "prompts", "new_tokens"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
         check_writable(options.output)
         rows = Scores(options).rows()
     except ValueError as error:

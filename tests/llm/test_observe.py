@@ -1,12 +1,16 @@
 """The observer changes nothing, sees what the attention really is, and is gone afterwards."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
+from draftdiff.llm import SparsePrefill, SpecKVConfig, speckv
 from draftdiff.llm.observe import AttentionCall, observing
 from tests.llm.attention import attend
-from tests.llm.tiny_models import FAMILIES, prompt, tiny_model
+from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_model
 
 FAMILIES_AND_ATTENTIONS = [(family, None) for family in FAMILIES] + [("llama", "eager"), ("gemma3_text", "eager")]
 
@@ -119,3 +123,68 @@ def test_a_model_with_attention_of_its_own_kind_is_an_error():
     with pytest.raises(ValueError, match="AttentionInterface, BloomForCausalLM does not"), observing(model, print):
         pass
     assert names() == before
+
+
+def tiny_gpt_oss():
+    """Attention with sinks, a score beyond all keys that takes part of the attention."""
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data = torch.tensor([4.0, -3.0, 2.0, 0.0])
+    return model
+
+
+@torch.no_grad()
+def test_sinks_take_their_share_of_the_attention():
+    model, ids, masses = tiny_gpt_oss(), prompt(40), {}
+    maps = model(ids, output_attentions=True).attentions
+    with observing(model, lambda call: masses.update({call.layer: call.mass(8)})):
+        model(ids)
+    for layer, attention in enumerate(maps):
+        expected = attention[:, :, -8:].sum(2).unflatten(1, (2, 2)).sum(2)
+        assert float(expected.sum()) < 0.9 * 8 * 4  # of eight queries and four heads
+        torch.testing.assert_close(masses[layer], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reading_sparsely_with_sinks_is_refused():
+    config = SpecKVConfig(capacity=20, window=6, lookahead=0, sparse_prefill=SparsePrefill(columns=16, local=64))
+    with pytest.raises(ValueError, match="without attention sinks, GptOssAttention has them"):
+        speckv(tiny_gpt_oss(), None, prompt(100), config)
+
+
+def test_threads_that_observe_a_model_take_turns():
+    model, ids, config = tiny_model(), prompt(60), SpecKVConfig(capacity=20, window=6, lookahead=0)
+    before = names()
+
+    def kept(_=None):
+        return torch.stack(list(speckv(model, None, ids, config, return_indices=True)[1].indices.values()))
+
+    expected = kept()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(one, expected) for one in pool.map(kept, range(24)))
+    assert names() == before
+
+
+def test_another_threads_use_of_the_model_is_not_observed():
+    model, ids, threads = tiny_model(), prompt(20), set()
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    with ThreadPoolExecutor(1) as pool, observing(model, lambda call: threads.add(threading.get_ident())):
+        model(ids)
+        other = pool.submit(model.generate, ids, max_new_tokens=8, do_sample=False)
+        assert torch.equal(other.result(), plain)
+    assert threads == {threading.get_ident()} and model.config._attn_implementation == "sdpa"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from draftdiff.llm import ModelDrafter, SparsePrefill, SpecKVConfig, speckv, speculative
+from draftdiff.llm import ModelDrafter, SparsePrefill, SpecKVConfig, SpecPCConfig, speckv, specpc, speculative
 from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.kept_cache import KeptLayer
 from draftdiff.llm.observe import observing
 from tests.llm.attention import attend, causal
-from tests.llm.tiny_models import FAMILIES, prompt, tiny_model
+from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_model
 
 EVICTABLE = [family for family in FAMILIES if family != "mistral sliding"]
 SMALL = SpecKVConfig(capacity=20, window=6, lookahead=4, kernel=3)
@@ -230,6 +230,8 @@ def test_a_users_mistakes_are_errors_of_one_line():
     both = tiny_model()
     both.config.is_encoder_decoder = True
     failing("decoder-only, got LlamaForCausalLM", model=both)
+    with pytest.raises(ValueError, match="wrapper: take its _orig_mod"):
+        speckv(torch.compile(tiny_model()), tiny_model(), prompt(60), SMALL)
     static = tiny_model()
     static.generation_config.cache_implementation = "static"
     failing("cache_implementation must be None .* got 'static'", model=static)
@@ -320,3 +322,26 @@ def test_speculation_goes_on_from_an_evicted_batch():
     cache, _ = speckv(model, tiny_model(seed=1), ids, SMALL, attention_mask=mask)
     given = {"custom_generate": speculative, "drafter": ModelDrafter(tiny_model(seed=1)), "attention_mask": mask}
     assert tokens(model, ids, cache, count=20, **given) == tokens(model, ids, cache, count=20, attention_mask=mask)
+
+
+def test_a_lookahead_beyond_a_table_of_positions_is_named():
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="must fit the 64 positions of GPT2LMHeadModel, got 92 tokens"):
+        speckv(model, model, prompt(60), SpecKVConfig(capacity=20, window=6, lookahead=32))
+    with pytest.raises(ValueError, match="must fit the 64 positions of GPT2LMHeadModel, got 101 tokens"):
+        specpc(model, prompt(100), SpecPCConfig(capacity=30, window=6))
+
+
+def test_the_drafts_own_settings_do_not_change_what_is_kept():
+    model, draft, ids = tiny_model(), tiny_model(seed=1), prompt(60)
+
+    def kept():
+        info = speckv(model, draft, ids, SMALL, return_indices=True)[1]
+        return [info.lookahead, *info.indices.values(), specpc(draft, ids, SpecPCConfig(20, window=6, lookahead=6))]
+
+    expected = kept()
+    for name, value in {"repetition_penalty": 3.0, "max_time": 0.0, "use_cache": False}.items():
+        setattr(draft.generation_config, name, value)
+    assert all(torch.equal(one, other) for one, other in zip(kept(), expected))
