@@ -24,7 +24,7 @@ from draftdiff.llm.tree import ROOT, ancestors, as_mask
 # Models whose attention tells distances by the place in the cache, not by position ids: branches confuse them.
 _BY_PLACE = {"bloom", "gpt_neo", "mpt"}
 # Models with recurrent layers that start anew whenever several tokens come at once.
-_START_ANEW = {"jamba", "zamba"}
+_START_ANEW = {"jamba", "zamba", "recurrent_gemma"}
 
 
 class WindowLayer(KeptLayer):
@@ -51,6 +51,10 @@ class WindowLayer(KeptLayer):
 def cache_argument(model: PreTrainedModel) -> str:
     """Under which name the model's forward takes its cache: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _is_linear(layer: Any) -> bool:
@@ -81,7 +85,7 @@ class TreeDecoder:
         self.model, self.hidden = model, hidden
         self._device = model.device  # a model looks for it among its parameters each time
         self.cache = DynamicCache(config=model.config) if cache is None else cache
-        self.forwards = 0
+        self.forwards = self.replays = 0  # replays are forwards, too
         self._argument = cache_argument(model)
         self._check_cache(len(ids), ids.shape[1])
         tokens = ids.shape[1] - 1
@@ -117,10 +121,12 @@ class TreeDecoder:
                 f"{name} cannot take drafts: its recurrent layers forget the past when tokens come at once"
             )
         layers = getattr(cache, "layers", None)
+        if layers and all(_is_linear(layer) for layer in layers):
+            raise ValueError(f"{name} cannot take drafts: it has no attention, and its states cannot be rolled back")
         allowed = layers is not None and all(
             _is_linear(layer)
             or type(layer).__name__ == "DummyLayer"  # of a layer that uses another's keys
-            or (isinstance(layer, DynamicLayer) and not hasattr(layer, "quantize"))
+            or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer, WindowLayer)
             for layer in layers
         )
         if layers is None or not allowed or type(cache).__name__ in ("EncoderDecoderCache", "QuantizedCache"):
@@ -144,12 +150,13 @@ class TreeDecoder:
         self._windows = [layer for layer in layers if isinstance(layer, WindowLayer)]
         self.linear = any(_is_linear(layer) for layer in layers)
         name, config = type(self.model).__name__, self.model.config.get_text_config()
-        self._kinds = set(getattr(config, "layer_types", None) or ())
         self._window = getattr(config, "sliding_window", None)
+        alone = "full_attention" if self._window is None else "sliding_attention"
+        self._kinds = set(getattr(config, "layer_types", None) or (alone,))
         self._no_branches = None
         if self.linear:
             self._no_branches = f"{name} has linear-attention layers: draft chains, one row at a time"
-        elif config.model_type in _BY_PLACE or getattr(config, "alibi", False):
+        elif config.model_type in _BY_PLACE or getattr(config, "alibi", False) or not _takes_positions(self.model):
             self._no_branches = f"{name} attends by place, not by position: draft chains, one row at a time, unpadded"
         elif "chunked_attention" in self._kinds:
             self._no_branches = f"{name} has chunked attention: draft chains, one row at a time, unpadded"
@@ -173,6 +180,7 @@ class TreeDecoder:
             else:
                 layer.crop(-len(self._fed))
         if length:
+            self.replays += 1
             self._forward(
                 tokens, None, self.next[0] + torch.arange(length, device=tokens.device)[None], logits_to_keep=1
             )
@@ -235,7 +243,7 @@ class TreeDecoder:
         full[:, :, :-pending] = self.valid[:, None]
         for row, seen in enumerate(self._seen):
             full[row, :, -pending:] = as_mask(seen[before:], pending)
-        if not self._windows:
+        if self._window is None or "sliding_attention" not in self._kinds:
             return self._fitted(full, self._physical(windowed=False), implementation)
         slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)
         keys = np.concatenate([self.positions, slots], axis=1)

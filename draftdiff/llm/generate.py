@@ -35,6 +35,9 @@ _IGNORED = {
     "past_key_values",
 }
 
+# Settings that would have chosen another way of decoding.
+_OTHER_WAYS = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit")
+
 
 def speculative(
     model: PreTrainedModel,
@@ -54,10 +57,13 @@ def speculative(
     beams, encoder-decoder models, caches that cannot be rolled back, attention or hidden-state outputs, position_ids of
     one's own, a prompt without the tokens that the cache holds. `draftdiff.llm.report(drafter)` tells what it did.
     """
-    if drafter is None:
-        raise ValueError("speculative needs drafter=..., for example draftdiff.llm.ModelDrafter(draft_model)")
+    if drafter is None or isinstance(drafter, type) or not hasattr(drafter, "propose"):
+        got = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
+        raise ValueError(f"speculative needs drafter=..., for example ModelDrafter(draft_model), got {got}")
     _check(model, input_ids, generation_config, model_kwargs)
-    streamer = _streamer(model)
+    if _hidden_argument(model, "assistant_model") is not None:
+        raise ValueError("speculative takes a drafter in place of an assistant_model, got both")
+    streamer = _hidden_argument(model, "streamer")
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"speculative streams one row only, got a streamer and a batch of {len(input_ids)}")
     processors = usable(logits_processor, len(input_ids))
@@ -72,19 +78,25 @@ def speculative(
     return result
 
 
-def _streamer(model: PreTrainedModel) -> Any:
-    """The streamer given to generate, which passes it to methods of its own but not to a callable (5.8 to 5.24)."""
+def _hidden_argument(model: PreTrainedModel, name: str) -> Any:
+    """What was given to generate, which passes it to methods of its own but not to a callable (5.8 to 5.24)."""
     frame = inspect.currentframe()
     while frame is not None and (frame.f_code.co_name != "generate" or frame.f_locals.get("self") is not model):
         frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("streamer")
+    return None if frame is None else frame.f_locals.get(name)
 
 
 def _check(model: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"speculative takes decoder-only models, got {type(model).__name__}")
+    unknown = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
+    if unknown:
+        raise ValueError(f"speculative takes token ids only, got {', '.join(sorted(unknown))}")
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty: speculative needs at least one token")
+    others = [name for name in _OTHER_WAYS if getattr(config, name, None)]
+    if others:
+        raise ValueError(f"speculative is a way of decoding of its own, got {', '.join(others)}, too")
     if (config.num_beams or 1) > 1:
         raise ValueError(f"speculative decodes without beams, got num_beams={config.num_beams}")
     if not kwargs.get("use_cache", True):
@@ -97,9 +109,6 @@ def _check(model: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs
     if len(ids) > 1 and config._pad_token_tensor is None:
         raise ValueError("rows of a batch end at different lengths: set pad_token_id in the generation config")
     _check_positions(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-    unknown = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
-    if unknown:
-        raise ValueError(f"speculative takes token ids only, got {', '.join(sorted(unknown))}")
 
 
 def _check_positions(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
@@ -126,7 +135,7 @@ class _Generation:
         self,
         model: PreTrainedModel,
         ids: Tensor,
-        processors: LogitsProcessorList,
+        processors: list[LogitsProcessorList],
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
         drafter: Drafter,
@@ -157,16 +166,19 @@ class _Generation:
         padding = [0] * len(prompt) if mask is None else (mask == 0).sum(-1).tolist()
         context = Context(target, [], padding, [], self.processors, self.sampling)
         self._refresh(context)
-        drafter.begin(context)
-        drafter.last_report = report  # type: ignore[attr-defined]
         report.cost = drafter.cost(self.model)
-        report.prompt_seconds = time.perf_counter() - start
-        prompt_forwards = target.forwards
-        while not all(self.done):
-            self._round(context)
-        report.target_forwards = target.forwards - prompt_forwards
-        report.draft_forwards = drafter.forwards
-        report.seconds = time.perf_counter() - start
+        drafter.begin(context)
+        try:
+            report.prompt_seconds = time.perf_counter() - start
+            prompt_forwards = target.forwards
+            while not all(self.done):
+                self._round(context)
+            report.target_forwards, report.replays = target.forwards - prompt_forwards, target.replays
+            report.draft_forwards = drafter.forwards
+            report.seconds = time.perf_counter() - start
+        finally:
+            drafter.end()
+        drafter.last_report = report  # type: ignore[attr-defined]
         if self.streamer is not None:
             self.streamer.end()
         return self._result(target.cache)
@@ -204,7 +216,7 @@ class _Generation:
     def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
         """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""
         # Where nothing changes the logits: one transfer from a device, or just the nodes that are visited.
-        plain = not (self.sampling or self.processors or self.config.output_scores or self.config.output_logits)
+        plain = not (self.sampling or self.processors[row] or self.config.output_scores or self.config.output_logits)
         best = logits.argmax(-1).tolist() if plain and not logits.is_cpu else None
         node: int | None = ROOT
         path: list[int] = []
@@ -244,7 +256,7 @@ class _Generation:
 
     def _choose(self, row: int, tree: Tree, node: int, logits: Tensor) -> int:
         scores = logits.to(torch.float32, copy=True)
-        processed = self.processors(self.buffer[row : row + 1, : self.lengths[row]], scores.clone())
+        processed = self.processors[row](self.buffer[row : row + 1, : self.lengths[row]], scores.clone())
         if self.config.return_dict_in_generate:
             if self.config.output_scores:
                 self.scores += (processed,)
@@ -260,7 +272,7 @@ class _Generation:
 
     def _result(self, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
         longest = max(self.lengths)
-        sequences = self.buffer[:, :longest]
+        sequences = self.buffer[:, :longest].contiguous()
         for row, length in enumerate(self.lengths):
             if length < longest:
                 sequences[row, length:] = self.config._pad_token_tensor

@@ -45,17 +45,20 @@ def check_prompt(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | N
     return mask
 
 
-def check_length(model: PreTrainedModel, tokens: int) -> None:
-    """Raise ValueError where a prompt with its lookahead is longer than a table of learned positions."""
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions the model has a table of; None where they are computed and have no end."""
     learned = any(
         isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions")
         for name, module in model.named_modules()
     )
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
-    if learned and tokens > most:
-        raise ValueError(
-            f"prompt and lookahead must fit the {most} positions of {type(model).__name__}, got {tokens} tokens"
-        )
+    return model.config.get_text_config().max_position_embeddings if learned else None
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ValueError for more tokens, of prompt and continuation, than there are learned positions."""
+    most = learned_positions(model)
+    if most is not None and tokens > most:
+        raise ValueError(f"{type(model).__name__} has learned {most} positions, prompt and continuation take {tokens}")
 
 
 def positions(attention_mask: Tensor) -> Tensor:

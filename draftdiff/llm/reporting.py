@@ -13,7 +13,8 @@ class Report:
     """Of one call of `generate`, over all rows of its batch.
 
     rounds: rounds of each row, added.  tokens: emitted.  drafted: nodes proposed.  tried, accepted: how often a node at
-    depth 1, 2, ... was there to be accepted, and how often one was.  seconds: of the whole call, its drafting and its
+    depth 1, 2, ... was there to be accepted, and how often one was.  target_forwards: with `replays` among them, which
+    bring models with recurrent states back to what was accepted.  seconds: of the whole call, its drafting and its
     target forwards; prompt: those of the prompt in both models, part of the whole. A GPU's work counts where
     its result is waited for.
     """
@@ -22,6 +23,7 @@ class Report:
     tokens: int = 0
     drafted: int = 0
     target_forwards: int = 0
+    replays: int = 0
     draft_forwards: int = 0
     cost: float = 0.0
     tried: list[int] = field(default_factory=list)
@@ -34,7 +36,8 @@ class Report:
     @property
     def tokens_per_forward(self) -> float:
         """Block efficiency tau: tokens that a row gained per target forward."""
-        return self.tokens / max(self.rounds, 1)
+        rounds = self.target_forwards - self.replays
+        return self.tokens / max(self.rounds, 1) * rounds / max(self.target_forwards, 1)
 
     @property
     def acceptance(self) -> list[float]:
@@ -67,9 +70,10 @@ class Report:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:
+        each = "each" if self.rounds <= self.target_forwards else "each and row"
         by_depth = " ".join(f"{share:.2f}" for share in self.acceptance) or "none drafted"
         return (
-            f"{self.tokens} tokens in {self.target_forwards} target forwards: {self.tokens_per_forward:.2f} each; "
+            f"{self.tokens} tokens in {self.target_forwards} target forwards: {self.tokens_per_forward:.2f} {each}; "
             f"{self.draft_forwards} draft forwards, {self.drafted} drafted\n"
             f"accepted by depth: {by_depth}\n"
             f"{self.seconds:.2f} s: prompt {self.prompt_seconds:.2f}, drafts {self.draft_seconds:.2f}, target "

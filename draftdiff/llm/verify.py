@@ -35,8 +35,13 @@ def check_verifier(sampler: str, verifier: str) -> None:
 
 
 def draw(p: Tensor) -> int:
-    """One index with chance proportional to p [n], from PyTorch's global generator."""
+    """One index with chance proportional to p [n], from PyTorch's global generator.
+
+    Raises ValueError where p is no distribution, as after logits that overflowed.
+    """
     sums = p.double().cumsum(0)
+    if not 0 < float(sums[-1]) < float("inf"):
+        raise ValueError("probabilities must be finite and not all 0: the model's logits hold NaN or inf")
     at = torch.rand((), dtype=torch.float64, device=p.device) * sums[-1]
     # The first index whose sum exceeds the point, so that an index of zero chance is never drawn.
     return int(torch.searchsorted(sums, at, right=True).clamp(max=int(p.shape[0]) - 1))

@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from draftdiff.llm import Chain, ModelDrafter, report, speculative
+from draftdiff.llm.decoder import cache_argument
 from tests.llm.generation import SHAPES, both, family, relative
 from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
 
@@ -21,6 +22,16 @@ def test_all_families_decode_as_without_drafts(name, shape):
     plain, fast = both(target, drafter, prompt(30), max_new_tokens=40)  # well past a window of 16
     assert torch.equal(plain, fast)
     assert report(drafter).tokens_per_forward > 1.2
+
+
+@pytest.mark.parametrize("name", ["mistral sliding", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_windows_hold_in_a_cache_that_does_not_know_of_them(name, shape):
+    target = family(name)
+    plain = target.generate(prompt(30), do_sample=False, max_new_tokens=40)
+    given = {cache_argument(target): DynamicCache(), "drafter": ModelDrafter(relative(target), SHAPES[shape])}
+    fast = target.generate(prompt(30), do_sample=False, max_new_tokens=40, custom_generate=speculative, **given)
+    assert torch.equal(plain, fast)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -53,6 +64,8 @@ def test_models_with_linear_attention_take_chains(kind):
         drafter = ModelDrafter(small, Chain(3))
         plain, fast = both(target, drafter, prompt(12))
         assert torch.equal(plain, fast)
+        done = report(drafter)
+        assert done.tokens_per_forward == pytest.approx(done.tokens / done.target_forwards)
     for shape, rows in (("best", 1), ("chain", 2)):
         with pytest.raises(ValueError, match="has linear-attention layers: draft chains, one row at a time"):
             both(target, ModelDrafter(tiny_model(), SHAPES[shape]), prompt(12, batch=rows))
@@ -79,6 +92,15 @@ GPT_NEO = {
     "attention_types": [[["global", "local"], 1]],
     "window_size": 8,
 }
+BART = {
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "d_model": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 2,
+}
 LAYERS = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -94,6 +116,7 @@ LAYERS = {
     [
         ("gpt_neo", GPT_NEO, "attends by place"),
         ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "attends by place"),
+        ("bart", BART, "attends by place"),
         (
             "llama4_text",
             LAYERS
@@ -117,13 +140,26 @@ def test_models_that_do_not_go_by_position_take_chains(kind, sizes, what):
             both(target, ModelDrafter(tiny_model(), SHAPES[shape]), prompt(12, batch=rows))
 
 
-@pytest.mark.skipif(
+can_be_made = pytest.mark.skipif(
     not hasattr(DynamicCache, "activate_past_recording"), reason="older hosts fetch a kernel to make the model"
 )
+
+
+@can_be_made
 def test_models_that_forget_when_tokens_come_at_once_are_refused():
     mamba = {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8}
     target = other_kind("jamba", **LAYERS, **mamba, use_mamba_kernels=False)
     with pytest.raises(ValueError, match="JambaForCausalLM cannot take drafts"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))
+    target = other_kind("recurrent_gemma", **LAYERS, attention_window_size=8, lru_width=64)
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM cannot take drafts"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))
+
+
+@can_be_made
+def test_models_without_attention_are_refused():
+    target = other_kind("mamba", hidden_size=32, num_hidden_layers=2, state_size=8)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot take drafts: it has no attention"):
         both(target, ModelDrafter(tiny_model()), prompt(12))
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -48,6 +50,47 @@ def test_the_cache_of_a_batch_stays_about_as_long_as_its_longest_row(name):
     drafter = Watching(relative(target), SHAPES["chain"])
     plain, fast = both(target, drafter, ids * mask, attention_mask=mask, max_new_tokens=120)
     assert torch.equal(plain, fast)
+
+
+def test_processors_that_know_a_rows_padding_or_number_do_so_for_drafts_too(pair):
+    target, draft = pair
+    ids = prompt(12, batch=3)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :7] = 0
+
+    def allowed(row, tokens):
+        return [i for i in range(1, VOCABULARY) if (i + len(tokens) + row) % 3]
+
+    for options in ({"repetition_penalty": 1.3}, {"prefix_allowed_tokens_fn": allowed}):
+        for rows in (slice(None), slice(1)):
+            drafter, given = ModelDrafter(draft, SHAPES["best"]), {"attention_mask": mask[rows], **options}
+            plain, fast = both(target, drafter, (ids * mask)[rows], **given)
+            assert torch.equal(plain, fast)
+            assert not torch.equal(plain, target.generate(ids[rows], max_new_tokens=24, do_sample=False))
+
+
+def test_rows_that_end_early_leave_an_output_of_its_own(pair):
+    target, draft = pair
+    ids = prompt(12, batch=2)
+    end = target.generate(ids, do_sample=False, max_new_tokens=6)[:, -1].tolist()
+    _, fast = both(target, ModelDrafter(draft), ids, max_new_tokens=400, eos_token_id=end)
+    assert fast.shape[1] <= 18 and fast.is_contiguous()
+
+
+def test_a_draft_whose_positions_end_proposes_nothing_from_there_on(pair):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, max_position_embeddings=24, **sizes)
+    drafter = ModelDrafter(AutoModelForCausalLM.from_config(config).eval(), SHAPES["best"])
+    plain, fast = both(pair[0], drafter, prompt(12), max_new_tokens=40)
+    assert torch.equal(plain, fast) and report(drafter).draft_forwards > 4
+    with pytest.raises(ValueError, match="has learned 24 positions, prompt and continuation take 30"):
+        both(pair[0], drafter, prompt(30))
+
+
+def test_the_drafts_cache_is_let_go_at_the_end(pair):
+    drafter = ModelDrafter(pair[1])
+    both(pair[0], drafter, prompt(6))
+    assert not any(isinstance(x, torch.Tensor) or hasattr(x, "cache") for x in vars(drafter).values())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -242,6 +285,9 @@ class HiddenReader:
     def begin(self, context):
         self.seen = []
 
+    def end(self):
+        self.ended = True
+
     def cost(self, target):
         return 0.0
 
@@ -257,7 +303,7 @@ def test_a_drafter_may_read_the_targets_hidden_states(pair):
     _, fast = both(target, drafter, prompt(12), max_new_tokens=10)
     whole = target(fast, output_hidden_states=True).hidden_states[-1][0, 11:]
     torch.testing.assert_close(torch.stack(drafter.seen), whole[: len(drafter.seen)], atol=1e-5, rtol=1e-5)
-    assert len(drafter.seen) >= 8
+    assert len(drafter.seen) >= 8 and drafter.ended
 
 
 def test_allowed_tokens_are_asked_for_row_0_whatever_the_drafts(pair):

@@ -22,8 +22,18 @@ def quantized(target):
     return cache
 
 
+def tiny_t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+
+
 BAD = {
     "no drafter": (lambda t, d: {"drafter": None}, "needs drafter="),
+    "a model": (lambda t, d: {"drafter": d}, "needs drafter=..., .* got LlamaForCausalLM"),
+    "a class": (lambda t, d: {"drafter": ModelDrafter}, "needs drafter=..., .* got ModelDrafter"),
+    "an encoder-decoder draft": (lambda t, d: {"drafter": ModelDrafter(tiny_t5())}, "a draft must be a decoder-only"),
+    "another way": (lambda t, d: {"prompt_lookup_num_tokens": 3}, "of its own, got prompt_lookup_num_tokens, too"),
+    "an assistant": (lambda t, d: {"assistant_model": d}, "in place of an assistant_model"),
     "beams": (lambda t, d: {"num_beams": 2}, "num_beams=2"),
     "no cache": (lambda t, d: {"use_cache": False}, "use_cache=False"),
     "attentions": (lambda t, d: {"output_attentions": True, "return_dict_in_generate": True}, "attentions"),
@@ -67,7 +77,6 @@ class Silent:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prefix_allowed_tokens_fn": lambda row, ids: [1, 2]}, "prefix_allowed_tokens_fn for one row only"),
         ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty for one row only"),
         ({"streamer": Silent()}, "streams one row only"),
     ],
@@ -95,8 +104,7 @@ def test_a_full_cache_leaves_nothing_to_decode_from(pair):
 
 
 def test_encoder_decoder_models_are_refused(pair):
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
-    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    model = tiny_t5()
     with pytest.raises(ValueError, match="decoder-only"):
         model.generate(prompt(6), max_new_tokens=4, custom_generate=speculative, drafter=ModelDrafter(pair[1]))
 

@@ -328,9 +328,9 @@ def test_a_lookahead_beyond_a_table_of_positions_is_named():
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
     config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match="must fit the 64 positions of GPT2LMHeadModel, got 92 tokens"):
+    with pytest.raises(ValueError, match="has learned 64 positions, prompt and continuation take 92"):
         speckv(model, model, prompt(60), SpecKVConfig(capacity=20, window=6, lookahead=32))
-    with pytest.raises(ValueError, match="must fit the 64 positions of GPT2LMHeadModel, got 101 tokens"):
+    with pytest.raises(ValueError, match="has learned 64 positions, prompt and continuation take 101"):
         specpc(model, prompt(100), SpecPCConfig(capacity=30, window=6))
 
 

@@ -131,3 +131,9 @@ def test_a_rule_that_would_be_biased_is_refused(sampler, verifier):
     p = torch.full((3,), 1 / 3)
     with pytest.raises(ValueError, match="must be one of"):
         verify.reject(p, p, [0, 1], sampler, verifier)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_what_is_no_distribution_is_not_drawn_from(value):
+    with pytest.raises(ValueError, match="finite and not all 0"):
+        verify.draw(torch.full((4,), value))

@@ -20,7 +20,7 @@ class Context:
     target: the target model with its cache; the last token of each row is not in it yet.
     ids: tokens so far with their padding, int64 [1, tokens], views that grow.  padding: how many of them are padding.
     room: most drafted tokens that may still be accepted, -1 for a finished row.
-    processors, sampling: how the target's logits become its next token.
+    processors, sampling: how the target's logits become a row's next token.
     trees, paths: last round's proposals and which of their nodes were accepted; empty in the first round.
     hidden: if the drafter reads hidden states, the target's last ones [accepted + 1, width] of the token that was fed
     first and the accepted nodes of last round; None in the first round.
@@ -30,7 +30,7 @@ class Context:
     ids: list[Tensor]
     padding: list[int]
     room: list[int]
-    processors: LogitsProcessorList
+    processors: list[LogitsProcessorList]
     sampling: bool
     trees: list[Tree] = field(default_factory=list)
     paths: list[list[int]] = field(default_factory=list)
@@ -41,16 +41,16 @@ class Context:
 
         Probabilities, fp32 [n, vocabulary].
         """
-        if self.processors:
+        if self.processors[row]:
             ids = self.ids[row].expand(len(suffixes), -1)
             if suffixes[0]:
                 ids = torch.cat([ids, torch.tensor(suffixes, device=ids.device)], dim=1)
-            logits = self.processors(ids, logits.float())
+            logits = self.processors[row](ids, logits.float())
         return logits.softmax(-1, dtype=torch.float32)
 
 
 class Drafter(Protocol):
-    """Proposes tokens. State of a generation starts in `begin` and may stay until the next one.
+    """Proposes tokens. A generation starts with `begin` and ends with `end`, also by an exception.
 
     reads_hidden_states: the target then returns them (`Context.hidden`).  forwards: draft forwards of this generation.
     cost: bytes that a draft forward reads over those of a target forward, 0 for a drafter without a model.
@@ -64,6 +64,9 @@ class Drafter(Protocol):
 
     def propose(self, context: Context) -> list[Tree]:
         """One tree for each row, no deeper than its room; an empty one where nothing is to be proposed."""
+
+    def end(self) -> None:
+        """Let go of what only this generation needed, such as a cache."""
 
     def cost(self, target: Any) -> float:
         """Bytes of weights that one draft forward reads over those of a target forward."""

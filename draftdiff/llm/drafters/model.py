@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, check_vocabularies, vocabulary_size
 from draftdiff.llm.metrics import bytes_per_forward
+from draftdiff.llm.pair import check_length, learned_positions
 from draftdiff.llm.tree import ROOT, Draws, Tree
 from draftdiff.llm.verify import check_verifier, sample
 
@@ -153,7 +154,15 @@ class ModelDrafter:
         return bytes_per_forward(self.model) / bytes_per_forward(target)
 
     def begin(self, context: Context) -> None:
-        """Prefill the draft. Raises ValueError for another vocabulary or device than the target's."""
+        """Prefill the draft.
+
+        Raises ValueError for another vocabulary or device than the target's, an encoder-decoder model, and a prompt
+        beyond the draft's learned positions. Where those end in the middle, it proposes nothing any more.
+        """
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(f"a draft must be a decoder-only model, got {type(self.model).__name__}")
+        check_length(self.model, context.ids[0].shape[1])
+        self._positions = learned_positions(self.model)
         self._vocabulary = check_vocabularies(context.target.model, self.model)
         # The target may have padding tokens that the draft lacks; any other token in their place will do.
         self._last_token = vocabulary_size(self.model) - 1
@@ -170,14 +179,22 @@ class ModelDrafter:
         self._places: list[dict[int, int]] = [{} for _ in range(len(ids))]
         self._held = [ids.shape[1] - 1] * len(ids)
 
+    def end(self) -> None:
+        """Let the draft's cache go."""
+        del self._decoder
+
     def propose(self, context: Context) -> list[Tree]:
         """One tree for each row."""
-        if max(context.room) < 1:  # the last round
+        room = context.room
+        if self._positions is not None:
+            left = self._positions - max(ids.shape[1] for ids in context.ids)
+            room = [min(one, left) for one in room]
+        if max(room) < 1:  # the last round, or no more positions
             return [Tree() for _ in context.ids]
         self._keep(context.paths)
         trees = [Tree() for _ in context.ids]
         roots = self._catch_up(context)
-        self.shape.grow(trees, roots, context.room, context.sampling, lambda nodes: self._expand(context, trees, nodes))
+        self.shape.grow(trees, roots, room, context.sampling, lambda nodes: self._expand(context, trees, nodes))
         self.forwards = self._decoder.forwards - self._prompt_forwards
         return trees
 
@@ -225,9 +242,6 @@ class ModelDrafter:
 
     def _distribution(self, context: Context, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
         missing = self._vocabulary - logits.shape[-1]
-        if missing:
-            logits = F.pad(logits, (0, missing), value=-torch.inf)
-        missing = self._vocabulary - logits.shape[-1]
         if missing > 0:
             logits = F.pad(logits, (0, missing), value=-torch.inf)
         return context.distribution(row, suffixes, logits[..., : self._vocabulary])
@@ -235,4 +249,4 @@ class ModelDrafter:
 
 def _suffixes(context: Context, tree: Tree, nodes: list[int]) -> list[list[int]]:
     """The drafted tokens down to each node, where somebody wants to know them."""
-    return [[tree.tokens[n] for n in tree.path(node)] for node in nodes] if context.processors else []
+    return [[tree.tokens[n] for n in tree.path(node)] for node in nodes] if any(context.processors) else []

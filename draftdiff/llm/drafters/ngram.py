@@ -81,6 +81,9 @@ class NGramDrafter:
         # A padding token can only stand in the pair if the prompt was one token, and then nothing follows it.
         return [self.tree(ids[0, -2:].tolist(), min(self.depth, left)) for ids, left in zip(context.ids, context.room)]
 
+    def end(self) -> None:
+        """The table stays: what it learned serves the next generation."""
+
     def tree(self, last: Sequence[int], depth: int) -> Tree:
         """Continuations of the last two tokens, at most `depth` long."""
         if len(last) < 2 or depth < 1:
