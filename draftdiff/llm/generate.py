@@ -35,6 +35,8 @@ _IGNORED = {
     "past_key_values",
 }
 
+# Models that always read one way, though their config has is_decoder=False.
+_DECODERS = {"gpt_neox", "gpt_neox_japanese"}
 # Settings that would have chosen another way of decoding.
 _OTHER_WAYS = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -89,6 +91,8 @@ def _hidden_argument(model: PreTrainedModel, name: str) -> Any:
 def _check(model: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"speculative takes decoder-only models, got {type(model).__name__}")
+    if getattr(model.config, "is_decoder", None) is False and model.config.model_type not in _DECODERS:
+        raise ValueError(f"{type(model).__name__} reads text both ways: set is_decoder=True in its config")
     unknown = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
     if unknown:
         raise ValueError(f"speculative takes token ids only, got {', '.join(sorted(unknown))}")

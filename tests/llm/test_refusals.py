@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     QuantizedCache,
     StaticCache,
@@ -107,6 +109,13 @@ def test_encoder_decoder_models_are_refused(pair):
     model = tiny_t5()
     with pytest.raises(ValueError, match="decoder-only"):
         model.generate(prompt(6), max_new_tokens=4, custom_generate=speculative, drafter=ModelDrafter(pair[1]))
+
+
+def test_encoders_are_refused(pair):
+    config = AutoConfig.for_model("bert", vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="reads text both ways: set is_decoder=True in its config"):
+        both(model, ModelDrafter(pair[1]), prompt(6))
 
 
 @pytest.mark.parametrize(
