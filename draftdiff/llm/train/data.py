@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
+from draftdiff.llm.plain_config import own_law
+from draftdiff.llm.train.modes import in_eval_mode
 from draftdiff.media import replacing
 
 TEMPERATURES = (0.0, 0.6, 0.8, 1.0)  # of FastDraft (arXiv 2411.11055)
@@ -76,8 +78,8 @@ def generate_distillation_set(
     continuation ends there or with an end token, which is kept.  seed: of the sampling; the global generator is left
     as it was.
 
-    Returns the rows by temperature, then in the order of the prompts. Raises ValueError for no or empty prompts,
-    strings without a tokenizer and negative temperatures.
+    Returns the rows by temperature, then in the order of the prompts. Raises ValueError for no or empty prompts, one
+    bare string, strings without a tokenizer and negative temperatures.
     """
     rows = _as_ids(prompts, tokenizer)
     if not temperatures or min(temperatures) < 0:
@@ -85,25 +87,23 @@ def generate_distillation_set(
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
     ends = _end_ids(target)
-    pad = next((i for i in (target.generation_config.pad_token_id, *ends) if i is not None), 0)
+    pad = next((i for i in (target.generation_config.pad_token_id, *ends) if i is not None and i >= 0), 0)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # so that little is padded
     batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     done: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    with torch.random.fork_rng(), tqdm(total=len(rows) * len(temperatures), unit="text", disable=not progress) as bar:
+    with (
+        torch.random.fork_rng(),
+        in_eval_mode(target),
+        tqdm(total=len(rows) * len(temperatures), unit="text", disable=not progress) as bar,
+    ):
         torch.manual_seed(seed)
         for turn, temperature in enumerate(temperatures):
+            sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+            law = own_law(target, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
             for batch in batches:
                 ids, attention_mask = left_padded([rows[i] for i in batch], pad)
-                sampling: dict[str, Any] = {"do_sample": False}
-                if temperature > 0:
-                    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-                out = target.generate(
-                    ids.to(target.device),
-                    attention_mask=attention_mask.to(target.device),
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=pad,
-                    **sampling,
-                ).cpu()
+                there = {"attention_mask": attention_mask.to(target.device), "generation_config": law}
+                out = target.generate(ids.to(target.device), **there).cpu()
                 for i, continuation in zip(batch, out[:, ids.shape[1] :]):
                     new = _until_end(continuation, ends)
                     written = torch.zeros(len(rows[i]) + len(new), dtype=torch.bool)
@@ -138,15 +138,22 @@ def mix_in_text(
 
 
 def collate(rows: Sequence[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
-    """Rows of a DistillationSet, padded on the right, with their `attention_mask`; padding is not `written`."""
-    padded = torch.nn.utils.rnn.pad_sequence
-    ids = padded([row["input_ids"] for row in rows], batch_first=True, padding_value=pad)
+    """Rows of a DistillationSet, padded on the right, with their `attention_mask`; padding is not `written`.
+
+    Rows may also be lists, as `datasets` gives them.
+    """
+
+    def padded(name: str, dtype: torch.dtype, value: int) -> Tensor:
+        columns = [torch.as_tensor(row[name], dtype=dtype) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
+
+    ids = padded("input_ids", torch.int64, pad)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     return {
         "input_ids": ids,
         "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-        "written": padded([row["written"] for row in rows], batch_first=True, padding_value=False),
-        "distil": torch.stack([row["distil"] for row in rows]),
+        "written": padded("written", torch.bool, False),
+        "distil": torch.tensor([bool(row["distil"]) for row in rows]),
     }
 
 
@@ -161,6 +168,8 @@ def left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def _as_ids(prompts: Sequence[Sequence[int] | Tensor | str], tokenizer: Any) -> list[Tensor]:
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of prompts, got the one string {prompts[:40]!r}")
     rows = []
     for prompt in prompts:
         if isinstance(prompt, str):

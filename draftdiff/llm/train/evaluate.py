@@ -13,6 +13,7 @@ from tqdm import tqdm
 from draftdiff.llm.drafters.base import check_vocabulary_sizes, vocabulary_size
 from draftdiff.llm.metrics import acceptance_rate
 from draftdiff.llm.train.data import DistillationSet, collate
+from draftdiff.llm.train.modes import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,23 @@ def evaluate_draft(
     width = min(check_vocabulary_sizes(target, draft), vocabulary_size(draft))  # they may be padded differently
     accepted, agreed, tokens, rounds = 0.0, 0, 0, 0
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-    for batch in tqdm(loader, unit="batch", leave=False, disable=not progress):
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        p, q = (
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-            .logits[:, :-1, :width]
-            .float()
-            .softmax(-1)
-            .cpu()
-            for model in (target, draft)
-        )
-        counted = batch["written"][:, 1:]
-        right = q.argmax(-1) == ids[:, 1:]
-        accepted += acceptance_rate(p, q)[counted].sum().item()
-        agreed += int(right[counted].sum())
-        tokens += int(counted.sum())
-        rounds += sum(chain_rounds(row[which], length) for row, which in zip(right, counted))
+    with in_eval_mode(target, draft):
+        for batch in tqdm(loader, unit="batch", leave=False, disable=not progress):
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            p, q = (
+                model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+                .logits[:, :-1, :width]
+                .float()
+                .softmax(-1)
+                .cpu()
+                for model in (target, draft)
+            )
+            counted = batch["written"][:, 1:]
+            right = q.argmax(-1) == ids[:, 1:]
+            accepted += acceptance_rate(p, q)[counted].sum().item()
+            agreed += int(right[counted].sum())
+            tokens += int(counted.sum())
+            rounds += sum(chain_rounds(row[which], length) for row, which in zip(right, counted))
     if not tokens:
         raise ValueError("dataset must have written tokens after the first of a row, got none")
     return DraftScores(accepted / tokens, agreed / tokens, tokens / rounds, length, tokens)

@@ -20,7 +20,9 @@ class DraftTrainer(Trainer):
 
     Rows are those of `DistillationSet`. Only positions whose next token is `written` count. On rows with `distil` the
     loss compares the draft's logits with the target's on the same text, which the target computes without gradients;
-    on the others it is the cross-entropy of the text. The loss is the mean over all counted positions of a batch.
+    on the others it is the cross-entropy of the text. The loss is the mean over all counted positions of a step,
+    however they are spread over batches and processes, or of a whole evaluation. Predictions are the draft's logits;
+    their labels are the written tokens, -100 elsewhere, and not shifted.
 
         FastDraft (arXiv 2411.11055):        loss="ce" on a `generate_distillation_set`; needs no target
         Direct Alignment (arXiv 2403.00858): loss="tvd_pp" on that, with `mix_in_text(..., packed_text(...))`
@@ -35,8 +37,8 @@ class DraftTrainer(Trainer):
         """target: a causal language model of the draft's vocabulary, left on its device.  loss: a name in LOSSES or a
         callable of that signature.  args, kwargs: as for Trainer.
 
-        Raises ValueError for an unknown loss, a missing target, different vocabularies, and a draft in float16, whose
-        weights would overflow.
+        Raises ValueError for an unknown loss, a missing target, different vocabularies, another loss of the Trainer's
+        beside this one, and a draft in float16, whose weights would overflow.
         """
         self.loss = named_loss(loss)
         self.target = target
@@ -47,19 +49,30 @@ class DraftTrainer(Trainer):
             raise ValueError(f"loss {getattr(loss, '__name__', loss)!r} compares with a target: give one, or use 'ce'")
         if model.dtype == torch.float16:  # which is what drafts are often stored in
             raise ValueError("draft must be in float32 or bfloat16 to train, got float16: call draft.float() first")
+        for name, value in {"label_smoothing_factor": args.label_smoothing_factor, **kwargs}.items():
+            if name in ("label_smoothing_factor", "compute_loss_func") and value:
+                raise ValueError(f"a DraftTrainer computes the loss that loss= names alone: leave {name} out")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the columns are this class's own, not the model's
-        pad = model.config.get_text_config().pad_token_id or 0
+        pad = max(0, model.config.get_text_config().pad_token_id or 0)  # older configs say -1 for none
         super().__init__(model, args, **{"data_collator": partial(collate, pad=pad), **kwargs})
-        self.model_accepts_loss_kwargs = False  # means over a batch: the Trainer divides by the accumulation steps
+        self.model_accepts_loss_kwargs = True  # the loss is divided by what `get_batch_samples` counted, by no more
+        self.evaluated = torch.zeros(2, device=self.args.device)  # loss and counted positions of an evaluation so far
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """The batches of one step, and how many positions count in them: the mean of all processes, because their
+        gradients are averaged."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counted = sum(int(_counted(batch).sum()) for batch in batches)
+        return batches, self.accelerator.reduce(torch.tensor(float(counted), device=device), "mean")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss over the counted positions of a batch from `collate`."""
+        """Loss of the counted positions of a batch from `collate` over num_items_in_batch; None: over their number."""
         ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         outputs = model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-        counted = inputs["written"][:, 1:]
+        counted = _counted(inputs)
         draft_logits = outputs.logits[:, :-1]
         compared = inputs["distil"] if self.loss is not ce else torch.zeros_like(inputs["distil"])
         total = ce(draft_logits[~compared], ids[~compared, 1:], counted[~compared]).sum()
@@ -68,7 +81,8 @@ class DraftTrainer(Trainer):
             width = min(draft_logits.shape[-1], target_logits.shape[-1])  # they may be padded differently
             compare = (logits[..., :width] for logits in (draft_logits[compared], target_logits))
             total = total + self.loss(*compare, counted[compared]).sum()
-        loss = total / counted.sum().clamp_min(1)
+        items = counted.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / items.clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -79,8 +93,25 @@ class DraftTrainer(Trainer):
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """The same loss for evaluation; a Trainer would look for labels."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same loss for evaluation; a Trainer would look for labels in the batch."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        counted = _counted(inputs).sum()
+        self.evaluated += torch.stack([loss * counted, counted])
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs.logits, inputs["input_ids"].masked_fill(~inputs["written"], -100)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's own, but with a loss that is the mean over positions; its own is over batches."""
+        self.evaluated.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, counted = self.accelerator.reduce(self.evaluated).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
+        return output
+
+
+def _counted(batch: dict[str, Tensor]) -> Tensor:
+    return batch["written"][:, 1:]  # the first token of a row is not predicted

@@ -59,6 +59,32 @@ def test_samples_come_from_the_whole_distribution_whatever_the_generation_config
     assert (drawn - law).abs().sum() / 2 < 0.15
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 3.0},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_rows_are_the_targets_own_law_whatever_its_generation_config_says(setting, target):
+    plain = rows_of(written_by(target, temperatures=(0.0, 1.0)))
+    target.generation_config.update(**setting)
+    assert rows_of(written_by(target, temperatures=(0.0, 1.0))) == plain
+
+
+def test_a_target_in_train_mode_writes_as_in_eval_mode_and_stays_in_train_mode(target):
+    plain = rows_of(written_by(target, temperatures=(0.0,)))
+    target.config.attention_dropout = 0.5
+    for layer in target.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    target.train()
+    target.model.norm.eval()  # as where a part is frozen
+    assert rows_of(written_by(target, temperatures=(0.0,))) == plain
+    assert target.training and target.model.layers[0].training and not target.model.norm.training
+
+
 def test_a_row_ends_with_its_end_token(target):
     long = written_by(target, temperatures=(0.0,))
     end = rows_of(long)[1][len(PROMPTS[1]) + 4]
@@ -121,6 +147,8 @@ def test_batches_are_padded_on_the_right_and_padding_is_not_written():
 def test_mistakes_are_named_in_one_line(target):
     with pytest.raises(ValueError, match="strings need a tokenizer, got 'abc'"):
         written_by(target, ["abc"])
+    with pytest.raises(ValueError, match="must be a list of prompts, got the one string 'abc'"):
+        written_by(target, "abc", tokenizer=lambda text: SimpleNamespace(input_ids=[1]))
     with pytest.raises(ValueError, match="at least one id, got 0 of them"):
         written_by(target, [])
     with pytest.raises(ValueError, match="at least one id"):

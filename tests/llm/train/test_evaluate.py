@@ -62,6 +62,15 @@ def test_acceptance_is_over_written_tokens_only():
     assert scores.agreement == pytest.approx((q.argmax(-1)[5:9] == ids[6:]).float().mean().item())
 
 
+def test_a_draft_in_train_mode_is_scored_without_dropout_and_stays_in_train_mode():
+    target, draft = tiny_model(layers=2), tiny_model(layers=1, seed=1)
+    text = DistillationSet([prompt(30)[0]], [torch.ones(30, dtype=torch.bool)])
+    expected = evaluate_draft(target, draft, text, progress=False)
+    draft.model.layers[0].self_attn.attention_dropout = 0.5  # what a Trainer leaves on
+    assert evaluate_draft(target, draft.train(), text, progress=False) == expected
+    assert draft.training and not target.training
+
+
 def test_a_dataset_without_written_tokens_is_refused():
     model = tiny_model(layers=1)
     with pytest.raises(ValueError, match="must have written tokens"):

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from draftdiff.llm.train.data import collate, generate_distillation_set, packed_text
+from draftdiff.llm.train.data import DistillationSet, collate, generate_distillation_set, packed_text
 from draftdiff.llm.train.evaluate import evaluate_draft
 from draftdiff.llm.train.losses import LOSSES, tvd
 from draftdiff.llm.train.trainer import DraftTrainer
@@ -35,6 +35,11 @@ def arguments(folder, **options):
     return TrainingArguments(
         str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1000, weight_decay=0.0, **options
     )
+
+
+def everything_of(rows):
+    """A set in which all tokens count."""
+    return DistillationSet(rows, [torch.ones(len(row), dtype=torch.bool) for row in rows])
 
 
 def test_the_loss_is_the_mean_over_written_tokens_of_both_kinds_of_rows(target, written, tmp_path):
@@ -88,20 +93,61 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(target, written, tmp
         torch.testing.assert_close(resumed.state_dict()[name], tensor)
 
 
-def test_accumulated_batches_take_the_steps_of_large_ones(target, written, tmp_path):
-    drafts = []
-    for size, accumulated in ((8, 1), (4, 2)):
-        options = {
-            "per_device_train_batch_size": size,
-            "gradient_accumulation_steps": accumulated,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-        }
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_accumulated_batches_of_uneven_rows_take_the_step_of_one_and_it_is_the_token_mean(loss, target, tmp_path):
+    uneven = everything_of([prompt(n, seed=n)[0] for n in (4, 60)])
+    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    steps = []
+    for size, accumulated in ((2, 1), (1, 2)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
         draft = tiny_model(layers=1, seed=1)
-        DraftTrainer(draft, arguments(tmp_path, **options), target=target, loss="kl", train_dataset=written).train()
-        drafts.append(draft)
-    for one, other in zip(drafts[0].parameters(), drafts[1].parameters()):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        given = arguments(tmp_path, **options, **sizes)
+        DraftTrainer(draft, given, target=target, loss=loss, train_dataset=uneven).train()
+        steps.append(list(draft.parameters()))
+    by_hand = tiny_model(layers=1, seed=1)
+    for ids in uneven.ids:
+        with torch.no_grad():
+            p = target(ids[None]).logits[0, :-1]
+        q = by_hand(ids[None]).logits[0, :-1]
+        (LOSSES["kl"](q, p) if loss == "kl" else LOSSES["ce"](q, ids[1:])).sum().div(3 + 59).backward()
+    for whole, accumulated, start in zip(*steps, by_hand.parameters()):
+        torch.testing.assert_close(accumulated, whole, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(whole, start - 0.1 * start.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_of_an_evaluation_is_the_token_mean_whatever_the_batch_size(target, tmp_path):
+    draft, rows = tiny_model(layers=1, seed=1), [prompt(n, seed=n)[0] for n in (4, 40, 6, 60, 5)]
+    uneven = everything_of(rows)
+    losses = []
+    for size in (1, 2, 5):
+        given = arguments(tmp_path, per_device_eval_batch_size=size)
+        trainer = DraftTrainer(draft, given, target=target, train_dataset=uneven, eval_dataset=uneven)
+        losses += [trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"]]
+    with torch.no_grad():
+        total = sum(tvd(*(m(row[None]).logits[0, :-1] for m in (draft, target))).sum().item() for row in rows)
+    assert losses == pytest.approx([total / (sum(map(len, rows)) - len(rows))] * 6, rel=1e-5)
+
+
+def test_metrics_and_predictions_see_the_drafts_logits_and_the_written_tokens(target, written, tmp_path):
+    def compute_metrics(seen):
+        right = seen.predictions[:, :-1].argmax(-1) == seen.label_ids[:, 1:]
+        return {"agreement": right[seen.label_ids[:, 1:] != -100].mean()}
+
+    draft = tiny_model(layers=1, seed=1)
+    given = {"train_dataset": written, "eval_dataset": written, "compute_metrics": compute_metrics}
+    trainer = DraftTrainer(draft, arguments(tmp_path), target=target, **given)
+    agreement = evaluate_draft(target, draft, written, progress=False).agreement
+    assert trainer.evaluate()["eval_agreement"] == pytest.approx(agreement)
+    predicted = trainer.predict(written)
+    assert predicted.predictions.shape == (len(written), 28, VOCABULARY)
+    assert (predicted.label_ids[:, :4] == -100).all() and predicted.metrics["test_loss"] > 0
+
+
+def test_rows_of_lists_and_a_padding_token_of_minus_one_train_too(target, tmp_path):
+    draft = tiny_model(layers=1, seed=1)
+    draft.config.pad_token_id = -1
+    rows = [{"input_ids": [5] * n, "written": [True] * n, "distil": True} for n in (3, 7, 5, 4)]
+    assert DraftTrainer(draft, arguments(tmp_path), target=target, train_dataset=rows).train().training_loss > 0
 
 
 def test_the_result_is_a_plain_model_that_assists_generate(target, written, tmp_path):
@@ -144,3 +190,7 @@ def test_mistakes_are_named_in_one_line(target, tmp_path):
         DraftTrainer(draft, arguments(tmp_path))
     with pytest.raises(ValueError, match=r"float32 or bfloat16 to train, got float16: call draft.float\(\) first"):
         DraftTrainer(tiny_model(layers=1).half(), arguments(tmp_path), target=target)
+    with pytest.raises(ValueError, match="loss= names alone: leave label_smoothing_factor out"):
+        DraftTrainer(draft, arguments(tmp_path, label_smoothing_factor=0.1), target=target)
+    with pytest.raises(ValueError, match="leave compute_loss_func out"):
+        DraftTrainer(draft, arguments(tmp_path), target=target, compute_loss_func=print)
