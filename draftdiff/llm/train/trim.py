@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,10 +51,18 @@ class TrimmedHead(nn.Module):
 
 
 def count_tokens(dataset: Dataset, vocabulary: int) -> Tensor:
-    """How often each token was `written` in a DistillationSet, int64 [vocabulary]."""
+    """How often each token was `written` in a DistillationSet, int64 [vocabulary].
+
+    Raises ValueError for rows that are no such set's, and for ids that are not of the vocabulary.
+    """
     counts = torch.zeros(vocabulary, dtype=torch.int64)
     for row in dataset:  # type: ignore[attr-defined]
-        counts += torch.bincount(row["input_ids"][row["written"]], minlength=vocabulary)
+        if not isinstance(row, Mapping):
+            raise ValueError(f"counts must be a tensor or a dataset of rows with input_ids and written, got {row!r}")
+        ids = torch.as_tensor(row["input_ids"])[torch.as_tensor(row["written"])]
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+            raise ValueError(f"ids must be from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
+        counts += torch.bincount(ids, minlength=vocabulary)
     return counts
 
 
@@ -68,7 +76,8 @@ def trim(draft: Any, counts: Tensor | Dataset, size: int = 32_000, *, keep: Iter
 
     The copy has buffers as EAGLE-3's drafts do: `d2t` int64 [size], with target_id = i + d2t[i], and `t2d` bool
     [vocabulary]. Its logits have the whole vocabulary, -inf where trimmed, so that their softmax is the distribution
-    it drafts from. Raises ValueError for a draft already trimmed, a size or counts that do not fit.
+    it drafts from. Raises ValueError for a draft already trimmed, a size or counts that do not fit, and a family that
+    makes numbers of the -inf.
     """
     if "d2t" in dict(draft.named_buffers()):
         raise ValueError("draft is trimmed already: trim the draft it was made from")
@@ -89,7 +98,13 @@ def trim(draft: Any, counts: Tensor | Dataset, size: int = 32_000, *, keep: Iter
     rank = counts.cpu().to(torch.float64)
     rank[kept] = torch.inf
     ids = rank.argsort(descending=True, stable=True)[:size].sort().values
-    return _with_head(copy.deepcopy(draft), ids)
+    trimmed = _with_head(copy.deepcopy(draft), ids)
+    with torch.no_grad():
+        logits = trimmed(ids.new_zeros(1, 1).to(trimmed.device), use_cache=False).logits
+    if not logits[..., ~trimmed.t2d].isneginf().all():
+        name = type(draft).__name__
+        raise ValueError(f"{name} changes logits after its output layer so that trimmed tokens stay possible")
+    return trimmed
 
 
 def trimmed_ids(draft: Any) -> Tensor:
@@ -118,13 +133,29 @@ def load_trimmed(folder: str | Path) -> Any:
     file = folder / "model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}")
-    weights = load_file(file)
-    if "d2t" not in weights:
-        raise ValueError(f"{folder} holds no trimmed draft: {file.name} has no d2t")
+    with safe_open(file, "pt") as saved:
+        names = saved.keys()
+        if "d2t" not in names:
+            raise ValueError(f"{folder} holds no trimmed draft: {file.name} has no d2t")
+        d2t = saved.get_tensor("d2t")
+    ids = torch.arange(len(d2t)) + d2t
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    ids = torch.arange(len(weights["d2t"])) + weights["d2t"]
-    model = _with_head(AutoModelForCausalLM.from_config(config, dtype=config.dtype), ids)
-    model.load_state_dict(weights)
+    with torch.device("meta"):
+        family = type(AutoModelForCausalLM.from_config(config))
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        family.__init__(self, *args, **kwargs)
+        _with_head(self, ids)
+
+    # The host's own loading, because it knows by which other names a family's weights are saved; it goes by these two.
+    trimmed_family: Any = type(family.__name__, (family,), {"__module__": family.__module__, "__init__": build})
+    model, found = trimmed_family.from_pretrained(
+        folder, config=config, dtype=config.dtype, local_files_only=True, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"{folder} holds no whole draft: {file.name} lacks {', '.join(sorted(found['missing_keys']))}")
+    model.__class__ = family
+    model.get_output_embeddings().ids.copy_(ids)  # not saved, so the host left it empty
     return model.eval()
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.train.data import DistillationSet
@@ -109,6 +109,24 @@ def test_what_is_saved_loads_again(family, dtype, tmp_path):
             assert torch.equal(again(prompt(6)).logits, trimmed(prompt(6)).logits)
 
 
+@torch.no_grad()
+def test_a_family_that_the_host_saves_under_other_names_loads_again_too(tmp_path):
+    config = AutoConfig.for_model(
+        "gpt_neox", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=1
+    )
+    trimmed = trim(AutoModelForCausalLM.from_config(config).eval(), COUNTS, 24)
+    save_trimmed(trimmed, tmp_path / "draft")
+    again = load_trimmed(tmp_path / "draft")
+    assert type(again) is type(trimmed) and torch.equal(again(prompt(6)).logits, trimmed(prompt(6)).logits)
+
+
+def test_the_generation_config_loads_again(draft, tmp_path):
+    draft.generation_config.eos_token_id, draft.generation_config.num_assistant_tokens = [3, 4, 5], 7
+    save_trimmed(trim(draft, COUNTS, 24), tmp_path / "draft")
+    again = load_trimmed(tmp_path / "draft").generation_config
+    assert (again.eos_token_id, again.num_assistant_tokens) == ([3, 4, 5], 7)
+
+
 def test_the_files_are_laid_out_as_other_hosts_read_them(draft, tmp_path):
     trimmed = trim(draft, COUNTS, 24)
     save_trimmed(trimmed, tmp_path / "draft")
@@ -141,13 +159,30 @@ def test_mistakes_are_named_in_one_line(draft, tmp_path):
         trim(draft, COUNTS[:5], 20)
     with pytest.raises(ValueError, match=f"from 0 to {VOCABULARY - 1}, got 0 to 999"):
         trim(draft, COUNTS, 20, keep=[999])
+    with pytest.raises(ValueError, match="tensor or a dataset of rows with input_ids and written, got 1"):
+        trim(draft, [1] * VOCABULARY, 20)
+    beyond = DistillationSet([torch.tensor([1, VOCABULARY])], [torch.ones(2, dtype=torch.bool)])
+    with pytest.raises(ValueError, match=f"ids must be from 0 to {VOCABULARY - 1}, got 1 to {VOCABULARY}"):
+        trim(draft, beyond, 20)
     with pytest.raises(ValueError, match="trimmed already"):
         trim(trim(draft, COUNTS, 20), COUNTS, 10)
     with pytest.raises(FileExistsError, match="exists"):
         save_trimmed(trim(draft, COUNTS, 20), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_trimmed(tmp_path)
+    save_trimmed(trim(draft, COUNTS, 20), tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "o_proj" not in k}, tmp_path / "part" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no whole draft: model.safetensors lacks model.layers.0.self_attn.o_proj"):
+        load_trimmed(tmp_path / "part")
     draft.save_pretrained(tmp_path / "whole")
     with pytest.raises(ValueError, match="no trimmed draft"):
         load_trimmed(tmp_path / "whole")
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), type(draft))
+
+
+def test_a_family_that_would_make_numbers_of_trimmed_logits_is_refused():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model("recurrent_gemma", vocab_size=VOCABULARY, head_dim=16, lru_width=64, **sizes)
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM changes logits after its output layer"):
+        trim(AutoModelForCausalLM.from_config(config), COUNTS, 40)
