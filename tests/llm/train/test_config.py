@@ -21,6 +21,41 @@ def test_the_number_of_parameters_is_within_a_tenth_of_the_request(family, param
     assert config.hidden_size % config.num_attention_heads == 0
 
 
+UNUSUAL = {
+    "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 48, "num_experts": 8},
+    "deepseek_v2": {"moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 16}
+    | {"q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "nemotron": {"num_key_value_heads": None},
+    "phi3": {
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12},
+        "original_max_position_embeddings": 64,
+        "pad_token_id": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_experts_factors_of_long_contexts_and_key_heads_left_unsaid_make_drafts_that_run(family):
+    width = 96 if family == "phi3" else 64  # heads of 24, which its rope factors fit
+    sizes = {"hidden_size": width, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    target = AutoConfig.for_model(family, vocab_size=100, **sizes, **UNUSUAL[family])
+    params = 9e4
+    draft = AutoModelForCausalLM.from_config(draft_config(target, params))
+    assert abs(draft.num_parameters() / params - 1) <= 0.1
+    assert draft(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 100)
+
+
+def test_a_draft_is_in_float32_and_not_quantized_whatever_the_target_is(tmp_path):
+    target = tiny_model().config
+    target.dtype, target.quantization_config = torch.bfloat16, {"quant_method": "gptq", "bits": 4}
+    draft = AutoModelForCausalLM.from_config(draft_config(target, 3e4))
+    assert draft.dtype == torch.float32
+    draft.save_pretrained(tmp_path / "draft")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    assert (again.num_parameters(), again.dtype) == (draft.num_parameters(), torch.float32)
+    assert (target.dtype, target.quantization_config["bits"]) == (torch.bfloat16, 4)
+
+
 def test_counting_allocates_nothing_and_counts_tied_weights_once():
     model = tiny_model(layers=2)
     assert count_parameters(model.config) == sum(p.numel() for p in model.parameters())
@@ -59,3 +94,5 @@ def test_a_number_out_of_range_is_named_with_the_range():
 def test_a_family_without_the_widths_to_set_is_named():
     with pytest.raises(ValueError, match="must have intermediate_size or n_inner; bloom has neither"):
         draft_config(AutoConfig.for_model("bloom"))
+    with pytest.raises(ValueError, match="one intermediate_size for all layers; gemma3n_text has one for each"):
+        draft_config(AutoConfig.for_model("gemma3n_text"))
