@@ -64,14 +64,16 @@ def load(
     if target is None or draft is None:
         return _embedded(DTYPES[dtype or "float32"], place)
     kind = DTYPES[dtype or ("float32" if place.type == "cpu" else "bfloat16")]
-    tokenizers = [_pretrained("AutoTokenizer", name) for name in (target, draft)]
+    tokenizers = [pretrained("AutoTokenizer", name) for name in (target, draft)]
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise ValueError(f"draft {draft!r} has another tokenizer than model {target!r}: they must share one")
-    models = [_pretrained("AutoModelForCausalLM", name, dtype=kind).to(place).eval() for name in (target, draft)]
+    models = [pretrained("AutoModelForCausalLM", name, dtype=kind).to(place).eval() for name in (target, draft)]
     return LanguageModel(target, models[0], models[1], tokenizers[0])
 
 
-def _pretrained(kind: str, name: str, **options: Any) -> Any:
+def pretrained(kind: str, name: str, **options: Any) -> Any:
+    """What an Auto class of transformers, by its name, loads from a folder or the Hub; ValueError, in one line, if it
+    cannot."""
     import transformers
 
     folder = Path(name).expanduser()

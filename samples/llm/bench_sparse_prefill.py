@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_common import RESULTS, median_and_spread, timed, versions, write_result
+from command_line import Parser, device, run, whole
 
 from draftdiff.compare.html import Column, text_table, with_spread
 from draftdiff.doctor import device_name
@@ -147,13 +148,13 @@ def prefill_row(tokens: int, columns: int, local: int, options: argparse.Namespa
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it. Returns the exit code: 1 if sparse attention differs from its mask's, 2 for a wrong argument."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench_sparse_prefill.py",
         description=(__doc__ or "").split("\n\n")[0],
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument("--tokens", type=whole(1), nargs="+", default=[4096, 8192, 16384])
     parser.add_argument(
         "--pattern",
         type=int,
@@ -162,11 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar=("COLUMNS", "LOCAL"),
         help="may be repeated (default: 2048 2048, the paper's, and 1024 1024, 512 512)",
     )
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--key-heads", type=int, default=1)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--heads", type=whole(1), default=4)
+    parser.add_argument("--key-heads", type=whole(1), default=1)
+    parser.add_argument("--head-dim", type=whole(1), default=128)
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="FOLDER", help="default: samples/results")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     options = parser.parse_args(arguments)
@@ -177,16 +178,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.heads % options.key_heads:
             raise ValueError(f"--heads must be a multiple of --key-heads {options.key_heads}, got {options.heads}")
         check_writable(options.output)
+        plan = [
+            (measure, tokens, columns, local)
+            for measure, tokens, (columns, local) in itertools.product(
+                (attention_row, prefill_row), options.tokens, patterns
+            )
+            if tokens > columns + local  # else the prompt is read densely
+        ]
+        if not plan:
+            least = min(map(sum, patterns))
+            raise ValueError(f"--tokens must have one above {least}, or all is read densely, got {max(options.tokens)}")
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    plan = [
-        (measure, tokens, columns, local)
-        for measure, tokens, (columns, local) in itertools.product(
-            (attention_row, prefill_row), options.tokens, patterns
-        )
-        if tokens > columns + local  # else the prompt is read densely
-    ]
     rows = [
         measure(tokens, columns, local, options)
         for measure, tokens, columns, local in tqdm(plan, desc="bench_sparse_prefill", unit="row")
@@ -212,4 +216,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

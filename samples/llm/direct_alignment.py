@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from command_line import run, share
 from recipe import Recipe, arguments
-from stdlib_corpus import def_prompts
 
 from draftdiff.llm import LOSSES, mix_in_text
 
@@ -24,15 +24,15 @@ TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments(__doc__ or "", "aligned-draft")
+    parser = arguments("direct_alignment", __doc__ or "", "aligned-draft")
     parser.add_argument("--loss", choices=sorted(LOSSES), default="tvd_pp", help="of the alignment (default tvd_pp)")
-    parser.add_argument("--plain-share", type=float, default=0.1, help="share of plain text in the mix (default 0.1)")
-    options = parser.parse_args(argv)
-    recipe = Recipe(options)
+    parser.add_argument("--plain-share", type=share, default=0.1, help="share of plain text in the mix (default 0.1)")
+    recipe = Recipe.begin(parser, argv)
+    options = recipe.options
     text = recipe.plain_text()
     if options.draft is None:
         recipe.train("pretrained", text, options.pretrain_steps, "ce", rate=4e-3)
-    written = recipe.written(def_prompts(options.prompts, held_out=False), TEMPERATURES)
+    written = recipe.written(recipe.prompts, TEMPERATURES)
     recipe.train(
         "aligned", mix_in_text(written, text, options.plain_share), options.align_steps, options.loss, rate=1e-3
     )
@@ -40,4 +40,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

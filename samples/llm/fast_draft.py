@@ -15,21 +15,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from command_line import run
 from recipe import Recipe, arguments
-from stdlib_corpus import def_prompts
 
 from draftdiff.llm.train.data import TEMPERATURES
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = arguments(__doc__ or "", "fast-draft").parse_args(argv)
-    recipe = Recipe(options)
+    recipe = Recipe.begin(arguments("fast_draft", __doc__ or "", "fast-draft"), argv)
+    options = recipe.options
     if options.draft is None:
         recipe.train("pretrained", recipe.plain_text(), options.pretrain_steps, "ce", rate=4e-3)
-    written = recipe.written(def_prompts(options.prompts, held_out=False), TEMPERATURES)
+    written = recipe.written(recipe.prompts, TEMPERATURES)
     recipe.train("aligned", written, options.align_steps, "ce", rate=1e-3)
     recipe.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import Parser, check_new_folder, new_file, whole
 from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from draftdiff.devices import device_name
+from draftdiff.devices import device_name, find_device
 from draftdiff.llm import (
     DistillationSet,
     DraftTrainer,
@@ -23,6 +24,8 @@ from draftdiff.llm import (
     generate_distillation_set,
     packed_text,
 )
+from draftdiff.llm.drafters.base import check_vocabularies
+from draftdiff.llm_model import pretrained
 from draftdiff.media import new_folder
 from draftdiff.pipelines.mini_llm import load_mini_llm
 from samples.bench_common import write_result
@@ -30,18 +33,20 @@ from samples.bench_common import write_result
 WINDOW = 256
 
 
-def arguments(doc: str, output: str) -> argparse.ArgumentParser:
+def arguments(name: str, doc: str, output: str) -> Parser:
     """The options that all recipes have."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    parser = Parser(prog=name, description=doc.split("\n\n")[0])
     parser.add_argument("--target", help="hub repository or folder of the target (default: the embedded one)")
     parser.add_argument("--draft", help="hub repository or folder of a draft to start from (default: a new one)")
     parser.add_argument("--params", type=float, default=4e5, help="parameters of a new draft (default 4e5)")
-    parser.add_argument("--pretrain-steps", type=int, default=250, help="steps on plain text (default 250)")
-    parser.add_argument("--align-steps", type=int, default=150, help="steps on what the target wrote (default 150)")
-    parser.add_argument("--prompts", type=int, default=96, help="prompts the target continues (default 96)")
-    parser.add_argument("--new-tokens", type=int, default=160, help="tokens of a continuation (default 160)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--json", type=Path, help="file for the scores")
+    parser.add_argument("--pretrain-steps", type=whole(0), default=250, help="steps on plain text (default 250)")
+    parser.add_argument(
+        "--align-steps", type=whole(0), default=150, help="steps on what the target wrote (default 150)"
+    )
+    parser.add_argument("--prompts", type=whole(1), default=96, help="prompts the target continues (default 96)")
+    parser.add_argument("--new-tokens", type=whole(1), default=160, help="tokens of a continuation (default 160)")
+    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads (default 1)")
+    parser.add_argument("--json", type=new_file(), help="file for the scores")
     parser.add_argument("-o", "--output", type=Path, default=Path(output), help=f"new folder of the draft ({output})")
     return parser
 
@@ -49,25 +54,39 @@ def arguments(doc: str, output: str) -> argparse.ArgumentParser:
 class Recipe:
     """A target, a draft in training and the scores after every stage, on what the target writes after unseen heads."""
 
+    judge: DistillationSet
+
     def __init__(self, options: argparse.Namespace) -> None:
-        if options.output.exists():
-            raise SystemExit(f"{options.output} exists: choose a new folder with -o")
+        check_new_folder(options.output)
+        self.prompts = def_prompts(options.prompts, held_out=False)
         torch.set_num_threads(options.threads)
         torch.manual_seed(0)
         self.options = options
         if options.target is None:
             self.target, _, self.tokenizer = load_mini_llm()
         else:
-            self.target = AutoModelForCausalLM.from_pretrained(options.target)
-            self.tokenizer = AutoTokenizer.from_pretrained(options.target)
+            self.target = pretrained("AutoModelForCausalLM", options.target)
+            self.tokenizer = pretrained("AutoTokenizer", options.target)
         if options.draft is None:
             self.draft = AutoModelForCausalLM.from_config(draft_config(self.target.config, options.params))
         else:
-            self.draft = AutoModelForCausalLM.from_pretrained(options.draft, dtype=torch.float32)
-        self.judge = self.written(def_prompts(48), (0.0,))
+            self.draft = pretrained("AutoModelForCausalLM", options.draft, dtype=torch.float32)
+        device = find_device(None)
+        self.target.to(device)
+        self.draft.to(device)
+        check_vocabularies(self.target, self.draft)
         self.scores: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
-        self.score("before")
+
+    @classmethod
+    def begin(cls, parser: Parser, argv: list[str] | None) -> Recipe:
+        """The recipe of a command line; a mistake in it ends the script before any work."""
+        options = parser.parse_args(argv)
+        with parser.mistakes():
+            recipe = cls(options)
+        recipe.judge = recipe.written(def_prompts(48), (0.0,))
+        recipe.score("before")
+        return recipe
 
     def written(self, prompts: list[str], temperatures: tuple[float, ...]) -> DistillationSet:
         """What the target writes after these prompts."""
@@ -111,7 +130,7 @@ class Recipe:
         self.score(stage)
 
     def score(self, stage: str) -> None:
-        scores = evaluate_draft(self.target, self.draft.eval(), self.judge)
+        scores = evaluate_draft(self.target, self.draft, self.judge)
         self.scores[stage] = {name: round(value, 4) for name, value in asdict(scores).items()}
         print(
             f"{stage}: acceptance {scores.acceptance:.3f} at temperature 1, {scores.agreement:.3f} greedily, "
@@ -124,9 +143,9 @@ class Recipe:
         with new_folder(output) as partial:
             self.draft.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
-        assistant = AutoModelForCausalLM.from_pretrained(output)
+        assistant = AutoModelForCausalLM.from_pretrained(output).to(self.target.device)
         for prompt in def_prompts(4):
-            inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.target.device)
             plain, assisted = (
                 self.target.generate(**inputs, max_new_tokens=64, do_sample=False, **extra)
                 for extra in ({}, {"assistant_model": assistant})

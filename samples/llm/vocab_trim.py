@@ -10,14 +10,15 @@ and draws the curve. About three minutes on one core:
 
 from __future__ import annotations
 
-import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from command_line import Parser, check_new_folder, new_file, run, whole
 from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from tqdm import tqdm
 
@@ -84,41 +85,42 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="vocabularies of the draft")
-    parser.add_argument("--prompts", type=int, default=48, help="function heads to continue (default 48)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of a continuation (default 128)")
-    parser.add_argument("--calibration", type=int, default=96, help="prompts of the calibration (default 96)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--plot", type=Path, help="file for the curve (.png)")
-    parser.add_argument("--save", type=int, help="only trim to this size and save the draft and its token map")
+    parser = Parser(prog="vocab_trim", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--sizes", type=whole(1), nargs="+", default=SIZES, help="vocabularies of the draft")
+    parser.add_argument("--prompts", type=whole(1), default=48, help="function heads to continue (default 48)")
+    parser.add_argument("--new-tokens", type=whole(1), default=128, help="tokens of a continuation (default 128)")
+    parser.add_argument("--calibration", type=whole(1), default=96, help="prompts of the calibration (default 96)")
+    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads (default 1)")
+    parser.add_argument("--json", type=new_file(), help="file for the rows")
+    parser.add_argument("--plot", type=new_file(".png"), help="file for the curve (.png)")
+    parser.add_argument("--save", type=whole(1), help="only trim to this size and save the draft and its token map")
     parser.add_argument("-o", "--output", type=Path, default=Path("trimmed-draft"), help="new folder for --save")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     target, draft, tokenizer = load_mini_llm()
+    vocabulary = target.config.vocab_size
+    with parser.mistakes():
+        if options.plot and find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'draftdiff[plots]'")
+        for size in (min(options.sizes), max(options.sizes)) if options.save is None else (options.save,):
+            trim(draft, torch.zeros(vocabulary), size)
+        if options.save is not None:
+            check_new_folder(options.output)
+        seen, unseen = def_prompts(options.calibration, held_out=False), def_prompts(options.prompts)
     written = generate_distillation_set(
-        target,
-        def_prompts(options.calibration, held_out=False),
-        max_new_tokens=options.new_tokens,
-        batch_size=64,
-        tokenizer=tokenizer,
+        target, seen, max_new_tokens=options.new_tokens, batch_size=64, tokenizer=tokenizer
     )
-    counts = {"what the target writes": count_tokens(written, target.config.vocab_size)}
-    try:
-        if options.save:
-            trimmed = trim(draft, counts["what the target writes"], options.save)
-            save_trimmed(trimmed, options.output)
-            export_token_map(trimmed, options.output / "token_map.pt")
-            print(f"{options.output}: a draft of {options.save} tokens with d2t, t2d and token maps")
-            return
-        trim(draft, counts["what the target writes"], min(options.sizes))
-    except (ValueError, FileExistsError) as error:
-        raise SystemExit(f"vocab_trim: {error}") from None
+    counts = {"what the target writes": count_tokens(written, vocabulary)}
+    if options.save is not None:
+        trimmed = trim(draft, counts["what the target writes"], options.save)
+        save_trimmed(trimmed, options.output)
+        export_token_map(trimmed, options.output / "token_map.pt")
+        print(f"{options.output}: a draft of {options.save} tokens with d2t, t2d and token maps")
+        return
     corpus = torch.tensor([i for text in corpus_texts() for i in tokenizer(text, verbose=False).input_ids])
-    counts["the corpus"] = torch.bincount(corpus, minlength=target.config.vocab_size)
+    counts["the corpus"] = torch.bincount(corpus, minlength=vocabulary)
     length = mini_llm_defaults()["length"]
-    prompts = [torch.tensor(tokenizer(prompt).input_ids) for prompt in def_prompts(options.prompts)]
+    prompts = [torch.tensor(tokenizer(prompt).input_ids) for prompt in unseen]
     ids, mask = left_padded(prompts, tokenizer.pad_token_id)
     plain = target.generate(ids, attention_mask=mask, max_new_tokens=options.new_tokens, do_sample=False)
     rows = []
@@ -143,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

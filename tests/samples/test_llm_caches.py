@@ -45,6 +45,23 @@ def test_sparse_prefill_is_timed_and_checked(tmp_path, capsys):
     assert "multiple of 64, got 100" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--tokens", "--heads", "--key-heads", "--head-dim", "--rounds"])
+def test_sparse_prefill_refuses_sizes_of_nothing(option, tmp_path):
+    import bench_sparse_prefill
+
+    with pytest.raises(SystemExit, match=f"argument {option}: must be a whole number from 1 on, got '0'"):
+        bench_sparse_prefill.main([option, "0", "-o", str(tmp_path)])
+
+
+def test_sparse_prefill_refuses_what_cannot_be_measured(tmp_path, capsys):
+    import bench_sparse_prefill
+
+    with pytest.raises(SystemExit, match="argument --device: device 'foo' cannot be used"):
+        bench_sparse_prefill.main(["--device", "foo", "-o", str(tmp_path)])
+    assert bench_sparse_prefill.main(["--tokens", "100", "-o", str(tmp_path)]) == 2
+    assert "--tokens must have one above 1024, or all is read densely, got 100" in capsys.readouterr().err
+
+
 def test_caches_are_scored_against_the_truth(tmp_path, capsys):
     import score_spec_kv
 

@@ -59,6 +59,54 @@ def test_an_existing_folder_is_refused(script, tmp_path):
         script("fast_draft").main(["-o", str(tmp_path)])
 
 
+RECIPE_MISTAKES = [
+    (["--params", "10"], "params must be from 74,336, .* got 10"),
+    (["--prompts", "0"], "argument --prompts: must be a whole number from 1 on, got '0'"),
+    (["--prompts", "100000"], r"count must be from 1 to \d+, the function heads there are, got 100000"),
+    (["--new-tokens", "0"], "argument --new-tokens: must be a whole number from 1 on, got '0'"),
+    (["--target", "no/such/folder"], "model 'no/such/folder' cannot be loaded"),
+    (["--draft", "no/such/folder"], "model 'no/such/folder' cannot be loaded"),
+    (["--plain-share", "1"], r"argument --plain-share: must be in \[0, 1\), got '1'"),
+    (["--json", "nowhere/scores.json"], "argument --json: output folder 'nowhere' does not exist"),
+]
+TRIM_MISTAKES = [
+    (["--calibration", "0"], "argument --calibration: must be a whole number from 1 on, got '0'"),
+    (["--prompts", "0"], "argument --prompts: must be a whole number from 1 on, got '0'"),
+    (["--prompts", "100000"], "count must be from 1 to .* got 100000"),
+    (["--sizes", "64", "100000"], "size must be from 1, .* vocabulary of 2048, got 100000"),
+    (["--save", "0"], "argument --save: must be a whole number from 1 on, got '0'"),
+    (["--save", "64", "-o", "."], r"\. exists: choose a new folder"),
+    (["--plot", "curve.xyz"], "argument --plot: output 'curve.xyz' must end in .png"),
+    (["--json", "nowhere/rows.json"], "argument --json: output folder 'nowhere' does not exist"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [("direct_alignment", *mistake) for mistake in RECIPE_MISTAKES] + [("vocab_trim", *one) for one in TRIM_MISTAKES],
+)
+def test_a_mistake_is_one_line_before_any_work(name, given, message, script, tmp_path, monkeypatch):
+    def work(*args, **kwargs):
+        raise AssertionError("the work began")
+
+    monkeypatch.chdir(tmp_path)
+    for module in ("recipe", "vocab_trim"):
+        monkeypatch.setattr(script(module), "generate_distillation_set", work)
+    with pytest.raises(SystemExit, match=rf"^{name}: {message}") as error:
+        script(name).main(given)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_a_script_in_one_line(script, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as done:
+        script("command_line").run(interrupted)
+    assert done.value.code == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")
+
+
 def test_the_curve_trades_tokens_per_forward_for_bytes(script, tmp_path, capsys):
     few = ["--sizes", "64", "2048", "--prompts", "6", "--calibration", "6", "--new-tokens", "16"]
     script("vocab_trim").main([*few, "--json", str(tmp_path / "trim.json"), "--plot", str(tmp_path / "trim.png")])
