@@ -19,6 +19,8 @@ _HEAVIEST = 4  # per draft: tokens that are convolved one by one, see `_Races`
 _TERMS = 8  # and n more of the exponential's series for light tokens
 _LIGHT = 0.5  # the largest exponent that the series is used for
 _STEP = 0.5  # of the sum over log time
+_CHUNK = 256  # tokens at once, few enough for a CPU's cache
+_SURE = 1e-9  # chance of a draw outside a prefix that counts as none
 _GRID, _TOLERANCE = 12, 1e-7  # of the search for the best prefix
 _POINTS = 2**16  # of the quasi-random estimate
 
@@ -34,27 +36,32 @@ def acceptance_upper_bound(p: Tensor, q: Tensor, n: int, sampler: str) -> float:
     p, q = _checked(p, q, n, sampler)
     if sampler == "greedy":
         return _greedy(p, q, n, "greedy")
-    order = torch.argsort((q / p.clamp(min=1e-300)).float(), descending=True)
+    order = torch.argsort(q / p.clamp(min=1e-300), descending=True)
     sorted_p, sorted_q = p[order], q[order]
     inside = F.pad(sorted_p.cumsum(0), (1, 0))
     if sampler == "without_replacement" and n > 2:
         return 1 + _minimum(inside, _Races(sorted_q, n))
-    mass = F.pad(sorted_q.cumsum(0), (1, 0))
-    if sampler == "without_replacement" and n == 2:
-        odds = sorted_q / (1 - sorted_q).clamp(min=1e-300)
-        sums = F.pad(torch.stack([odds, odds * sorted_q]).cumsum(1), (1, 0))
-        # The whole vocabulary holds both drafts for sure; as a quotient it is 0/0 where one token has all the mass.
-        both = torch.where(mass < 1 - 1e-15, mass * sums[0] - sums[1], mass)
-    else:
-        both = mass**n
+    both = _pairs(sorted_q) if sampler == "without_replacement" and n == 2 else F.pad(sorted_q.cumsum(0), (1, 0)) ** n
     return 1 + float((inside - both).min())
+
+
+def _pairs(q: Tensor) -> Tensor:
+    """Chance that two draws without replacement are among the first k tokens, for every k: sum of q_i / (1 - q_i) times
+    the mass of the others. The likeliest token is kept apart, as it may leave less to the others than rounding would.
+    """
+    top = int(q.argmax())
+    light = q.index_fill(0, torch.tensor(top, device=q.device), 0)
+    odds = light / (1 - light)
+    others, odds, squares = F.pad(torch.stack([light, odds, odds * light]).cumsum(1), (1, 0))
+    top_in = torch.arange(len(q) + 1, device=q.device) > top
+    return others * odds - squares + top_in * q[top] * (odds + others / others[-1])
 
 
 def expected_acceptance(p: Tensor, q: Tensor, n: int, sampler: str, verifier: str) -> float:
     """The chance that `verify.reject(p, q, ..., sampler, verifier)` emits one of n drafts by accepting it.
 
     Arguments and errors as for `acceptance_upper_bound`; verifier: one of `verify.VERIFIERS[sampler]`, which are exact.
-    Exact but for rounding; "rrs" for more than two drafts without replacement is a quasi-random mean, to about 1e-4.
+    Exact but for rounding; "rrs" for more than two drafts without replacement is a quasi-random mean, to a few 1e-4.
     """
     check_verifier(sampler, verifier)
     p, q = _checked(p, q, n, sampler)
@@ -110,6 +117,8 @@ class _Residuals:
 def _recursive(p: Tensor, q: Tensor, n: int, sampler: str) -> float:
     """Recursive rejection: after some rejections the residual is (p - c q)+, where c is one number that depends on the
     drafts only through their mass S. It grows by Z(c) / (1 - S) with every rejection."""
+    order = q.argsort()  # sums over the lightest tokens first keep what they add
+    p, q = p[order], q[order]
     z = _Residuals(p, q)
     c = torch.zeros(1, dtype=torch.float64, device=p.device)
     if sampler == "with_replacement" or n == 1:
@@ -124,33 +133,42 @@ def _recursive(p: Tensor, q: Tensor, n: int, sampler: str) -> float:
         points = torch.quasirandom.SobolEngine(n - 1, scramble=True, seed=0).draw(_POINTS, dtype=torch.float64)
         first, weight = _sequences(q, points.to(q.device)), torch.full((_POINTS,), 1 / _POINTS, dtype=torch.float64)
     rejected = torch.ones(len(first), dtype=torch.float64, device=q.device)
-    mass = torch.zeros_like(rejected)
+    left = torch.ones_like(rejected)
     c = torch.zeros_like(rejected)
-    for draft in first.T:
+    for k, draft in enumerate(first.T):
         before = z(c)
         residual = (p[draft] - c * q[draft]).clamp(min=0) / before.clamp(min=1e-300)
-        left = 1 - mass
         rejected = rejected * (1 - residual * left / q[draft].clamp(min=1e-300)).clamp(min=0)
         c = c + before / left
-        mass = (mass + q[draft]).clamp(max=1 - 1e-15)
-    before, after = z(c), z(c + z(c) / (1 - mass))
+        left = _left(q, first[:, : k + 1])
+    before, after = z(c), z(c + z(c) / left)
     rejected = rejected * after / before.clamp(min=1e-300)
     return 1 - float((weight.to(q.device) * rejected).sum())
 
 
+def _left(q: Tensor, drawn: Tensor) -> Tensor:
+    """Mass of the tokens that were not drawn, [samples].  q: ascending.  drawn: int64 [samples, draws], no token twice.
+
+    Not 1 less the others' mass, of which nothing is left where q is peaked. The heaviest tokens are added one by one;
+    of the lighter ones' sum no more is subtracted than the heavy ones that were not drawn weigh.
+    """
+    light = max(len(q) - 2 * drawn.shape[1], 0)
+    heavy = torch.arange(light, len(q), device=q.device)
+    stays = (drawn[:, :, None] != heavy).all(1)
+    return q[:light].sum() - torch.where(drawn < light, q[drawn], 0.0).sum(1) + (stays * q[light:]).sum(1)
+
+
 def _sequences(q: Tensor, points: Tensor) -> Tensor:
-    """Draws without replacement from uniform points [samples, draws], int64 of the same shape."""
-    sums = q.cumsum(0)
-    taken: list[Tensor] = []
+    """Draws without replacement from uniform points [samples, draws], int64 of the same shape.  q: ascending."""
+    sums = F.pad(q.cumsum(0), (1, 0))
+    drawn = torch.empty(len(points), 0, dtype=torch.long, device=q.device)
     for u in points.T:
-        held = torch.stack(taken, 1).sort(1).values if taken else None
-        mass = q[held] if held is not None else None
-        v = u * (1 - (mass.sum(1) if mass is not None else 0))
-        if held is not None and mass is not None:
-            for token, size in zip(held.T, mass.T):
-                v = torch.where(v >= sums[token] - size, v + size, v)
-        taken.append(torch.searchsorted(sums, v.contiguous(), right=True).clamp(max=len(q) - 1))
-    return torch.stack(taken, 1)
+        v = u * _left(q, drawn)
+        for token in drawn.sort(1).values.T:
+            v = torch.where(v >= sums[token], v + q[token], v)
+        found = torch.searchsorted(sums[1:], v, right=True).clamp(max=len(q) - 1)
+        drawn = torch.cat([drawn, found[:, None]], 1)
+    return drawn
 
 
 @dataclass
@@ -169,21 +187,31 @@ class _Races:
 
     def __post_init__(self) -> None:
         self.heavy = self.q.topk(min(_HEAVIEST * self.n, len(self.q))).indices
-        self._rest = self.q.index_fill(0, self.heavy, 0)
+        self._light = self.q.index_fill(0, self.heavy, 0)
+        self._light_mass = F.pad(self._light.cumsum(0), (1, 0))
         self.mass = F.pad(self.q.cumsum(0), (1, 0))
+        # Not 1 - mass, of which nothing is left where few tokens have it all.
+        self._behind = F.pad(self.q.flip(0).cumsum(0).flip(0), (0, 1))
         self._latest = 0.0
+        degrees = range(1, _TERMS + self.n + 1 if self.n > 1 else 2)
+        series = [[_series(degree, k) for degree in degrees] for k in range(1, self.n)]
+        self._degrees = torch.tensor(degrees, device=self.q.device)
+        self._series = self.q.new_tensor(series).reshape(-1, len(degrees))
 
     def prefixes(self, ends: Tensor) -> Tensor:
         """Chance that all draws are among the first `end` tokens, for each of `ends` [m]."""
-        held = self.mass[ends]
-        rest = 1 - held
-        result = torch.where(rest <= 1e-12, 1.0, 0.0).to(held)
-        open_ = (rest > 1e-12) & (ends >= self.n)
+        behind = self._behind[ends]
+        heavy = self.heavy < ends[:, None]
+        # Even without its n - 1 heaviest tokens the prefix outweighs what is behind it.
+        lighter = (heavy & (heavy.cumsum(1) >= self.n)) * self.q[self.heavy]
+        sure = self.n * behind <= _SURE * (self._light_mass[ends] + lighter.sum(1))
+        result = sure.to(behind)
+        open_ = ~sure & (ends >= self.n)
         if bool(open_.any()):
-            result[open_] = self._integrate(ends[open_], held[open_], rest[open_])
+            result[open_] = self._integrate(ends[open_], behind[open_])
         return result
 
-    def _integrate(self, ends: Tensor, held: Tensor, rest: Tensor) -> Tensor:
+    def _integrate(self, ends: Tensor, rest: Tensor) -> Tensor:
         grid = torch.arange(math.log(1e-6), math.log(24.0), _STEP, dtype=torch.float64, device=self.q.device)
         t = grid.exp() / rest[:, None]  # [prefixes, times]
         weight = _STEP * (t * rest[:, None]) * (-t * rest[:, None]).exp()
@@ -195,45 +223,41 @@ class _Races:
         without: one of the heavy tokens, which never arrives.
         """
         middle, sums = self._light_sums(ends, t)
-        for part in middle.split(1024):
+        for part in middle.split(_CHUNK):
+            inside = self.q[part] * (part < ends[:, None])
             # Where this is cut, so many heavier tokens have arrived that nothing is left of it.
-            odds = torch.expm1((t[:, :, None] * self.q[part]).clamp(max=50)) * (part < ends[:, None])[:, None]
-            power = odds
-            for k in range(self.n - 1):
-                sums[k] = sums[k] + power.sum(-1)
-                power = power * odds
+            odds = torch.expm1((t[:, :, None] * inside[:, None]).clamp_(max=50))
+            power = torch.ones_like(odds)
+            for total in sums:
+                total += power.mul_(odds).sum(-1)
         # Odds turn into chances times the chance that none at all has arrived.
-        quiet = ((self.heavy < ends[:, None]) * self.q[self.heavy]).sum(1) - self.mass[ends]
-        arrivals = _newton(sums, self.n, t) * (quiet[:, None] * t).exp()
-        for token in self.heavy[self.heavy != without] if without is not None else self.heavy:
-            stays = torch.where((token < ends)[:, None], (-t * self.q[token]).exp(), 1.0)
-            shifted = F.pad(arrivals, (0, 0, 0, 0, 1, 0))[:-1]
-            arrivals = arrivals * stays + shifted * (1 - stays)
+        arrivals = _newton(sums, self.n, t) * (-self._light_mass[ends][:, None] * t).exp()
+        heavy = self.heavy[self.heavy != without] if without is not None else self.heavy
+        for stays in (-t * (self.q[heavy] * (heavy < ends[:, None])).T[:, :, None]).exp():
+            comes = arrivals * (1 - stays)
+            arrivals = arrivals * stays
+            arrivals[1:] += comes[:-1]
         return arrivals
 
-    def _light_sums(self, ends: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _light_sums(self, ends: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens whose odds must be summed one by one; sums of powers 1 to n - 1 of the odds of lighter ones."""
         latest = float(t.max())
         if latest > self._latest:
             self._latest = 2 * latest  # later prefixes are longer and wait for longer: once is enough for most
-            self._middle = torch.nonzero(self._rest * self._latest > _LIGHT).flatten()
-            q = self._rest.index_fill(0, self._middle, 0)
-            powers = [q]
-            while len(powers) < (_TERMS + self.n if self.n > 1 else 0):
-                powers.append(powers[-1] * q)
-            self._powers = [power.cumsum(0) for power in powers]
-        sums = [torch.zeros_like(t) for _ in range(self.n - 1)]
-        for degree, power in enumerate(self._powers, start=1):
-            moments = power[ends - 1][:, None] * t**degree
-            for k in range(min(degree, self.n - 1)):
-                sums[k] = sums[k] + _series(degree, k + 1) * moments
-        return self._middle, sums
+            scaled = self._light * self._latest  # powers of q alone would leave the range of fp64
+            self._middle = torch.nonzero(scaled > _LIGHT).flatten()
+            scaled = scaled.index_fill(0, self._middle, 0)
+            power = torch.ones_like(scaled)
+            self._powers = [power.mul_(scaled).cumsum(0) for _ in self._degrees]
+        powers = torch.stack([power[ends - 1] for power in self._powers])
+        moments = powers[:, :, None] * (t / self._latest) ** self._degrees[:, None, None]
+        return self._middle, torch.tensordot(self._series, moments, 1)
 
     def included(self) -> Tensor:
         """Chance of each token to be drawn, [vocabulary]: fewer than n others arrive before it."""
         q = self.q
-        slowest = 1 - float(q.topk(self.n - 1).values.sum())
-        grid = torch.arange(math.log(1e-7), math.log(32 / max(slowest, 1e-12)), _STEP, dtype=torch.float64)
+        slowest = float(q.index_fill(0, q.topk(self.n - 1).indices, 0).sum())
+        grid = torch.arange(math.log(1e-7), math.log(32 / slowest), _STEP, dtype=torch.float64)
         t = grid.exp().to(q.device)
         everything = torch.tensor([len(q)], device=q.device)
         arrived = self._arrivals(everything, t[None])[:, 0]
@@ -257,7 +281,7 @@ def _series(power: int, k: int) -> float:
     return sum((-1) ** (k - j) * math.comb(k, j) * j**power for j in range(k + 1)) / math.factorial(power)
 
 
-def _newton(sums: list[Tensor], n: int, like: Tensor) -> Tensor:
+def _newton(sums: Tensor, n: int, like: Tensor) -> Tensor:
     """Elementary symmetric polynomials 0 to n - 1 from power sums 1 to n - 1, [n, ...]."""
     e = [torch.ones_like(like)]
     for k in range(1, n):

@@ -1,5 +1,8 @@
 """The bound against a linear-programming solver and brute force, each verifier's acceptance against enumeration."""
 
+import itertools
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +120,73 @@ def test_no_verifier_beats_the_bound_and_more_drafts_help(temperature):
         with_, without = (acceptance_upper_bound(p, q, n, s) for s in ("with_replacement", "without_replacement"))
         assert without >= with_ - 1e-9
     assert expected_acceptance(p, q, 3, "greedy", "greedy") == acceptance_upper_bound(p, q, 3, "greedy")
+
+
+def normalised(law):
+    total = sum(law)
+    return [x / total for x in law] if total else law
+
+
+def exact(p, q, n):
+    """Bound, acceptance of recursive rejection and of matching, without replacement, in rational numbers."""
+    p, q = (normalised([Fraction(float(x)) for x in law]) for law in (p, q))
+    chances, recursive = {}, 0
+    for tokens in itertools.permutations([token for token, x in enumerate(q) if x], n):
+        chance, rejected, residual, left = 1, 1, p, q
+        for token in tokens:
+            chance *= left[token]
+            rejected *= 1 - min(1, residual[token] / left[token])
+            residual = normalised([max(x - y, 0) for x, y in zip(residual, left)])
+            left = normalised([0 if other == token else x for other, x in enumerate(left)])
+        recursive += chance * (1 - rejected)
+        chances[frozenset(tokens)] = chances.get(frozenset(tokens), 0) + chance
+    sets = [set(h) for k in range(len(p) + 1) for h in itertools.combinations(range(len(p)), k)]
+    bound = 1 + min(sum(p[i] for i in h) - sum(c for drawn, c in chances.items() if drawn <= h) for h in sets)
+    matched = sum(p[token] * c for drawn, c in chances.items() for token in drawn)
+    return float(bound), float(recursive), float(matched)
+
+
+SURE = [  # logits of p and q
+    *(([0.3, 0.4, 0.2, 0.1], [0, low, low - 1, low - 2]) for low in (-5, -27, -29, -35, -60, -200)),
+    ([0.3, 0.4, 0.2, 0.1], [0, -40, -80, -120]),
+    ([0.3, 0.4, 0.2, 0.1], [-50, -90, -51, 0]),
+    ([0.3, 0.4, 0.2, 0.1], [0, 0, -45, -45]),
+    ([0.0, 0.6, 0.4, 0.0], [0, -np.inf, -50, -51]),
+    ([1.0, 1e-14, 1e-30, 1e-300], [0, -33, -60, -70]),
+]
+
+
+@pytest.mark.parametrize(("p", "logits"), SURE)
+def test_a_draft_that_is_sure_of_few_tokens_is_judged_as_in_rational_numbers(p, logits):
+    p, q = torch.tensor(p, dtype=torch.float64), torch.tensor(logits, dtype=torch.float64).softmax(-1)
+    for n in range(1, 1 + int((q > 0).sum())):
+        bound, recursive, matched = exact(p, q, n)
+        given = (p, q, n, "without_replacement")
+        assert acceptance_upper_bound(*given) == pytest.approx(bound, abs=1e-6)
+        assert expected_acceptance(*given, "rrs") == pytest.approx(recursive, abs=2e-4 if n > 2 else 1e-9)
+        assert expected_acceptance(*given, "match") == pytest.approx(matched, abs=1e-6)
+
+
+@pytest.mark.parametrize("verifier", ["rrs", "match"])
+def test_a_draft_of_all_possible_tokens_is_always_accepted(verifier):
+    for low in (0.0, -10.0, -30.0, -90.0):
+        p, q = torch.tensor([0.0, 1, 0, 3, 2]).softmax(-1), torch.tensor([low, 0, 2 * low, low - 1, low]).softmax(-1)
+        count = int((q > 0).sum())
+        p = p * (q > 0)
+        assert acceptance_upper_bound(p, q, count, "without_replacement") == pytest.approx(1, abs=1e-6)
+        assert expected_acceptance(p, q, count, "without_replacement", verifier) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_draft_of_one_token_or_of_the_targets_law_is_judged_right():
+    p = torch.tensor([0.3, 0.4, 0.2, 0.1], dtype=torch.float64)
+    only = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    for sampler, verifiers in verify.VERIFIERS.items():
+        assert acceptance_upper_bound(p, only, 1, sampler) == pytest.approx(0.4)
+        assert acceptance_upper_bound(p, p, 2, sampler) == pytest.approx(1)
+        for verifier in verifiers:
+            assert expected_acceptance(p, only, 1, sampler, verifier) == pytest.approx(0.4, abs=1e-6)
+    for n in (1, 2, 3):
+        assert expected_acceptance(p, p, n, "without_replacement", "rrs") == pytest.approx(1)
 
 
 def test_one_draft_is_bounded_by_the_overlap():
