@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 _SHIFT = 32
+_MASK = (1 << _SHIFT) - 1
 
 
 class NGramTable:
@@ -19,6 +21,8 @@ class NGramTable:
     corpus: sequences of token ids.  successors: most tokens kept for a pair, the heaviest.  max_pairs: pairs kept,
     those that were seen last.  rate, window, ceiling: each step adds `rate` to the trigrams among the last `window`
     tokens, up to `ceiling`.
+    A corpus of any size is counted in bounded memory: at twice `max_pairs` pairs, or twice what the full table would
+    hold, only the most frequent pairs and successors so far are counted on. Below that all shares are exact.
     """
 
     def __init__(
@@ -37,19 +41,15 @@ class NGramTable:
             )
         self.successors, self.max_pairs = successors, max_pairs
         self.rate, self.window, self.ceiling = rate, window, ceiling
-        self._pairs: dict[int, dict[int, float]] = {}
-        counts: Counter[tuple[int, int, int]] = Counter()
-        for tokens in corpus:
-            counts.update(zip(tokens, tokens[1:], tokens[2:]))
-        following: dict[int, list[tuple[int, int]]] = {}
-        for (a, b, c), count in counts.items():
-            following.setdefault(a << _SHIFT | b, []).append((count, c))
-        frequent = sorted(following.items(), key=lambda item: -sum(count for count, _ in item[1]))[:max_pairs]
-        self.largest = max((max(trigram) for trigram in counts), default=-1)  # token that is known
-        for key, found in reversed(frequent):  # the most frequent pair is forgotten last
-            total = sum(count for count, _ in found)
-            best = sorted(found, key=lambda one: (-one[0], one[1]))[:successors]
-            self._pairs[key] = {c: count / total for count, c in best}
+        frequent = _most_frequent(corpus, max_pairs, successors)
+        # The first is the first to be forgotten. A plain dict would search for it past all that were deleted before.
+        self._pairs: OrderedDict[int, dict[int, float]] = OrderedDict()
+        for key, total, found in reversed(frequent):
+            self._pairs[key] = {c: count / total for c, count in found.items()}
+        self.largest = self._largest()  # token that is known
+
+    def _largest(self) -> int:
+        return max((max(key >> _SHIFT, key & _MASK, *found) for key, found in self._pairs.items()), default=-1)
 
     def __len__(self) -> int:
         """Pairs in the table."""
@@ -71,19 +71,19 @@ class NGramTable:
     def _add(self, tokens: Sequence[int], amount: float) -> None:
         for a, b, c in zip(tokens, tokens[1:], tokens[2:]):
             key = a << _SHIFT | b
-            found = self._pairs.pop(key, {})
+            found = self._pairs.setdefault(key, {})
+            self._pairs.move_to_end(key)
             self.largest = max(self.largest, a, b, c)
-            self._pairs[key] = found  # now the last to be forgotten
             found[c] = min(found.get(c, 0.0) + amount, self.ceiling)
             if len(found) > self.successors:
                 # The lightest of the others, so that a new token has the chance to grow.
                 del found[min((token for token in found if token != c), key=found.__getitem__)]
-        while len(self._pairs) > self.max_pairs:
-            del self._pairs[next(iter(self._pairs))]
+            if len(self._pairs) > self.max_pairs:
+                self._pairs.popitem(last=False)
 
     def save(self, file: Path) -> None:
         """Write the table as safetensors, whole or not at all."""
-        rows = [(key >> _SHIFT, key & (1 << _SHIFT) - 1, c) for key, found in self._pairs.items() for c in found]
+        rows = [(key >> _SHIFT, key & _MASK, c) for key, found in self._pairs.items() for c in found]
         weights = [weight for found in self._pairs.values() for weight in found.values()]
         partial = file.with_name(f".{file.name}.partial")
         tensors = {
@@ -95,10 +95,44 @@ class NGramTable:
 
     @classmethod
     def load(cls, file: Path, **options: int | float) -> NGramTable:
-        """A table written by `save`; options as for a new one."""
+        """A table written by `save`; options as for a new one, and what they have no room for is left out."""
         table = cls(**options)  # type: ignore[arg-type]
         tensors = load_file(file)
+        pairs: dict[int, dict[int, float]] = {}
         for (a, b, c), weight in zip(tensors["trigrams"].tolist(), tensors["weights"].tolist()):
-            table._pairs.setdefault(a << _SHIFT | b, {})[c] = weight
-            table.largest = max(table.largest, a, b, c)
+            pairs.setdefault(a << _SHIFT | b, {})[c] = weight
+        for key, found in islice(pairs.items(), max(len(pairs) - table.max_pairs, 0), None):
+            table._pairs[key] = _heaviest(found, table.successors)
+        table.largest = table._largest()
         return table
+
+
+def _heaviest(found: dict[int, float], successors: int) -> dict[int, float]:
+    """The heaviest few, the smaller token first of equals."""
+    return dict(sorted(found.items(), key=lambda one: (-one[1], one[0]))[:successors])
+
+
+def _most_frequent(
+    corpus: Iterable[Sequence[int]], max_pairs: int, successors: int
+) -> list[tuple[int, int, dict[int, float]]]:
+    """(pair, how often something followed it, counts of its most frequent successors), the most frequent pair first."""
+    totals: Counter[int] = Counter()
+    following: dict[int, dict[int, float]] = {}
+    size = 0  # counts in `following`
+
+    def best() -> list[tuple[int, int, dict[int, float]]]:
+        return [(key, total, _heaviest(following[key], successors)) for key, total in totals.most_common(max_pairs)]
+
+    for tokens in corpus:
+        for a, b, c in zip(tokens, tokens[1:], tokens[2:]):
+            key = a << _SHIFT | b
+            found = following.setdefault(key, {})
+            size += c not in found
+            found[c] = found.get(c, 0) + 1
+            totals[key] += 1
+            if len(totals) > 2 * max_pairs or size > 2 * max_pairs * successors:
+                kept = best()
+                totals = Counter({key: total for key, total, _ in kept})
+                following = {key: found for key, _, found in kept}
+                size = sum(map(len, following.values()))
+    return best()

@@ -1,4 +1,5 @@
 import random
+import tracemalloc
 
 import pytest
 import torch
@@ -71,6 +72,46 @@ def test_a_saved_table_is_the_same_table(tmp_path):
     for pair in ((1, 2), (2, 3), (5, 6)):
         assert again.follow(*pair) == table.follow(*pair)
     assert [file.name for file in tmp_path.iterdir()] == ["table.safetensors"]
+
+
+def test_a_table_is_loaded_into_the_room_that_it_gets(tmp_path):
+    table = NGramTable([[1, 2, c] for c in (5, 5, 5, 6, 6, 7)])
+    for a in range(9):
+        table.learn_step([20 + a, 3, 4])
+    table.learn_step([1, 2, 8])
+    table.save(tmp_path / "table")
+    again = NGramTable.load(tmp_path / "table", max_pairs=4, successors=2)
+    assert len(again) == 4 and again.follow(1, 2) == table.follow(1, 2)[:2]
+    assert not again.follow(25, 3) and again.follow(28, 3)  # those seen last stay
+    assert again.largest == 28
+    again.learn_step([1, 2, 9])
+    assert [token for _, token in again.follow(1, 2)] == [5, 9]
+
+
+def most_memory(work):
+    tracemalloc.start()
+    work()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+def test_memory_is_bounded_while_a_long_text_is_learned():
+    draws = random.Random(0)
+    text = [draws.randrange(30_000) for _ in range(20_000)]
+    table = NGramTable(max_pairs=100)
+    assert most_memory(lambda: table.learn_prompt(text)) < 1_000_000
+    assert len(table) == 100 and table.follow(*text[-3:-1]) and not table.follow(*text[:2])
+    assert most_memory(lambda: NGramTable([text], max_pairs=100)) < 1_000_000
+    assert most_memory(lambda: NGramTable(([1, 2, c] for c in range(20_000)), max_pairs=100)) < 1_000_000
+
+
+def test_what_is_frequent_survives_in_a_corpus_too_large_to_count():
+    draws = random.Random(0)
+    texts = ([1, 2, draws.choice((3, 3, 4)), *(draws.randrange(5, 999) for _ in range(9))] for _ in range(3000))
+    table = NGramTable(texts, max_pairs=50, successors=4)
+    assert len(table) == 50
+    assert table.follow(1, 2) == [(pytest.approx(2 / 3, abs=0.05), 3), (pytest.approx(1 / 3, abs=0.05), 4)]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
