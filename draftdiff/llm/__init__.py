@@ -14,6 +14,7 @@ OLDEST_TRANSFORMERS = "5.8"
 
 _HOMES = {
     "acceptance_upper_bound": "draftdiff.llm.bounds",
+    "assisted": "draftdiff.llm.drafters.ngram",
     "Chain": "draftdiff.llm.drafters.model",
     "DistillationSet": "draftdiff.llm.train.data",
     "draft_config": "draftdiff.llm.train.config",
@@ -30,6 +31,7 @@ _HOMES = {
     "LOSSES": "draftdiff.llm.train.losses",
     "mix_in_text": "draftdiff.llm.train.data",
     "ModelDrafter": "draftdiff.llm.drafters.model",
+    "NGramCandidates": "draftdiff.llm.drafters.ngram",
     "NGramDrafter": "draftdiff.llm.drafters.ngram",
     "NGramTable": "draftdiff.llm.drafters.ngram_table",
     "observing": "draftdiff.llm.observe",

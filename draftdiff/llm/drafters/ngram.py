@@ -15,7 +15,8 @@ from itertools import accumulate, count
 from typing import Any
 
 import torch
-from torch import FloatTensor, LongTensor
+from torch import FloatTensor, LongTensor, Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import CandidateGenerator
 
 from draftdiff.llm.drafters.base import Context, vocabulary_size
@@ -63,11 +64,7 @@ class NGramDrafter:
 
     def begin(self, context: Context) -> None:
         """Learn from the prompts. Raises ValueError if the table is of another vocabulary."""
-        size = vocabulary_size(context.target.model)
-        if self.table.largest >= size:
-            raise ValueError(
-                f"the n-gram table holds token {self.table.largest}, the target has {size}: another tokenizer?"
-            )
+        _check_vocabulary(self.table, context.target.model)
         self._padding = context.padding
         for ids, padding in zip(context.ids, context.padding):
             self.table.learn_prompt(ids[0, padding:].tolist())
@@ -211,29 +208,32 @@ def _most_visited(drafter: NGramDrafter, root: _Node, before: int, depth: int) -
 
 
 class NGramCandidates(CandidateGenerator):
-    """The same drafts as a chain, for transformers' own assisted decoding, which takes one `CandidateGenerator`.
+    """The same drafts as a chain, a `CandidateGenerator` as transformers' own assisted decoding takes it.
 
-    drafter: its `depth` is the length of the chain.
+    drafter: its `depth` is the length of the chain.  max_length: of prompt and new tokens.  ends: tokens that end the
+    text. Some hosts take what is accepted whole, beyond either: so the chain stops before them.
     """
 
-    def __init__(self, drafter: NGramDrafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: NGramDrafter, *, max_length: int | None = None, ends: Sequence[int] = ()) -> None:
+        self.drafter, self.max_length, self.ends = drafter, max_length, frozenset(ends)
         self._seen = 0
 
     def get_candidates(self, input_ids: LongTensor, **kwargs: Any) -> tuple[LongTensor, FloatTensor | None]:
         """The tokens so far [1, tokens] with the drafted ones behind, and no logits: the host then compares tokens."""
-        tokens = input_ids[0].tolist()
-        table = self.drafter.table
-        if len(tokens) < self._seen or not self._seen:
-            table.learn_prompt(tokens)
+        table, length = self.drafter.table, input_ids.shape[1]
+        if length < self._seen or not self._seen:
+            table.learn_prompt(input_ids[0].tolist())
         else:
-            table.learn_step(tokens)
-        self._seen = len(tokens)
+            table.learn_step(input_ids[0, -table.window :].tolist())
+        self._seen = length
+        depth = self.drafter.depth
+        if self.max_length is not None:
+            depth = min(depth, self.max_length - length - 1)  # the host's own token comes behind
         chain: list[int] = []
-        last = tokens[-2:]
-        while len(last) == 2 and len(chain) < self.drafter.depth:
+        last = input_ids[0, -2:].tolist()
+        while len(last) == 2 and len(chain) < depth:
             found = table.follow(*last)
-            if not found:
+            if not found or found[0][1] in self.ends:
                 break
             chain.append(found[0][1])
             last = [last[1], chain[-1]]
@@ -242,3 +242,52 @@ class NGramCandidates(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: LongTensor, scores: FloatTensor, num_matches: int) -> None:
         """The chain's length does not adapt."""
+
+
+class _Host:
+    """A model that gives assisted decoding our candidate generator where asked for one; itself it is not touched."""
+
+    def __init__(self, model: PreTrainedModel, candidates: CandidateGenerator) -> None:
+        self._model, self._candidates = model, candidates
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._model(**inputs)
+
+    def _get_candidate_generator(self, **_: Any) -> CandidateGenerator:
+        return self._candidates
+
+
+def assisted(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    drafter: NGramDrafter | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """transformers' own assisted decoding with n-grams as its assistant; called by `generate`, which takes `drafter=`.
+
+    A chain and one row only, and no report: `speculative` does more. A streamer gets nothing but the prompt. Before
+    transformers 5.24 models with sliding windows need `cache_implementation="dynamic_full"`, as caches are cropped.
+    Raises ValueError without a drafter or for a table of another vocabulary, and whatever the host refuses.
+    """
+    if drafter is None:
+        raise ValueError("assisted needs drafter=..., for example draftdiff.llm.NGramDrafter()")
+    _check_vocabulary(drafter.table, model)
+    ends = generation_config._eos_token_tensor
+    candidates = NGramCandidates(
+        drafter, max_length=generation_config.max_length, ends=[] if ends is None else ends.tolist()
+    )
+    return type(model)._assisted_decoding(
+        _Host(model, candidates), input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    )
+
+
+def _check_vocabulary(table: NGramTable, model: PreTrainedModel) -> None:
+    size = vocabulary_size(model)
+    if table.largest >= size:
+        raise ValueError(f"the n-gram table holds token {table.largest}, the target has {size}: another tokenizer?")

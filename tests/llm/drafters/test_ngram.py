@@ -3,10 +3,8 @@ import tracemalloc
 
 import pytest
 import torch
-from transformers import GenerationMixin
 
-from draftdiff.llm import NGramDrafter, NGramTable, report, speculative
-from draftdiff.llm.drafters.ngram import NGramCandidates
+from draftdiff.llm import NGramCandidates, NGramDrafter, NGramTable, assisted, report, speculative
 from draftdiff.llm.tree import ROOT
 from tests.llm.tabular import tabular_model
 
@@ -148,9 +146,8 @@ def test_puct_repeats_with_its_seed():
 
 def generate(target, drafter, tokens=60, **options):
     ids = torch.tensor([[3, 5]])
-    target.generate(
-        ids, max_new_tokens=tokens, custom_generate=speculative, drafter=drafter, **{"do_sample": False} | options
-    )
+    options = {"do_sample": False, "custom_generate": speculative} | options
+    target.generate(ids, max_new_tokens=tokens, drafter=drafter, **options)
     return report(drafter).tokens_per_forward
 
 
@@ -169,24 +166,28 @@ def test_random_text_is_not_learned(search):
     assert rate < 1.15
 
 
-def test_the_chain_serves_the_hosts_assisted_decoding(monkeypatch):
+def test_the_hosts_assisted_decoding_writes_plain_text_from_n_grams():
     target = tabular_model()
     ids = torch.tensor([[3, 5]])
-    plain = target.generate(ids, do_sample=False, max_new_tokens=40)
-    calls = []
+    options = {"do_sample": False, "max_new_tokens": 40}
+    plain = target.generate(ids, **options)
+    drafter, forwards = NGramDrafter(depth=4), []
+    hook = target.register_forward_hook(lambda *_: forwards.append(1))
+    assert torch.equal(target.generate(ids, custom_generate=assisted, drafter=drafter, **options), plain)
+    hook.remove()
+    assert len(forwards) < 30
+    end = int(plain[0, 5])  # now drafted in the midst of a chain
+    options |= {"eos_token_id": end, "pad_token_id": 0}
+    ended = target.generate(ids, **options)
+    assert ended.shape[1] <= 6
+    assert torch.equal(target.generate(ids, custom_generate=assisted, drafter=drafter, **options), ended)
 
-    class Counting(NGramCandidates):
-        def get_candidates(self, input_ids, **kwargs):
-            found = super().get_candidates(input_ids, **kwargs)
-            calls.append(found[0].shape[1] - input_ids.shape[1])
-            return found
 
-    monkeypatch.setattr(
-        GenerationMixin, "_get_candidate_generator", lambda *args, **kwargs: Counting(NGramDrafter(depth=4))
-    )
-    fast = target.generate(ids, do_sample=False, max_new_tokens=40, prompt_lookup_num_tokens=4)
-    assert torch.equal(plain, fast)
-    assert max(calls) >= 3 and len(calls) < 30
+def test_the_chain_of_candidates_stops_before_an_end_and_leaves_room_for_the_hosts_token():
+    ids = torch.tensor([[9, 1, 2, 3, 4, 5, 6, 1, 2]])
+    for given, drafted in (({}, [3, 4, 5, 6]), ({"ends": [5]}, [3, 4]), ({"max_length": 12}, [3, 4])):
+        found, logits = NGramCandidates(NGramDrafter(depth=4), **given).get_candidates(ids)
+        assert found.tolist() == [[*ids[0].tolist(), *drafted]] and logits is None
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,10 @@ def test_bad_settings_are_named(given, message):
 def test_a_table_of_another_tokenizer_is_refused():
     with pytest.raises(ValueError, match="holds token 50, the target has 8"):
         generate(tabular_model(), NGramDrafter(NGramTable([[1, 2, 50]])))
+    with pytest.raises(ValueError, match="holds token 50, the target has 8"):
+        generate(tabular_model(), NGramDrafter(NGramTable([[1, 2, 50]])), custom_generate=assisted)
+    with pytest.raises(ValueError, match="assisted needs drafter="):
+        generate(tabular_model(), None, custom_generate=assisted)
 
 
 def test_a_table_needs_room():
