@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +29,16 @@ def mbsu(tokens_per_forward: float, cost: float, drafts: float) -> float:
 
 
 def bytes_per_forward(model: nn.Module) -> int:
-    """Bytes of weights that a forward of one token reads: all but an input embedding that is not also the output's."""
+    """Bytes of weights that a forward of one token reads: all but an input embedding that is not also the output's.
+
+    Of a mixture's experts as many as a token goes to, `num_experts_per_tok` of the config; several tokens read more.
+    """
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     output = model.get_output_embeddings()  # type: ignore[operator]
     tied = output is not None and any(p is embedding.weight for p in output.parameters())
     skipped = set() if tied else {id(embedding.weight)}
-    parts: Iterable[Tensor] = (p for p in model.parameters() if id(p) not in skipped)
-    return sum(p.numel() * p.element_size() for p in parts)
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    share = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    parts = ((p, share if ".experts." in name else 1) for name, p in model.named_parameters() if id(p) not in skipped)
+    return round(sum(p.numel() * p.element_size() * read for p, read in parts))
