@@ -27,15 +27,21 @@ MADE_BY = "draftdiff llm compare"
 
 @dataclass
 class MethodResult:
-    """runs: untimed ones, one per prompt.  seconds: of all prompts together, per round.  next_token: share of plain's
-    tokens that the method's target would choose too, given plain's before it; None when sampling.  repeats: whether all
-    timed runs wrote the same."""
+    """runs: untimed ones, one per prompt.  seconds, tokens: of all prompts together, per round.  next_token: share of
+    plain's tokens that the method's target would choose too, given plain's before it; None when sampling.  repeats:
+    whether all timed runs wrote the same."""
 
     name: str
     runs: list[Run]
     seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     next_token: float | None = None
     repeats: bool = True
+
+    @property
+    def per_token(self) -> list[float]:
+        """Seconds per token in each round: texts may end at different lengths."""
+        return [seconds / tokens for seconds, tokens in zip(self.seconds, self.tokens)]
 
 
 @dataclass
@@ -62,7 +68,6 @@ class LlmComparison:
         """The figures of one method; None for what does not apply."""
         others = result is not self.plain
         reports = [run.report for run in result.runs if run.report is not None]
-        tokens = sum(len(run.tokens) for run in result.runs)
         rounds = sum(report.target_forwards for report in reports)
         drafts = sum(report.draft_forwards for report in reports)
         same = [_same_start(run.tokens, base.tokens) for run, base in zip(result.runs, self.plain.runs)]
@@ -72,10 +77,10 @@ class LlmComparison:
             "tokens_per_forward": sum(report.tokens for report in reports) / rounds if reports else 1.0,
             "drafts_per_round": drafts / rounds if reports else None,
             "mbsu": fmean(report.mbsu for report in reports) if reports else None,
-            "speedup": spread([base / own for base, own in zip(self.plain.seconds, result.seconds)])
+            "speedup": spread([base / own for base, own in zip(self.plain.per_token, result.per_token)])
             if others
             else None,
-            "milliseconds": spread([1e3 * seconds / tokens for seconds in result.seconds]),
+            "milliseconds": spread([1e3 * seconds for seconds in result.per_token]),
             "cache": max(run.cache for run in result.runs),
             "cache_share": max(run.cache for run in result.runs) / max(run.cache for run in self.plain.runs)
             if others
@@ -102,6 +107,7 @@ class LlmComparison:
                 "name": result.name,
                 **row,
                 "seconds": result.seconds,
+                "tokens": result.tokens,
                 "repeats": result.repeats,
                 "reports": [run.report and run.report.to_dict() for run in result.runs],
                 "texts": self.texts.get(result.name),
@@ -172,6 +178,7 @@ def compare_methods(
             bar.set_postfix_str(result.name)
             runs = run_all(result.name)
             result.seconds.append(sum(run.seconds for run in runs))
+            result.tokens.append(sum(len(run.tokens) for run in runs))
             result.repeats &= all(torch.equal(a.tokens, b.tokens) for a, b in zip(runs, result.runs))
             bar.update()
     if not options["do_sample"]:
@@ -182,10 +189,10 @@ def compare_methods(
 
 
 def _same_start(tokens: Tensor, plain: Tensor) -> float:
-    """Share of plain's tokens before the first that differs."""
+    """Share of the longer text's tokens before the first that differs or that only one of them has."""
     length = min(len(tokens), len(plain))
     different = (tokens[:length] != plain[:length]).nonzero()
-    return (int(different[0]) if len(different) else length) / len(plain)
+    return (int(different[0]) if len(different) else length) / max(len(tokens), len(plain))
 
 
 def _next_token(result: MethodResult, plain: MethodResult) -> float | None:

@@ -24,11 +24,21 @@ COLUMNS: tuple[Column, ...] = (
         "{:.2f}x".format,
         "memory-bound speed-up: what the bytes of weights that are read predict, the prompt left out",
     ),
-    ("speed-up", "speedup", with_spread("x", 2), "plain time over this time in the same round: median (least-most)"),
+    (
+        "speed-up",
+        "speedup",
+        with_spread("x", 2),
+        "plain time per token over this one in the same round: median (least-most)",
+    ),
     ("ms/token", "milliseconds", with_spread("", 2), "time of whole calls, prompt included: median (least-most)"),
     ("cache", "cache", megabytes, "the target's keys and values at the end of a call"),
     ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
-    ("same text", "same_text", "{:.0%}".format, "share of plain's text before the first token that differs"),
+    (
+        "same text",
+        "same_text",
+        "{:.0%}".format,
+        "share of the longer text before the first token that differs from plain's",
+    ),
     (
         "next token",
         "next_token",
@@ -45,7 +55,7 @@ def write_page(comparison: LlmComparison, path: Path) -> None:
 def page(comparison: LlmComparison) -> str:
     rows = comparison.rows()
     lossless = [row for row in rows[1:] if row["lossless"] == "yes"]
-    headline = f"{len(comparison.prompts)} prompts, {comparison.options['max_new_tokens']} new tokens each."
+    headline = f"{len(comparison.prompts)} prompts, up to {comparison.options['max_new_tokens']} new tokens each."
     if lossless:
         best = max(lossless, key=lambda row: row["speedup"]["median"])
         headline += (
