@@ -1,12 +1,14 @@
 """The command `draftdiff`: generate a video, pictures or text, compare runs, convert models, or see what works here.
 
-A mistake of the user is one line on standard error and exit code 2; Ctrl-C is 130; a bug keeps its traceback.
+A mistake of the user is one line on standard error and exit code 2; Ctrl-C is 130, a reader that has enough (`| head`)
+141; a bug keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -36,7 +38,17 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where a closed pipe is understood
+        return code
+    except BrokenPipeError:
+        # Python writes at its end what is still buffered: it must not meet the closed pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a program that the signal ended
+
+
+def _run(argv: list[str]) -> int:
     try:
         options = _parser().parse_args(argv)
         options.command_line = shlex.join(["draftdiff", *argv])

@@ -27,6 +27,7 @@ from draftdiff.llm.spec_pc import SpecPCConfig, specpc
 from draftdiff.llm.train.trim import trim
 
 EMBEDDED = "mini-llm"
+LEAST_TEMPERATURE = 1e-6  # logits over much less would be infinite in fp32
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,10 @@ def example_prompts(model: LanguageModel, count: int, tokens: int) -> list[Tenso
         assert spec is not None and spec.origin is not None
         text = Path(spec.origin).read_text(encoding="utf-8")
         half = text.index("\n", len(text) // 2) + 1
-        prompts.append(encode(model, text[half : half + 16 * tokens])[:, :tokens])
+        ids = encode(model, text[half : half + 16 * tokens])[:, :tokens]
+        if ids.shape[1] < tokens:
+            raise ValueError(f"example prompts must have at most {ids.shape[1]} tokens (module {name}), got {tokens}")
+        prompts.append(ids)
     return prompts
 
 
@@ -266,11 +270,16 @@ def encode(model: LanguageModel, text: str) -> Tensor:
 
 
 def generate_options(tokens: int, temperature: float) -> dict[str, Any]:
-    """Arguments of generate. temperature: 0 takes the likeliest token each time. Raises ValueError below 0."""
+    """Arguments of generate. temperature: 0 takes the likeliest token each time.
+
+    Raises ValueError for fewer tokens than 1 and temperatures below 0, not finite, or too small to divide logits by.
+    """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"temperature must be 0 or at least {LEAST_TEMPERATURE:g}, got {temperature:g}")
     if temperature == 0:
         return {"max_new_tokens": tokens, "do_sample": False}
     return {"max_new_tokens": tokens, "do_sample": True, "temperature": temperature, "top_k": 0}

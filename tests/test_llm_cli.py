@@ -1,6 +1,7 @@
 """`draftdiff llm generate` and `draftdiff llm compare` on the embedded pair, and their one-line errors."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -128,6 +129,8 @@ def test_mistakes_are_one_line(folders, tmp_path, capsys):
     assert "tokens must be at least 1, got 0" in fails("generate", "--prompt", "x", "--tokens", 0)
     assert "temperature must be at least 0" in fails("generate", "--prompt", "x", "--temperature", -1)
     assert "finite, got nan" in fails("generate", "--prompt", "x", "--temperature", "nan")
+    assert "0 or at least 1e-06, got 1e-40" in fails("generate", "--prompt", "x", "--temperature", 1e-40)
+    assert "(module statistics), got 10000000" in fails("compare", "-o", tmp_path / "a", "--prompt-tokens", 10**7)
     assert "capacity must be at least 1" in fails("generate", "--prompt", "x", "--method", "speckv", "--capacity", 0)
     assert "come together" in fails("generate", "--prompt", "x", "--model", TARGET)
     assert "cannot be read" in fails("generate", "--prompt-file", tmp_path / "none.txt")
@@ -151,6 +154,18 @@ def test_mistakes_are_one_line(folders, tmp_path, capsys):
     assert "has another tokenizer" in fails(
         "generate", "--prompt", "x", "--model", folders / "target", "--draft", other
     )
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], *(["llm", "generate", "--prompt", "x", "--tokens", "2", *more] for more in ([], ["--json"]))]
+)
+def test_a_reader_that_has_enough_ends_it_quietly(argv, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(argv) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_the_commands_do_without_diffusers():
