@@ -84,6 +84,7 @@ class TreeDecoder:
     ) -> None:
         self.model, self.hidden = model, hidden
         self._device = model.device  # a model looks for it among its parameters each time
+        self._attention = model.config._attn_implementation  # through several layers of properties
         self.cache = DynamicCache(config=model.config) if cache is None else cache
         self.forwards = self.replays = 0  # replays are forwards, too
         self._argument = cache_argument(model)
@@ -192,11 +193,11 @@ class TreeDecoder:
         if "logits_to_keep" in kwargs and not self.model._supports_logits_to_keep():
             del kwargs["logits_to_keep"]
         kwargs[self._argument] = self.cache
-        held = self.cache.get_seq_length()
+        held = self.cache.get_seq_length() if self.forwards == 1 else 0
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True, **kwargs
         )
-        if self.cache.get_seq_length() != held + ids.shape[1]:
+        if self.forwards == 1 and self.cache.get_seq_length() != held + ids.shape[1]:
             raise ValueError(f"{type(self.model).__name__} does not keep its past in a cache of keys and values")
         return output
 
@@ -235,7 +236,7 @@ class TreeDecoder:
             return None
         if self._no_branches:
             raise ValueError(self._no_branches)
-        implementation = self.model.config._attn_implementation
+        implementation = self._attention
         if implementation not in ("sdpa", "eager"):
             raise ValueError(f"trees and batches need attention 'sdpa' or 'eager', got {implementation!r}")
         pending = len(self._seen[0])
