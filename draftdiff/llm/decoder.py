@@ -222,13 +222,18 @@ class TreeDecoder:
             self._seen[row] = ancestors(self._parents[row], self._seen[row])
         if self.linear:
             self._fed += tokens[0]
-        fed, positions = torch.tensor([ids, places], dtype=torch.int64, device=self._device)
-        return self._forward(fed, self._mask(before, places), positions)
+        both = torch.tensor([ids, places], dtype=torch.int64, device=self._device)
+        return self._forward(both[0], self._mask(before, places), both[1])
 
     def _is_plain_chain(self) -> bool:
         """Whether the host's own causal mask is the right one."""
+        parents = self._parents[0]
+        # The last one decides most of the time, without a walk.
         return (
-            self.rows == 1 and self._parents[0] == list(range(-1, len(self._parents[0]) - 1)) and bool(self.valid.all())
+            self.rows == 1
+            and parents[-1] == len(parents) - 2
+            and parents == list(range(-1, len(parents) - 1))
+            and bool(self.valid.all())
         )
 
     def _mask(self, before: int, places: list[list[int]]) -> Any:
