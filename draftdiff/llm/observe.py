@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ Observer = Callable[[AttentionCall], "Tensor | None"]
 # An attention implementation belongs to the model, not to a thread: one observes at a time.
 _TURNS: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
 _ALONE = threading.Lock()
-_RETIRED: deque[tuple[float, str]] = deque()
+_RETIRED: dict[str, float] = {}  # names and when they may go
 
 
 @contextmanager
@@ -161,8 +160,9 @@ def _observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             config._attn_implementation_internal = implementation
         observer = _nothing
         # Another thread that uses the model may have just read the name from it and be about to look it up.
-        _RETIRED.append((time.monotonic() + (1.0 if shared else 0.0), name))
-        _forget_names()
+        with _ALONE:
+            _RETIRED[name] = time.monotonic() + (1.0 if shared else 0.0)
+            _forget_names()
 
 
 def _nothing(call: AttentionCall) -> None:
@@ -170,8 +170,9 @@ def _nothing(call: AttentionCall) -> None:
 
 
 def _forget_names() -> None:
-    while _RETIRED and time.monotonic() >= _RETIRED[0][0]:
-        _, name = _RETIRED.popleft()
+    now = time.monotonic()
+    for name in [name for name, due in _RETIRED.items() if due <= now]:
+        del _RETIRED[name]
         # The registries have no public way to take a name out.
         AttentionInterface._global_mapping.pop(name)
         AttentionMaskInterface._global_mapping.pop(name)

@@ -189,3 +189,22 @@ def test_another_threads_use_of_the_model_is_not_observed():
         other = pool.submit(model.generate, ids, max_new_tokens=8, do_sample=False)
         assert torch.equal(other.result(), plain)
     assert threads == {threading.get_ident()} and model.config._attn_implementation == "sdpa"
+    before = names()
+    with observing(model, lambda call: None):
+        model(ids)
+    assert names() <= before  # a name that nobody else used does not wait for the one before it
+
+
+def test_threads_with_a_model_each_do_not_disturb_each_other():
+    ids, before = prompt(20), names()
+
+    def observed(seed):
+        model, layers = tiny_model(seed=seed), []
+        for _ in range(20):
+            with observing(model, lambda call: layers.append(call.layer)):
+                model(ids)
+        return layers
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(layers == [0, 1, 2] * 20 for layers in pool.map(observed, range(4)))
+    assert names() <= before
