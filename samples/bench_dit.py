@@ -229,7 +229,7 @@ def time_step(
     if config is not None:
         (report,) = draftdiff.report(model).transformers
         parts = {part: value * scale for part, value in report.seconds.items()}
-        density = report.sparse_mean(0)
+        density = report.mean_density
         if config.dense_steps == 0 and density is None:
             raise RuntimeError(f"draftdiff left all calls dense: {report}")
         last = report.forwards[-1].stats
@@ -259,7 +259,7 @@ def check_full_selection(bench: Bench, model: BenchModel, size: Size, transforme
     error = relative_l2(_call(full, inputs, 1), stock)
     (report,) = draftdiff.report(full).transformers
     tolerance = bench.tolerance(size.layers)
-    passed = error <= tolerance and round(report.sparse_mean(0) or 0, 4) == 1
+    passed = error <= tolerance and round(report.mean_density or 0, 4) == 1
     return {"tokens": short.tokens, "relative_l2": error, "tolerance": tolerance, "passed": passed}
 
 

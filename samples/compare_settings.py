@@ -58,7 +58,7 @@ def main() -> None:
 
         name = f"sparsity {sparsity:g}"
         clips[name] = clip
-        density = report.sparse_mean(0)
+        density = report.mean_density
         print(
             f"{name:<14} {seconds:6.1f} s  {dense_seconds / seconds:5.2f}x  "
             f"density {'none' if density is None else f'{density:.3f}'}  "

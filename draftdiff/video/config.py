@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
+from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
-from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, choose_tile
-from draftdiff.core.select import SELECTIONS
-from draftdiff.kernels.block_sparse import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class DraftAttentionConfig:
     block_size: tokens of a tile, 64 or 128; None takes 128 from 16,384 video tokens on, where there are tiles enough.
     dense_steps: first denoising steps that stay dense, a number of steps (int) or a share of them (float in [0, 1]).
     dense_layers: attention layers that stay dense: the first n (int), or these indices (tuple).
-    min_tokens: calls with fewer video tokens are left alone; None is 1,024 on a CPU and 8,192 on other devices, and
-        also leaves alone layers whose density is so high that dense attention is faster here, as measured on first use.
+    min_tokens: calls with fewer video tokens are left alone; None is 1,024 on a CPU and 4,096 on other devices.
     backend: "auto" or a name of `draftdiff.kernels.block_sparse.BACKENDS`.
+    dense_above: layers whose density is at least this are left to dense attention, in [0, 1]; None is where that is
+        the faster one, by backend and kind of device (`draftdiff.kernels.crossover`).
 
-    Raises ValueError that names the value for anything else.
+    Lists are taken for tuples and numbers of other libraries for Python's. Raises ValueError that names the value for
+    anything else.
     """
 
     sparsity: float | Budget = 0.75
@@ -41,20 +44,21 @@ class DraftAttentionConfig:
     dense_layers: int | tuple[int, ...] = 1
     min_tokens: int | None = None
     backend: str = "auto"
+    dense_above: float | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = _plain(getattr(self, name))
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                allowed = ", ".join("None" if kind is _NONE else kind.__name__ for kind in kinds)
+                raise ValueError(f"{name} must be of type {allowed}, got {value!r}")
+            object.__setattr__(self, name, value)
+
         def require(valid: bool, name: str, allowed: str) -> None:
             if not valid:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-        _ = self.budget
-        require(self.selection in SELECTIONS, "selection", f"one of {', '.join(SELECTIONS)}")
-        require(0 <= self.row_floor <= 1, "row_floor", "between 0 and 1")
-        require(self.block_size in (None, *BLOCK_SIZES), "block_size", f"one of {BLOCK_SIZES}")
-        if self.tile is not None:
-            largest = self.block_size or max(BLOCK_SIZES)
-            fits = len(self.tile) == 3 and min(self.tile) >= 1 and math.prod(self.tile) <= largest
-            require(fits, "tile", f"(frames, rows, columns) of at most {largest} tokens")
+        _ = self.budget, self.rule
         share = isinstance(self.dense_steps, float)
         require(
             0 <= self.dense_steps <= 1 if share else self.dense_steps >= 0,
@@ -63,25 +67,74 @@ class DraftAttentionConfig:
         )
         layers = self.dense_layers if isinstance(self.dense_layers, tuple) else (self.dense_layers,)
         require(
-            all(n >= 0 for n in layers), "dense_layers", "a number of layers or a tuple of layer indices, 0 or more"
+            all(type(n) is int and n >= 0 for n in layers),
+            "dense_layers",
+            "a number of layers or a tuple of layer indices, 0 or more",
         )
         require(self.min_tokens is None or self.min_tokens >= 0, "min_tokens", "0 or more")
-        require(self.backend in ("auto", *BACKENDS), "backend", f"one of auto, {', '.join(BACKENDS)}")
+        require(self.dense_above is None or 0 <= self.dense_above <= 1, "dense_above", "between 0 and 1")
 
-    @property
+    @classmethod
+    def of(cls, value: Any) -> DraftAttentionConfig:
+        """A config from what people pass for one: itself, None for the defaults, a sparsity, or a mapping of fields.
+
+        Raises ValueError that names anything else.
+        """
+        if value is None or isinstance(value, cls):
+            return value or cls()
+        if isinstance(value, Budget) or (isinstance(value, numbers.Real) and not isinstance(value, bool)):
+            return cls(sparsity=value)  # type: ignore[arg-type]
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"config must be a DraftAttentionConfig, a sparsity or a dict of its fields, got {value!r}"
+            )
+        names = [f.name for f in fields(cls)]
+        unknown = [str(name) for name in value if name not in names]
+        if unknown:
+            raise ValueError(f"config has no field {', '.join(unknown)}; fields are {', '.join(names)}")
+        return cls(**value)
+
+    @cached_property
     def budget(self) -> Budget:
         return self.sparsity if isinstance(self.sparsity, Budget) else Budget(self.sparsity)
 
-    def tile_for(self, grid: LatentGrid) -> tuple[tuple[int, int, int], int]:
-        """The tile and block size that a call over this grid uses."""
-        tile = (1, 8, 16) if self.tile is None and self.selection == "upstream" else self.tile
-        if tile is not None:
-            smallest = min(size for size in BLOCK_SIZES if size >= math.prod(tile))
-            return tile, self.block_size or smallest
-        block_size = self.block_size or (128 if grid.tokens >= 16_384 else 64)
-        return choose_tile(grid, block_size), block_size
+    @cached_property
+    def rule(self) -> Rule:
+        """What a single attention call needs of this."""
+        return Rule(**{f.name: getattr(self, f.name) for f in fields(Rule) if f.init})
 
     def is_dense_layer(self, index: int) -> bool:
         if isinstance(self.dense_layers, tuple):
             return index in self.dense_layers
         return index < self.dense_layers
+
+    def dense_until(self, steps: int) -> int:
+        """How many of a run's steps stay dense."""
+        return round(self.dense_steps * steps) if isinstance(self.dense_steps, float) else self.dense_steps
+
+
+_NONE = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "sparsity": (float, int, Budget),
+    "selection": (str,),
+    "row_floor": (float, int),
+    "tail": (bool,),
+    "tile": (tuple, _NONE),
+    "block_size": (int, _NONE),
+    "dense_steps": (int, float),
+    "dense_layers": (int, tuple),
+    "min_tokens": (int, _NONE),
+    "backend": (str,),
+    "dense_above": (float, int, _NONE),
+}
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples, numbers of other libraries as Python's."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value

@@ -31,6 +31,8 @@ class Layout:
     route: how the processor reaches its kernel. "dispatch": by `dispatch_attention_fn` with the processor's backend;
         "sdpa": by `torch.nn.functional.scaled_dot_product_attention`; "own": we replace the stock processor.
     lead: number of tokens in front of the grid, for text="around" only.
+    one_stream: the other tokens come in the video's own stream, so that processes which share a sequence (Ulysses) each
+        bring a stretch of the whole; else each brings a stretch of the text and one of the video.
     note: what a user should know, such as calls that stay dense.
     """
 
@@ -40,6 +42,7 @@ class Layout:
     text: Literal["none", "first", "last", "around"] = "none"
     route: Literal["dispatch", "sdpa", "own"] = "dispatch"
     lead: Callable[[Any, Arguments], int] | None = None
+    one_stream: bool = False
     note: str = ""
 
 
@@ -172,7 +175,12 @@ LAYOUTS: dict[str, Layout] = {
     ),
     # Keyframes and references that a pipeline appends to the video tokens are attended exactly, like text.
     "LTX2VideoTransformer3DModel": Layout(
-        "LTX-2", _SELF, _ltx2, "last", note="video only; dense under an attention-strength mask (IC-LoRA)"
+        "LTX-2",
+        _SELF,
+        _ltx2,
+        "last",
+        one_stream=True,
+        note="video only; dense under an attention-strength mask (IC-LoRA)",
     ),
     "MochiTransformer3DModel": Layout("Mochi 1", _SELF, _channels_first, "last", "sdpa"),
     "AllegroTransformer3DModel": Layout("Allegro", _SELF, _allegro, route="sdpa"),

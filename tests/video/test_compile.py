@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
+from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
 from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
 
@@ -51,7 +52,7 @@ def test_compiled_blocks_do_what_eager_ones_do_in_as_many_graphs_as_need_be(case
         output_of(model, at(inputs, share))
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-    density = draftdiff.report(model).transformers[0].sparse_mean(0)
+    density = draftdiff.report(model).transformers[0].mean_density
     assert density is not None
     assert 0 < density < 0.8
 
@@ -74,11 +75,11 @@ def test_twelve_layers_with_budgets_of_their_own_share_two_graphs():
 
 
 def test_the_fake_of_the_custom_op_tells_shape_and_type():
-    from draftdiff.video.attention import attend_op
+    from draftdiff.attention.attend import attend_op
 
     q, k, v = (torch.randn(1, 70, 2, 32, dtype=torch.bfloat16) for _ in range(3))
     density = torch.full((2,), 0.5, dtype=torch.float64)
-    call = (q, k, v, density, None, [1, 8, 8], 6, None, "draft", 0.5, True, [1, 4, 4], 64, "torch")
+    call = (q, k, v, density, None, [1, 8, 8], 6, None, Rule(tile=(1, 4, 4), block_size=64, backend="torch").packed)
     torch.library.opcheck(attend_op, call, test_utils=("test_schema", "test_faketensor"))
 
 

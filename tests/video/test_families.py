@@ -140,7 +140,7 @@ def test_a_run_warms_up_dense_goes_sparse_and_can_be_undone(family):
         assert told.grid == family.grid
         assert (told.dense_steps, told.sparse_steps) == (1, STEPS - 1)
         assert len(told.forwards) == STEPS * family.calls
-        assert told.sparse_mean(0) == pytest.approx(0.25, abs=0.06)
+        assert told.mean_density == pytest.approx(0.25, abs=0.06)
     assert float((sparse - stock).abs().max()) > 1e-3
     draftdiff.disable(pipe)
     assert torch.equal(run(), stock)

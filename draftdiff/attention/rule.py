@@ -1,0 +1,60 @@
+"""How one attention call is cut into tiles, which of them it keeps, and what computes them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+
+from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, choose_tile
+from draftdiff.core.select import SELECTIONS
+from draftdiff.kernels.block_sparse import BACKENDS
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The part of a configuration that one call needs; `DraftAttentionConfig` says what the fields mean.
+
+    packed: all of it in one value that a node of a compiled graph can hold; `unpack` reads it.
+    Raises ValueError that names the value for anything that is not allowed.
+    """
+
+    selection: str = "draft"
+    row_floor: float = 0.5
+    tail: bool = True
+    tile: tuple[int, int, int] | None = None
+    block_size: int | None = None
+    backend: str = "auto"
+    packed: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        def require(valid: bool, name: str, allowed: str) -> None:
+            if not valid:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+        require(self.selection in SELECTIONS, "selection", f"one of {', '.join(SELECTIONS)}")
+        require(0 <= self.row_floor <= 1, "row_floor", "between 0 and 1")
+        require(self.block_size in (None, *BLOCK_SIZES), "block_size", f"one of {BLOCK_SIZES}")
+        if self.tile is not None:
+            largest = self.block_size or max(BLOCK_SIZES)
+            fits = len(self.tile) == 3 and min(self.tile) >= 1 and math.prod(self.tile) <= largest
+            require(fits, "tile", f"(frames, rows, columns) of at most {largest} tokens")
+        require(self.backend in ("auto", *BACKENDS), "backend", f"one of auto, {', '.join(BACKENDS)}")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        object.__setattr__(self, "packed", json.dumps(values))
+
+    def tile_for(self, grid: LatentGrid) -> tuple[tuple[int, int, int], int]:
+        """The tile and block size that a call over this grid uses."""
+        tile = (1, 8, 16) if self.tile is None and self.selection == "upstream" else self.tile
+        if tile is not None:
+            smallest = min(size for size in BLOCK_SIZES if size >= math.prod(tile))
+            return tile, self.block_size or smallest
+        block_size = self.block_size or (128 if grid.tokens >= 16_384 else 64)
+        return choose_tile(grid, block_size), block_size
+
+
+@lru_cache(maxsize=64)
+def unpack(packed: str) -> Rule:
+    values = json.loads(packed)
+    return Rule(**values | {"tile": tuple(values["tile"]) if values["tile"] else None})

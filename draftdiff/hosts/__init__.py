@@ -1,0 +1,1 @@
+"""What we need of our hosts and they do not promise: each private name once, each held by a contract test."""

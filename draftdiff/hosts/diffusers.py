@@ -1,0 +1,269 @@
+"""Every private name of diffusers that we use, and how its attention is made to call ours.
+
+A processor that goes through diffusers' dispatcher gets a backend registered there. One that calls PyTorch's attention
+directly runs inside a mode that catches this one call. Its own code runs in both cases, only the kernel changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _templated_context_parallel_attention,
+    dispatch_attention_fn,
+)
+from diffusers.modular_pipelines import ModularPipeline
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+BACKEND = "draftdiff"
+
+# (layer, query, key, value [batch, tokens, heads, head_dim], options of the call, processes that share the heads,
+# dense) -> output like query. dense() is the attention that would have been without us.
+Attend = Callable[[Any, Tensor, Tensor, Tensor, dict[str, Any], int, Callable[[], Tensor]], Tensor]
+
+
+class _Calling(threading.local):
+    """The layer whose processor is running in this thread, for a backend that sees tensors only."""
+
+    layer: Any = None
+
+
+class _Backend:
+    """Our entry in diffusers' dispatcher: hands a call on to the attention of the layer that calls."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend, self.calling = attend, _Calling()
+        self.owners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        layer = self.calling.layer
+        given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        # None is what the user's `attention_backend` context, or the default, says at this moment.
+        stock = AttentionBackendName.NATIVE if layer is None else layer.stock_backend
+
+        def dense() -> Tensor:
+            return dispatch_attention_fn(query, key, value, *given, backend=stock, parallel_config=_parallel_config)
+
+        if layer is None:
+            return dense()
+        options = {"mask": attn_mask, "scale": scale, "dropout": dropout_p, "causal": is_causal, "gqa": enable_gqa}
+        if _parallel_config is None or not layer.is_sparse:
+            return self.attend(layer, query, key, value, options, 1, dense)
+
+        parallel = _parallel_config.context_parallel_config
+        if (parallel.ring_degree or 1) > 1:
+            raise ValueError("ring context parallelism is not supported by draft attention; use ulysses_degree")
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise ValueError("draft attention cannot be trained under context parallelism; disable it for training")
+
+        # Under Ulysses each process sees all tokens and a share of the heads.
+        def local(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
+            def dense() -> Tensor:
+                return dispatch_attention_fn(query, key, value, mask, *given[1:], backend=stock)
+
+            share = options | {"mask": mask}
+            return self.attend(layer, query, key, value, share, parallel.ulysses_degree, dense)
+
+        return _templated_context_parallel_attention(
+            query, key, value, *given, False, forward_op=local, backward_op=None, _parallel_config=_parallel_config
+        )
+
+
+def backend_for(owner: Any, attend: Attend) -> Any:
+    """Our entry in diffusers' dispatcher, made if it is not there; it stays while an owner lives and has not let go.
+
+    A model that is dropped without `release_backend` leaves the entry until another one's release.
+    """
+    member = AttentionBackendName._value2member_map_.get(BACKEND)
+    if member is None:
+        member = str.__new__(AttentionBackendName, BACKEND)
+        member._name_, member._value_ = BACKEND.upper(), BACKEND
+        AttentionBackendName._member_map_[member._name_] = member
+        AttentionBackendName._member_names_.append(member._name_)
+        AttentionBackendName._value2member_map_[BACKEND] = member
+        _AttentionBackendRegistry.register(member, supports_context_parallel=True)(_Backend(attend))
+    _AttentionBackendRegistry._backends[member].owners.add(owner)
+    return member
+
+
+def release_backend(owner: Any) -> None:
+    """Undo `backend_for` and what `stand_in` registered: they go with their last owner."""
+    member = AttentionBackendName._value2member_map_.get(BACKEND)
+    if member is None:
+        return
+    owners = _AttentionBackendRegistry._backends[member].owners
+    owners.discard(owner)
+    if owners:
+        return
+    for kind in [kind for kind in AttentionProcessorRegistry._registry if hasattr(kind, "draft_layer")]:
+        del AttentionProcessorRegistry._registry[kind]
+    AttentionBackendName._member_map_.pop(member._name_)
+    AttentionBackendName._member_names_.remove(member._name_)
+    AttentionBackendName._value2member_map_.pop(BACKEND)
+    for table in ("_backends", "_constraints", "_supported_arg_names"):
+        getattr(_AttentionBackendRegistry, table).pop(member)
+    _AttentionBackendRegistry._supports_context_parallel.discard(BACKEND)
+
+
+class _CatchAttention(TorchFunctionMode):
+    """Sends `scaled_dot_product_attention` ([batch, heads, tokens, head_dim]) to draft attention."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.unflatten:
+            # Dynamo cannot trace the Python body of the method inside a mode; the function is the same.
+            return torch.unflatten(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
+        query, key, value = (named[name].transpose(1, 2) for name in ("query", "key", "value"))
+
+        def dense() -> Tensor:
+            return func(*args, **kwargs).transpose(1, 2)
+
+        options = {
+            "mask": named.get("attn_mask"),
+            "scale": named.get("scale"),
+            "dropout": named.get("dropout_p", 0.0),
+            "causal": named.get("is_causal", False),
+            "gqa": named.get("enable_gqa", False),
+        }
+        return self.layer.attend(self.layer, query, key, value, options, 1, dense).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _stand_in_class(code: type, catches: bool) -> type:
+    """A processor class that runs `code` as a layer's, in the place of a `stock` one."""
+
+    class StandIn(code):  # type: ignore[misc, valid-type]
+        __slots__ = ("draft_layer", "draft_stock")
+
+        @functools.wraps(code.__call__)  # type: ignore[operator]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if catches:
+                with _CatchAttention(self.draft_layer):
+                    return super().__call__(*args, **kwargs)
+            calling = _AttentionBackendRegistry._backends[self.draft_layer.backend].calling
+            calling.layer = self.draft_layer
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                calling.layer = None
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """What is set on this is stock's; a backend is stock's only."""
+            setattr(self.draft_stock, name, value)
+            if catches or name != "_attention_backend":
+                super().__setattr__(name, value)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple:
+            return stand_in, (self.draft_stock, self.draft_layer, code, catches)
+
+    return StandIn
+
+
+def stand_in(stock: Any, layer: Any, code: type | None = None, catches: bool = False) -> Any:
+    """A processor that does what `stock` does, as this layer and with our attention.
+
+    code: the class whose code runs, if not stock's own.  catches: it calls PyTorch's attention, not the dispatcher.
+    It has stock's attributes, and what is set on it (an adapter's scale, a parallel config) is set on stock; only its
+    backend is ours, and one that is chosen for it becomes stock's.
+    """
+    kind = _stand_in_class(code or type(stock), catches)
+    known = AttentionProcessorRegistry._registry
+    AttentionProcessorRegistry._register()
+    if type(stock) in known:  # layer-skip hooks look up by class how a processor is skipped
+        known[kind] = known[type(stock)]
+    mine = object.__new__(kind)
+    mine.__dict__.update(stock.__dict__)
+    if not catches:
+        mine.__dict__["_attention_backend"] = AttentionBackendName(BACKEND)
+    object.__setattr__(mine, "draft_stock", stock)
+    object.__setattr__(mine, "draft_layer", layer)
+    return mine
+
+
+def heads_of(attention: Any) -> int:
+    return attention.heads if hasattr(attention, "heads") else attention.num_heads
+
+
+def head_dim_of(attention: Any) -> int:
+    project = attention.to_q if hasattr(attention, "to_q") else attention.to_query
+    return project.out_features // heads_of(attention)
+
+
+def is_watched() -> bool:
+    """Whether some torch function mode would see PyTorch's attention here: it may replace it, as perturbed-attention
+    guidance does. Devices set by `with torch.device` do not."""
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def is_skipped(attention: nn.Module) -> bool:
+    """Whether a layer-skip hook of diffusers stands before an attention module."""
+    registry = getattr(attention, "_diffusers_hook", None)
+    return registry is not None and any(isinstance(h, AttentionProcessorSkipHook) for h in registry.hooks.values())
+
+
+def running_pipelines() -> list[tuple[FrameType, Any]]:
+    """(frame, pipeline) of the pipelines that are calling, the innermost first.
+
+    A transformer may serve several pipelines, and they do not tell it which one runs; the interpreter's stack does.
+    """
+    found = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, (DiffusionPipeline, ModularPipeline)):
+                found.append((frame, owner))
+        frame = frame.f_back
+    return found
+
+
+@contextmanager
+def checkpoints_through(model: nn.Module, bind: Callable[[Callable], Callable]) -> Iterator[None]:
+    """While it lasts, gradient checkpointing of a model keeps bind(block) instead of block to be run again."""
+    found = [m for m in model.modules() if getattr(m, "_gradient_checkpointing_func", None) is not None]
+    stock = [m._gradient_checkpointing_func for m in found]
+
+    def bound(function: Callable) -> Callable:
+        return lambda block, *args: function(bind(block), *args)
+
+    for module, function in zip(found, stock):
+        module._gradient_checkpointing_func = bound(function)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, function in zip(found, stock):
+            module._gradient_checkpointing_func = function  # type: ignore[assignment]
