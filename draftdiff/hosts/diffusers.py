@@ -205,7 +205,7 @@ def stand_in(stock: Any, layer: Any, code: type | None = None, catches: bool = F
     AttentionProcessorRegistry._register()
     if type(stock) in known:  # layer-skip hooks look up by class how a processor is skipped
         known[kind] = known[type(stock)]
-    mine = object.__new__(kind)
+    mine: Any = object.__new__(kind)
     mine.__dict__.update(stock.__dict__)
     if not catches:
         mine.__dict__["_attention_backend"] = AttentionBackendName(BACKEND)
@@ -261,7 +261,7 @@ def checkpoints_through(model: nn.Module, bind: Callable[[Callable], Callable]) 
         return lambda block, *args: function(bind(block), *args)
 
     for module, function in zip(found, stock):
-        module._gradient_checkpointing_func = bound(function)  # type: ignore[assignment]
+        module._gradient_checkpointing_func = bound(function)  # type: ignore[arg-type, assignment]
     try:
         yield
     finally:

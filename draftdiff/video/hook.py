@@ -52,7 +52,9 @@ class PerThread(threading.local):
 
 @dataclass(eq=False)
 class Call:
-    """One forward of a transformer in one thread. wrapped: it came in through a wrapper of `torch.compile`.  stats: fp32 [sparse layers, STATS], negative until a layer has run.  leaves: what ends with it."""
+    """One forward of a transformer in one thread. wrapped: it came in through a wrapper of `torch.compile`.
+    stats: fp32 [sparse layers, STATS], negative until a layer has run.  leaves: what ends with it.
+    """
 
     wrapped: bool
     log: Log
@@ -69,8 +71,8 @@ class Task:
     """What one layer does in one call.
 
     density: kept share, [heads]; None to be dense.  stats: its row of the call's.
-    shape: [frames, height, width, lead, 0], a tensor without values, for compiled graphs may take sizes that change only
-    from the shapes of tensors.
+    shape: [frames, height, width, lead, 0], a tensor without values: the shapes of tensors are the only sizes that may
+    change without a new graph.
     """
 
     call: Call
@@ -136,7 +138,7 @@ class Hook:
 
     def install(self, model: nn.Module, wrapper: nn.Module | None) -> None:
         """Hook a transformer, and a wrapper of `torch.compile` around it: there the hook can run outside the graph."""
-        found = [(model, self.before, self.after)]
+        found: list[tuple[nn.Module, Callable, Callable]] = [(model, self.before, self.after)]
         if wrapper is not None:
             found.append((wrapper, self.before_wrapped, self.after_wrapped))
         for module, before, after in found:
@@ -254,10 +256,9 @@ class Hook:
         if grid.tokens >= floor:
             return True
         log.grid = grid.shape
-        log.reasons[f"{grid.tokens} video tokens are fewer than min_tokens, here {floor}"] += 1
-        self._warn(
-            f"{grid.tokens} video tokens are fewer than min_tokens, here {floor}: all stays dense; min_tokens=0 tries"
-        )
+        reason = f"{grid.tokens} video tokens are fewer than min_tokens, here {floor}"
+        log.reasons[reason] += 1
+        self._warn(f"{reason}: all stays dense; with min_tokens=0 it would not")
         return False
 
     def _run(self, timestep: Tensor) -> tuple[Run, Any, int | None]:

@@ -90,7 +90,7 @@ class TransformerReport:
         return sorted({(f.passage, f.step) for f in self.forwards})
 
     def _matrix(self, column: int, dense: float) -> Tensor:
-        """[steps, layers] mean over the calls of a step; `dense` where a layer was dense, NaN where a cache skipped it."""
+        """[steps, layers] mean over a step's calls; `dense` where a layer was dense, NaN where a cache skipped it."""
         rows = {step: row for row, step in enumerate(self._steps())}
         total, calls = torch.zeros(2, len(rows), len(self.layers))
         for forward in self.forwards:

@@ -1,5 +1,5 @@
-"""A call's state lives for that call, in that thread: what hosts drop, replace, share, copy or break off can cost speed,
-never correctness, and the report says so."""
+"""A call's state lives for that call, in that thread: what hosts drop, replace, share, copy or break off can cost
+speed, never correctness, and the report says so."""
 
 import copy
 import sys
@@ -126,10 +126,14 @@ def test_arguments_that_cannot_be_told_apart_stay_dense_with_one_warning(model, 
     draftdiff.enable(model, AT_ONCE)
     monkeypatch.setattr(type(model), "forward", lambda self, *args, **kwargs: real(self, *args, **kwargs))
     given = inputs()
-    with pytest.warns(UserWarning, match="call it with names to make it sparse") as told, torch.no_grad():
-        for _ in range(2):
-            out = model(given["hidden_states"], given["timestep"], given["encoder_hidden_states"], return_dict=False)
-    assert torch.equal(out[0], stock)
+
+    def without_names():
+        with torch.no_grad():
+            return model(given["hidden_states"], given["timestep"], given["encoder_hidden_states"], return_dict=False)
+
+    with pytest.warns(UserWarning, match="call it with names to make it sparse") as told:
+        outs = [without_names() for _ in range(2)]
+    assert all(torch.equal(out[0], stock) for out in outs)
     assert len(told) == 1
     assert "called without names" in str(draftdiff.report(model))
 
@@ -182,9 +186,8 @@ def test_threads_that_share_a_transformer_do_not_mix(model, sizes):
     wrong = []
 
     def work(i):
-        for _ in range(30):
-            if not torch.allclose(output_of(model, given[i]), expected[i], atol=1e-5):
-                wrong.append(i)
+        outs = [output_of(model, given[i]) for _ in range(30)]
+        wrong.extend(i for out in outs if not torch.allclose(out, expected[i], atol=1e-5))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
