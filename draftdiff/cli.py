@@ -286,9 +286,10 @@ def _warn_of_unknown_words(prompts: str | list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from draftdiff.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output, frames_of, write_frames
+    from draftdiff.files import check_output
+    from draftdiff.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frames_of, write_frames
 
-    check_output(options.output)
+    check_output(options.output, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
     import torch
 
     from draftdiff import DraftAttentionConfig, enable, report

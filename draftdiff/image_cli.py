@@ -138,7 +138,8 @@ def _needed(subjects: list[Any], model: ImageModel) -> list[Any]:
 def _image(options: argparse.Namespace) -> int:
     if options.compare:
         return _compare(options)
-    from draftdiff.media import IMAGE_SUFFIXES, check_output, replacing
+    from draftdiff.files import check_output, replacing
+    from draftdiff.media import IMAGE_SUFFIXES
 
     if options.output is None:
         raise ValueError("-o FILE is needed: where to write the picture")
@@ -278,7 +279,7 @@ def _with_drafters(model: ImageModel, options: argparse.Namespace) -> ImageModel
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from draftdiff.media import check_output, replacing
+    from draftdiff.files import check_output, replacing
 
     if options.output is None:
         raise ValueError("-o FILE is needed: where to write the layers")

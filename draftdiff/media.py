@@ -1,16 +1,14 @@
-"""Frames in and out: from a pipeline's output to uint8 frames, and from frames to files that are whole or absent."""
+"""Frames in and out: from a pipeline's output to uint8 frames, and from frames to a video or picture."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from draftdiff.errors import UserError
+from draftdiff.files import replacing
 
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg")
@@ -23,60 +21,10 @@ def frames_of(output: Any) -> np.ndarray:
 
 
 def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """Pictures in 0..1 as uint8 of the same shape. Raises ValueError for NaN or inf in them."""
+    """Pictures in 0..1 as uint8 of the same shape. Raises UserError for NaN or inf in them."""
     if not np.isfinite(pictures).all():
-        raise ValueError("the pipeline's frames hold NaN or inf; another --dtype may help")
+        raise UserError("the pipeline's frames hold NaN or inf; another --dtype may help")
     return (pictures * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def check_output(path: Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES + IMAGE_SUFFIXES) -> None:
-    """Raise ValueError, in one line, if a file of this name cannot be written."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"output {str(path)!r} must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"output {str(path)!r} is a folder")
-    check_writable(path.parent)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError if the folder is not there or takes no files."""
-    if not folder.is_dir():
-        raise ValueError(f"output folder {str(folder)!r} does not exist")
-    try:
-        # Trying is the only sure test: permission bits say nothing about root or a read-only disk.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to. It becomes `path` at the end, or is removed after an exception."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill. It becomes `path` at the end, or is removed after an exception.
-
-    Raises FileExistsError if there is something at `path`.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} exists: choose a new folder")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp keeps its folders private
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -47,7 +47,7 @@ import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.compare.metrics import relative_l2
 from draftdiff.devices import device_name
-from draftdiff.media import check_writable
+from draftdiff.files import check_writable
 
 EXAMPLES = """examples:
   python samples/bench_dit.py                                  all that this device has the memory for

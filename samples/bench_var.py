@@ -34,9 +34,9 @@ from bench_var_models import MODELS, BenchModel, build, subjects
 from draftdiff.compare.html import Column, megabytes, text_table, with_spread
 from draftdiff.core.budget import check_cache_budget
 from draftdiff.devices import DTYPES, device_name
+from draftdiff.files import check_writable
 from draftdiff.image import PLAIN, ImageModel, Setting, settings_of
 from draftdiff.measure import count_flops, peak_memory
-from draftdiff.media import check_writable
 
 EXAMPLES = """examples:
   python samples/bench_var.py                                  all models, at a size that this device has time for

@@ -32,7 +32,7 @@ from bench_common import RESULTS, device_slug, median_and_spread, timed, version
 from draftdiff.compare.html import Column, text_table, with_spread
 from draftdiff.compare.metrics import relative_l2
 from draftdiff.devices import device_name
-from draftdiff.media import check_writable
+from draftdiff.files import check_writable
 from draftdiff.var.last_scales import attend_scale
 
 EXAMPLES = """examples:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from draftdiff.media import check_writable
+from draftdiff.errors import UserError
+from draftdiff.files import check_writable, replacing_folder
 
 
 def check_folder(folder: Path, made_by: str) -> None:
-    """Raise ValueError unless the folder is new, empty, or was made by the same command, and can be written."""
+    """Raise UserError unless the folder is new, empty, or was made by the same command, and can be written."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {str(folder)!r} is a file, not a folder")
+        raise UserError(f"output {str(folder)!r} is a file, not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not _is_from(folder, made_by):
-        raise ValueError(f"output folder {str(folder)!r} holds other files; name a new or an empty one")
+        raise UserError(f"output folder {str(folder)!r} holds other files; name a new or an empty one")
     check_writable(folder.absolute().parent)
 
 
@@ -29,28 +29,10 @@ def _is_from(folder: Path, made_by: str) -> bool:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` to fill. It takes its place at the end, or is removed after an exception."""
-    folder = folder.absolute()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-        new = Path(partial, "new")
-        new.mkdir()
-        yield new
-        old = Path(partial, "old")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        finally:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-
-
-@contextmanager
 def results_folder(folder: Path, made_by: str, results: dict[str, Any]) -> Iterator[Path]:
     """The folder that takes the place of `folder`, with results.json in it; values that JSON lacks become text.
 
-    Raises ValueError as `check_folder` does, and for NaN or inf.
+    Raises UserError as `check_folder` does, and ValueError for NaN or inf.
     """
     check_folder(folder, made_by)
     text = json.dumps(results, indent=1, allow_nan=False, default=str)

@@ -14,7 +14,7 @@ import numpy as np
 from draftdiff.compare.charts import bars, scatter
 from draftdiff.compare.html import Column, document, facts_list, figure, html_table, megabytes, with_spread
 from draftdiff.compare.page import contact_sheet, side_by_side
-from draftdiff.media import replacing
+from draftdiff.files import replacing
 
 if TYPE_CHECKING:
     from draftdiff.compare.images import ImageComparison

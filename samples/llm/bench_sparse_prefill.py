@@ -33,9 +33,9 @@ from command_line import Parser, device, run, whole
 
 from draftdiff.compare.html import Column, text_table, with_spread
 from draftdiff.doctor import device_name
+from draftdiff.files import check_writable
 from draftdiff.llm import SparsePrefill, SpecKVConfig, speckv
 from draftdiff.llm.sparse_prefill import TILE, vertical_slash_attention
-from draftdiff.media import check_writable
 
 EXAMPLES = """examples:
   python samples/llm/bench_sparse_prefill.py

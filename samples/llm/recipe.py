@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from draftdiff.devices import device_name, find_device
+from draftdiff.files import new_folder
 from draftdiff.llm import (
     DistillationSet,
     DraftTrainer,
@@ -26,7 +27,6 @@ from draftdiff.llm import (
 )
 from draftdiff.llm.drafters.base import check_vocabularies
 from draftdiff.llm_model import pretrained
-from draftdiff.media import new_folder
 from draftdiff.pipelines.mini_llm import load_mini_llm
 from samples.bench_common import write_result
 
