@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from draftdiff.errors import UserError, user_errors
 from draftdiff.files import new_folder
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
@@ -46,10 +47,11 @@ def convert(
     """
     destination = Path(destination)
     if destination.exists():
-        raise ValueError(f"{destination} exists: convert writes to a new folder")
+        raise UserError(f"{destination} exists: convert writes to a new folder")
     paths = [path for source in sources for path in _files(Path(source))]
     with new_folder(destination) as partial:
-        result = _load(paths, draft_scales, text_encoder, torch_dtype)
+        with user_errors():  # of files that are damaged or do not fit together
+            result = _load(paths, draft_scales, text_encoder, torch_dtype)
         result.save_pretrained(partial)
     return type(result).__name__
 

@@ -20,6 +20,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.kernels.crossover import dense_wins_above
 from draftdiff.video import processors
@@ -223,7 +224,7 @@ class _DraftHook(ModelHook):
             self.state.forwards.clear()
             self.state.clock = Clock(hidden_states.device)
         if not bool(hidden_states.isfinite().all()):
-            raise ValueError(f"draftdiff: the latents given to {type(module).__name__} hold NaN or inf at step {step}")
+            raise UserError(f"draftdiff: the latents given to {type(module).__name__} hold NaN or inf at step {step}")
 
         self._take_over()
         state = self.state
@@ -269,7 +270,7 @@ class _DraftHook(ModelHook):
             forward.stats = torch.stack([layer.stats for layer in sparse_layers if layer.stats is not None]).cpu()
             if bool(forward.stats.isnan().any()):
                 name = sparse_layers[int(forward.stats.isnan().any(1).nonzero()[0])].name
-                raise ValueError(f"draftdiff: query or key of {name} hold NaN at step {forward.step}")
+                raise UserError(f"draftdiff: query or key of {name} hold NaN at step {forward.step}")
         return output
 
     def _num_steps(self) -> int:

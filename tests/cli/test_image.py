@@ -11,7 +11,7 @@ from draftdiff.cli import main
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.scheduler_var import VARScheduler
 from draftdiff.var.vq_model import VQModel
-from tests.test_cli import fails_in_one_line
+from tests.cli.one_line import fails_in_one_line
 from tests.var import tiny, tiny_infinity
 
 NAMES = {0: "red circle", 1: "green square", 2: "blue star", 3: "white cross", 4: "red square"}
@@ -164,7 +164,7 @@ def test_models_that_do_not_fit_are_named(pair, alone, tmp_path, capsys):
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("draftdiff.image.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("draftdiff.models.image.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
     for name, reason in (("out.mp4", ".png"), ("no/out.png", "does not exist")):
         assert reason in fails_in_one_line(capsys, "image", "--class", "1", "-o", tmp_path / name)
     assert "-o FILE is needed" in fails_in_one_line(capsys, "image", "--class", "1")
