@@ -67,6 +67,12 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         tops = {name.split("/")[0] for name in packed}
         assert {top for top in tops if not top.endswith(".dist-info")} == {"draftdiff"}
         assert {"draftdiff/py.typed", "draftdiff/kernels/cpu.cpp"} <= packed
+        modules = {
+            f"draftdiff/{file.relative_to(ROOT)}".replace("draftdiff/draftdiff", "draftdiff")
+            for files in parts().values()
+            for file in files
+        }
+        assert modules <= packed, "pyproject.toml lacks a package"
         folders = [ROOT / "pipelines" / f"mini_{kind}_weights" for kind in ("image", "llm", "video")]
         files = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*") if file.is_file()}
         assert all(folder.is_dir() for folder in folders)

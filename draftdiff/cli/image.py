@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftdiff.cli.options import Parser, add_place, add_seed
-from draftdiff.cli.output import deliver
+from draftdiff.cli.output import deliver, print_json
 from draftdiff.errors import UserError, user_errors
 from draftdiff.files import check_output, replacing
 
@@ -134,7 +134,6 @@ def _image(options: Namespace) -> int:
         raise UserError(f"--count must be at least 1, got {count}")
     from PIL import Image
 
-    from draftdiff.models.devices import device_name, versions
     from draftdiff.models.image import Setting
 
     model, subjects, call = _load(options)
@@ -163,10 +162,8 @@ def _image(options: Namespace) -> int:
             "size": list(pictures.shape[1:3]),
             "seconds": seconds,
             "right": [model.judge(s, p) for s, p in zip(subjects, pictures)] if model.judge else None,
-            "device": device_name(model.device),
-            "versions": versions(),
         }
-        print(json.dumps(result))
+        print_json(result, model.device)
     else:
         height, width = pictures.shape[1:3]
         for path, subject in zip(paths, subjects):

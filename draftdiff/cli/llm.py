@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftdiff.cli.options import Parser, add_place, add_seed
-from draftdiff.cli.output import deliver
+from draftdiff.cli.output import deliver, print_json
 from draftdiff.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -101,7 +100,6 @@ def _generate(options: Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from draftdiff.models.devices import device_name, versions
     from draftdiff.models.llm import encode
     from draftdiff.models.llm_methods import check_method, generate_options
 
@@ -124,10 +122,8 @@ def _generate(options: Namespace) -> int:
             "seconds": run.seconds,
             "cache_bytes": run.cache,
             "report": run.report.to_dict() if run.report else None,
-            "device": device_name(model.device),
-            "versions": versions(),
         }
-        print(json.dumps(result))
+        print_json(result, model.device)
         return 0
     sys.stdout.flush()  # before what goes to standard error
     speed = f"{method.title}: {len(run.tokens)} tokens in {run.seconds:.2f} s, cache {run.cache / 1e6:.3g} MB"

@@ -7,14 +7,24 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftdiff.errors import user_errors
+
+if TYPE_CHECKING:
+    import torch
 
 
 def note(text: str) -> None:
     """Tell what is not an error."""
     print(f"draftdiff: note: {text}", file=sys.stderr)
+
+
+def print_json(result: dict[str, Any], device: torch.device) -> None:
+    """One JSON object, with where and with what it was made."""
+    from draftdiff.models.devices import device_name, versions
+
+    print(json.dumps({**result, "device": device_name(device), "versions": versions()}, default=str))
 
 
 def deliver(comparison: Any, write: Callable[[Any, Path], Any], folder: Path, options: Namespace) -> int:

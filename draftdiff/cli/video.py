@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
 from draftdiff.cli.options import Field, Parser, add_place, add_seed, fields_of
-from draftdiff.cli.output import deliver, note
+from draftdiff.cli.output import deliver, note, print_json
 from draftdiff.errors import UserError, user_errors
 from draftdiff.files import check_output
-from draftdiff.models.devices import about, device_name, versions
+from draftdiff.models.devices import about
 from draftdiff.video.config import DraftAttentionConfig
 
 # diffusers takes seconds to import: only inside the commands.
@@ -178,10 +177,8 @@ def _generate(options: Namespace) -> int:
             "seconds": seconds,
             "config": vars(config) if config else None,
             "report": done.to_dict() if done else None,
-            "device": device_name(model.device),
-            "versions": versions(),
         }
-        print(json.dumps(result, default=str))
+        print_json(result, model.device)
     else:
         print(done or "dense: draftdiff was not enabled")
         count, height, width, _ = frames.shape

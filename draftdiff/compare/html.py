@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from draftdiff.compare.comparison import Comparison
 from draftdiff.compare.table import Column, shown_columns
 
 
@@ -42,9 +43,20 @@ def facts_list(facts: Mapping[str, Any]) -> str:
     return f"<dl>{''.join(cells)}</dl>"
 
 
-def document(title: str, sections: Sequence[str]) -> str:
-    """A whole page."""
-    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(sections))
+def document(
+    comparison: Comparison, title: str, headline: str, sections: Sequence[str], facts: Mapping[str, Any]
+) -> str:
+    """The whole page of a comparison. headline, sections: as HTML.  facts: how it was run."""
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="lead">{headline}</p>',
+        html_table(comparison.rows(), comparison.columns),
+        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
+        *sections,
+        "<h2>How it was run</h2>",
+        facts_list(facts),
+    ]
+    return _PAGE.format(title=escape(f"{comparison.made_by}: {title}"), style=_STYLE, body="\n".join(body))
 
 
 _STYLE = """

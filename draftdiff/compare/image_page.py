@@ -13,7 +13,7 @@ import numpy as np
 
 from draftdiff.compare.charts import bars, scatter
 from draftdiff.compare.clips import contact_sheet, side_by_side
-from draftdiff.compare.html import document, facts_list, figure, html_table
+from draftdiff.compare.html import document, figure
 from draftdiff.compare.image import ImageComparison
 
 SHEET_ROWS, PAGE_ROWS = 8, 4  # pictures per setting that are shown
@@ -55,12 +55,7 @@ def page(comparison: ImageComparison) -> str:
         f"{fastest['speedup']['median']:.2f}x. Smallest cache: <b>{smallest['setting']}</b>, "
         f"{smallest['cache_share']:.0%} of the plain one."
     )
-    title = f"CoDe and ScaleKV: {comparison.model}"
     sections = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{headline}</p>',
-        html_table(rows, comparison.columns),
-        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
         "<h2>Pictures</h2>",
         '<p class="note">One seed per row. CoDe and a cut cache lead to other draws: a picture that differs from the '
         "plain one is not worse for that; judge each by what it shall show.</p>",
@@ -69,10 +64,8 @@ def page(comparison: ImageComparison) -> str:
         _scatters(rows),
         "<h2>Time and cache</h2>",
         _bars(rows),
-        "<h2>How it was run</h2>",
-        _details(comparison),
     ]
-    return document(f"{comparison.made_by}: {comparison.model}", sections)
+    return document(comparison, f"CoDe and ScaleKV: {comparison.model}", headline, sections, _facts(comparison))
 
 
 def _pictures(comparison: ImageComparison, index: int) -> str:
@@ -114,7 +107,7 @@ def _bars(rows: list[dict[str, Any]]) -> str:
     return bars(time, title="time per picture") + bars(cache, "MB", "cache")
 
 
-def _details(comparison: ImageComparison) -> str:
+def _facts(comparison: ImageComparison) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": comparison.model, **comparison.about, "seed": comparison.seed, **comparison.call}
     facts["pictures"] = ", ".join(map(str, comparison.subjects))
-    return facts_list(facts)
+    return facts

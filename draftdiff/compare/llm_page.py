@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from draftdiff.compare.charts import bars
-from draftdiff.compare.html import document, facts_list, html_table
+from draftdiff.compare.html import document
 from draftdiff.compare.llm import LlmComparison
 
 
@@ -31,20 +31,13 @@ def page(comparison: LlmComparison) -> str:
             f" Fastest without any loss: <b>{escape(best['method'])}</b>, {best['speedup']['median']:.2f}x, "
             f"{best['tokens_per_forward']:.2f} tokens per forward of the target."
         )
-    title = f"Decoding methods: {comparison.model}"
     sections = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{headline}</p>',
-        html_table(rows, comparison.columns),
-        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
         "<h2>Tokens per forward and speed</h2>",
         _bars(rows),
         "<h2>What was written</h2>",
         *(_texts(comparison, index) for index in range(min(len(comparison.prompts), 3))),
-        "<h2>How it was run</h2>",
-        _details(comparison),
     ]
-    return document(f"{comparison.made_by}: {comparison.model}", sections)
+    return document(comparison, f"Decoding methods: {comparison.model}", headline, sections, _facts(comparison))
 
 
 def _bars(rows: list[dict[str, Any]]) -> str:
@@ -68,8 +61,6 @@ def _block(name: str, text: str) -> str:
     return f"<details{state}><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _details(comparison: LlmComparison) -> str:
-    facts = dict(comparison.about)
-    facts["tokens kept by SpecKV and SpecPC"] = comparison.capacity
-    facts["generate"] = comparison.options
-    return facts_list(facts)
+def _facts(comparison: LlmComparison) -> dict[str, Any]:
+    kept = {"tokens kept by SpecKV and SpecPC": comparison.capacity, "generate": comparison.options}
+    return {**comparison.about, **kept}

@@ -12,7 +12,7 @@ import numpy as np
 
 from draftdiff.compare.charts import bars, density_legend, heat_map, scatter
 from draftdiff.compare.clips import SIDE_BY_SIDE, contact_sheet, file_name, side_by_side
-from draftdiff.compare.html import document, facts_list, figure, html_table
+from draftdiff.compare.html import document, figure
 from draftdiff.compare.video import VideoComparison
 from draftdiff.models.frames import write_frames
 
@@ -49,17 +49,12 @@ def _clips_by_prompt(comparison: VideoComparison) -> list[dict[str, np.ndarray]]
 
 def page(comparison: VideoComparison, videos: Path) -> str:
     """The page. videos: the folder that `write_videos` filled; its files are embedded."""
-    about = comparison.about
-    model = about.get("model") or comparison.pipeline
+    model = comparison.about.get("model") or comparison.pipeline
     headline = (
         f"Attention takes <b>{comparison.attention_share:.0%}</b> of the dense run, so no sparse attention can be "
         f"faster than <b>{comparison.ceiling:.2f}x</b> here (Amdahl's law)."
     )
     sections = [
-        f"<h1>Dense and sparse attention: {escape(str(model))}</h1>",
-        f'<p class="lead">{headline}</p>',
-        html_table(comparison.rows(), comparison.columns),
-        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
         "<h2>Videos</h2>",
         *(_videos(comparison, index, videos) for index in range(len(comparison.prompts))),
         "<h2>Quality against speed</h2>",
@@ -70,10 +65,8 @@ def page(comparison: VideoComparison, videos: Path) -> str:
         bars([(result.name, result.breakdown()) for result in comparison.results]),
         "<h2>Density by step and layer</h2>",
         _heat_maps(comparison),
-        "<h2>How it was run</h2>",
-        _details(comparison),
     ]
-    return document(f"{comparison.made_by}: {model}", sections)
+    return document(comparison, f"Dense and sparse attention: {model}", headline, sections, _facts(comparison))
 
 
 def _videos(comparison: VideoComparison, index: int, folder: Path) -> str:
@@ -124,10 +117,10 @@ def _heat_maps(comparison: VideoComparison) -> str:
     return note + "".join(charts)
 
 
-def _details(comparison: VideoComparison) -> str:
+def _facts(comparison: VideoComparison) -> dict[str, Any]:
     facts: dict[str, Any] = {"pipeline": comparison.pipeline, **comparison.about, "seed": comparison.seed}
     facts |= {name: value for name, value in comparison.plain_call.items() if value is not None}
     for result in comparison.results:
         if result.config is not None:
             facts[f"setting “{result.name}”"] = result.config
-    return facts_list(facts)
+    return facts

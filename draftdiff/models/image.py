@@ -94,19 +94,20 @@ class ImageModel:
                 raise UserError("--draft-scales is for VAR, whose models come in pairs; Infinity's do not")
             with user_errors():
                 check_draft_scales(setting.draft_scales, self.scales(call))
-            if self.refiner is None:
-                raise UserError(f"--draft-scales needs a second model: {self.name} has none; name one by --refiner")
-            with user_errors():
+                if self.refiner is None:
+                    raise UserError(f"--draft-scales needs a second model: {self.name} has none; name one by --refiner")
                 check_pair(self.pipeline.transformer, self.refiner, setting.draft_scales)
         if setting.budget is not None:
             with user_errors():
                 check_cache_budget(setting.budget)
 
     def check_subjects(self, subjects: Sequence[Any]) -> None:
-        """Raise UserError for a class that the model does not know, or an empty prompt."""
+        """Raise UserError for a class that the model does not know, and prompts that are empty or not understood."""
         if self.by_class:
             with user_errors():
                 self.pipeline._class_labels(list(subjects) or [0], 1, None)
+        elif self.pipeline.text_encoder is None:
+            raise UserError(f"{self.name} holds no text encoder: convert it with --text-encoder")
         elif not all(str(text).strip() for text in subjects):
             raise UserError("--prompt is empty: say what the picture shall show")
 
