@@ -6,6 +6,7 @@ included, what was there before is there still, and nothing else.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -99,10 +100,14 @@ def _sync_tree(folder: Path) -> None:
 def _sync(path: Path) -> None:
     """Without it a new name may survive a power cut that the content does not."""
     windows = os.name == "nt"
-    if windows and path.is_dir():
-        return  # it opens no folders
+    if path.is_symlink() or (windows and path.is_dir()):
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some disks, of a network for example, know no such thing for folders.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

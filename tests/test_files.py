@@ -83,6 +83,23 @@ def test_content_is_on_the_disk_before_it_has_its_name(writer, tmp_path, monkeyp
     assert synced[0] is False and synced[-1] is True  # the name itself is forced to the disk last
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_that_cannot_sync_folders_is_written_all_the_same(writer, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def sync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with writer(tmp_path / "result") as partial:
+        write(partial, "whole")
+        if partial.is_dir():
+            (partial / "link").symlink_to("nowhere")
+    assert read(tmp_path / "result") == "whole"
+
+
 def test_a_write_that_made_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"), replacing(tmp_path / "nothing.txt"):
         pass
