@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path as _Path
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftdiff._version import __version__
-
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
-    __path__.append(str(_checkout))  # in a checkout, kernels/ and pipelines/ sit beside this package
 
 if TYPE_CHECKING:
     from draftdiff.video.attention import draft_attention
@@ -17,6 +16,21 @@ if TYPE_CHECKING:
     from draftdiff.video.patch import disable, enable, report
 
 __all__ = ["DraftAttentionConfig", "__version__", "disable", "draft_attention", "enable", "report"]
+
+
+def _map_folders_of_the_checkout() -> None:
+    """In a checkout, kernels/ and pipelines/ stand beside this package: they become namespace packages inside it, as a
+    build makes them, and nothing else of the checkout does."""
+    checkout = Path(__file__).resolve().parent.parent
+    for name in ("kernels", "pipelines"):
+        folder = checkout / name
+        if (checkout / "pyproject.toml").is_file() and folder.is_dir():
+            spec = ModuleSpec(f"{__name__}.{name}", None, is_package=True)
+            spec.submodule_search_locations = [str(folder)]
+            sys.modules[spec.name] = globals()[name] = module_from_spec(spec)
+
+
+_map_folders_of_the_checkout()
 
 _HOMES = {
     "DraftAttentionConfig": "draftdiff.video.config",

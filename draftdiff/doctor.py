@@ -11,9 +11,9 @@ import torch
 from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import BlockMask
-from draftdiff.devices import device_name, versions
-from draftdiff.generate import quiet_diffusers
-from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
+from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, resolve, unavailable
+from draftdiff.models.devices import device_name, devices, versions
+from draftdiff.models.loading import quiet_diffusers
 
 # Import names of what each extra of the package installs.
 _EXTRAS = {"metrics": ("stlpips_pytorch", "IPython", "torchsummary", "torchvision"), "plots": ("matplotlib",)}
@@ -23,25 +23,40 @@ _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
 
 def examine() -> dict[str, Any]:
     """All findings, ready for JSON. A value of None or "ok" is fine; other strings in `backends` are reasons."""
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    tried = devices[:2]  # the CPU and the first GPU
+    here = devices()
+    tried = list({device.type: device for device in reversed(here)}.values())[::-1]  # the first of each kind
     from draftdiff.video.layouts import supported_models
 
     return {
         "versions": versions(),
-        "devices": {str(device): device_name(device) for device in devices},
+        "devices": {str(device): device_name(device) for device in here},
+        "auto": {str(device): _auto(device) for device in tried},
         "backends": {str(device): {name: try_backend(name, device) for name in BACKENDS} for device in tried},
         "ffmpeg": _ffmpeg(),
+        "ftfy": importlib.util.find_spec("ftfy") is not None,
         "extras": {extra: _missing(names) for extra, names in _EXTRAS.items()},
         "embedded_models": _embedded_models(),
         "models": [{"family": family, "class": name, "note": note} for family, name, note in supported_models()],
     }
 
 
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _auto(device: torch.device) -> str:
+    """The backend that `auto` takes on the device."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is not the first choice: the reasons are listed
+            return resolve("auto", device, _dtype(device), 64)
+    except ValueError as none:
+        return str(none)
+
+
 def try_backend(name: str, device: torch.device) -> str:
     """ "ok", "unavailable: ..." or "broken: ...", after a tiny call checked against the reference."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = _dtype(device)
     reason = unavailable(name, device, dtype, 64)
     if reason:
         return f"unavailable: {reason}"
@@ -120,11 +135,12 @@ def to_text(findings: dict[str, Any]) -> str:
         "devices": findings["devices"],
     }
     for device, states in findings["backends"].items():
-        sections[f"backends on {device}"] = states
+        sections[f"backends on {device}"] = {"auto": findings["auto"][device], **states}
     ffmpeg = findings["ffmpeg"]
     sections["tools"] = {
         "ffmpeg": ffmpeg["path"] if ffmpeg["found"] else f"missing: {ffmpeg['reason']}",
         "libvmaf": "ok" if ffmpeg["libvmaf"] else "missing: no VMAF scores",
+        "ftfy": "ok" if findings["ftfy"] else "missing: Wan's image-to-video needs it: pip install ftfy",
     }
     for extra, missing in findings["extras"].items():
         hint = f"missing {', '.join(missing)}: pip install 'draftdiff[{extra}]'"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from draftdiff.errors import UserError, user_errors
+from draftdiff.files import new_folder
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ
@@ -48,17 +47,12 @@ def convert(
     """
     destination = Path(destination)
     if destination.exists():
-        raise ValueError(f"{destination} exists: convert writes to a new folder")
+        raise UserError(f"{destination} exists: convert writes to a new folder")
     paths = [path for source in sources for path in _files(Path(source))]
-    destination.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.absolute().parent))
-    try:
-        result = _load(paths, draft_scales, text_encoder, torch_dtype)
+    with new_folder(destination) as partial:
+        with user_errors():  # of files that are damaged or do not fit together
+            result = _load(paths, draft_scales, text_encoder, torch_dtype)
         result.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp keeps its folders private
-        os.replace(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return type(result).__name__
 
 

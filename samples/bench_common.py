@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from draftdiff.devices import versions as versions
-from draftdiff.media import replacing
+from draftdiff.files import replacing
+from draftdiff.models.devices import versions as versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the resident memory

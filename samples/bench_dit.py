@@ -46,8 +46,8 @@ from bench_models import MODELS, BenchModel, Size, build, make_inputs, twin
 import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.compare.metrics import relative_l2
-from draftdiff.devices import device_name
-from draftdiff.media import check_writable
+from draftdiff.files import check_writable
+from draftdiff.models.devices import device_name
 
 EXAMPLES = """examples:
   python samples/bench_dit.py                                  all that this device has the memory for

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from draftdiff.compare.charts import PALETTE
-from draftdiff.media import replacing
+from draftdiff.files import replacing
 
 # What a step's time goes to, from the bottom of its bar, in colours that colour-blind readers tell apart.
 PARTS = {

@@ -14,7 +14,7 @@ from typing import Any
 from bench_common import median_and_spread
 
 from draftdiff import DraftAttentionConfig
-from draftdiff.compare.run import ATTENTION_PARTS
+from draftdiff.compare.timing import ATTENTION_PARTS
 
 DENSE, HOOKED = "dense", "dense, hooked"
 RUN_STEPS = 50

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from draftdiff.core.draft import Tail, draft_map
 from draftdiff.core.grid import LatentGrid, choose_tile, tiling_for
 from draftdiff.core.select import with_text
-from draftdiff.devices import device_name
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
 from draftdiff.kernels.drafting import pool, select
+from draftdiff.models.devices import device_name
 from samples.bench_common import RESULTS, device_slug, median_and_spread, timed, versions, write_result
 from samples.bench_peers import DENSE, SPARSE, Absent, Inputs, Prepare, reference_rows
 

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_common import RESULTS, device_slug, draw_beside, median_and_spread, timed, versions, write_result
 from bench_var_models import MODELS, BenchModel, build, subjects
 
-from draftdiff.compare.html import Column, megabytes, text_table, with_spread
+from draftdiff.compare.measure import count_flops, peak_memory
+from draftdiff.compare.table import Column, megabytes, text_table, with_spread
 from draftdiff.core.budget import check_cache_budget
-from draftdiff.devices import DTYPES, device_name
-from draftdiff.image import PLAIN, ImageModel, Setting, settings_of
-from draftdiff.measure import count_flops, peak_memory
-from draftdiff.media import check_writable
+from draftdiff.files import check_writable
+from draftdiff.models.devices import DTYPES, device_name
+from draftdiff.models.image import PLAIN, ImageModel, Setting, settings_of
 
 EXAMPLES = """examples:
   python samples/bench_var.py                                  all models, at a size that this device has time for

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_common import RESULTS, device_slug, median_and_spread, timed, versions, write_result
 
-from draftdiff.compare.html import Column, text_table, with_spread
 from draftdiff.compare.metrics import relative_l2
-from draftdiff.devices import device_name
-from draftdiff.media import check_writable
+from draftdiff.compare.table import Column, text_table, with_spread
+from draftdiff.files import check_writable
+from draftdiff.models.devices import device_name
 from draftdiff.var.last_scales import attend_scale
 
 EXAMPLES = """examples:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from draftdiff.image import ImageModel
+from draftdiff.models.image import ImageModel
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ

@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -41,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from train_mini_video import MixedOptimizer, save_atomically
 
+from draftdiff.files import replacing_folder
 from draftdiff.pipelines import mini_pictures
 from draftdiff.pipelines.mini_image import DEFAULTS_FILE, WEIGHTS, load_mini_image
 from draftdiff.pipelines.mini_pictures import CLASSES, COLOURS, PLACES, SHAPES
@@ -309,37 +309,32 @@ def trained_transformer(kind: str, work: Path) -> VARTransformer2DModel:
 
 
 def export(work: Path, folder: Path) -> None:
-    """Save the pipeline and the refiner in half precision with their settings, beside the target, then swap it in."""
+    """Save the pipeline and the refiner in half precision with their settings, whole or not at all."""
     vq = trained_vq(work, "decoder")
     drafter, refiner = (trained_transformer(kind, work) for kind in ("drafter", "refiner"))
-    new, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
-    for stale in (new, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    scheduler = VARScheduler(PATCH_NUMS, top_k=GENERATE["top_k"], top_p=GENERATE["top_p"])
-    pipe = VARPipeline(drafter.half(), vq.half(), scheduler, id2label=mini_pictures.class_names())
-    pipe.save_pretrained(new)
-    refiner.half().save_pretrained(new / "refiner")
-    digests = {}
-    for file in sorted(new.rglob("*.safetensors")):
-        file.chmod(0o644)
-        digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    phases = {kind: torch.load(work / f"image_{kind}.pt") for kind in PHASES}
-    settings = {
-        "about": "A mini image pair for draftdiff. `generate` holds the arguments to call the pipeline with.",
-        "generate": GENERATE,
-        "draft_scales": DRAFT_SCALES,
-        "class_example": CLASSES[0].name,
-        "words": {"shapes": list(SHAPES), "colours": list(COLOURS), "places": list(PLACES)},
-        "training": {
-            kind: {"steps": saved["step"], "minutes": round(saved["seconds"] / 60, 1)} for kind, saved in phases.items()
-        },
-        "sha256": digests,
-    }
-    (new / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder) as new:
+        scheduler = VARScheduler(PATCH_NUMS, top_k=GENERATE["top_k"], top_p=GENERATE["top_p"])
+        pipe = VARPipeline(drafter.half(), vq.half(), scheduler, id2label=mini_pictures.class_names())
+        pipe.save_pretrained(new)
+        refiner.half().save_pretrained(new / "refiner")
+        digests = {}
+        for file in sorted(new.rglob("*.safetensors")):
+            file.chmod(0o644)
+            digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+        phases = {kind: torch.load(work / f"image_{kind}.pt") for kind in PHASES}
+        settings = {
+            "about": "A mini image pair for draftdiff. `generate` holds the arguments to call the pipeline with.",
+            "generate": GENERATE,
+            "draft_scales": DRAFT_SCALES,
+            "class_example": CLASSES[0].name,
+            "words": {"shapes": list(SHAPES), "colours": list(COLOURS), "places": list(PLACES)},
+            "training": {
+                kind: {"steps": saved["step"], "minutes": round(saved["seconds"] / 60, 1)}
+                for kind, saved in phases.items()
+            },
+            "sha256": digests,
+        }
+        (new / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load_weights(file: Path, phase: str) -> dict[str, Tensor]:

@@ -18,9 +18,7 @@ import copy
 import hashlib
 import json
 import math
-import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from score_mini_video import accuracy, generate, scoring_scenes
 
+from draftdiff.files import replacing, replacing_folder
 from draftdiff.pipelines import mini_world
 from draftdiff.pipelines.mini_video import DEFAULTS_FILE, WEIGHTS, load_mini_video
 
@@ -100,11 +99,10 @@ def vae_crops(rng: random.Random) -> Iterator[torch.Tensor]:
 
 
 def save_atomically(state: object, path: Path) -> None:
-    """Write beside the target and rename, so that an interrupted run never leaves half a checkpoint."""
+    """Write a checkpoint, of which an interrupted run never leaves half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 @torch.no_grad()
@@ -377,51 +375,44 @@ def build_pipeline(
 
 
 def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None:
-    """Save the pipeline in half precision with its settings, beside the target first, and then swap it in."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Save the pipeline in half precision with its settings, whole or not at all."""
     half = copy.deepcopy(pipe).to(torch.float16)
-    half.save_pretrained(partial, safe_serialization=True)
-    # The class's older name, which every supported transformers version knows.
-    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
-        text = (partial / name).read_text(encoding="utf-8")
-        (partial / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
-    digests = {}
-    for file in sorted(partial.rglob("*.safetensors")):
-        file.chmod(0o644)
-        digests[file.relative_to(partial).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    settings = {
-        "about": "A mini video model for draftdiff. `generate` holds the arguments to call the pipeline with.",
-        "generate": {
-            "height": 128,
-            "width": 128,
-            "num_frames": 29,
-            "num_inference_steps": STEPS,
-            "guidance_scale": GUIDANCE,
-            "max_sequence_length": TEXT_TOKENS,
-        },
-        "fps": 8,
-        "prompt_example": mini_world.plain_caption(mini_world.Scene("red", "circle", "right", "small", "black")),
-        "words": {
-            "colours": list(mini_world.COLOURS),
-            "shapes": list(mini_world.SHAPES),
-            "motions": list(mini_world.MOTIONS),
-            "sizes": list(mini_world.SIZES),
-            "backgrounds": list(mini_world.BACKGROUNDS),
-            "other": list(mini_world.FUNCTION_WORDS),
-            "synonyms": mini_world.SYNONYMS,
-        },
-        "held_out_combinations": [list(combination) for combination in mini_world.HELD_OUT],
-        "training": training,
-        "sha256": digests,
-    }
-    (partial / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder) as partial:
+        half.save_pretrained(partial, safe_serialization=True)
+        # The class's older name, which every supported transformers version knows.
+        for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+            text = (partial / name).read_text(encoding="utf-8")
+            (partial / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+        digests = {}
+        for file in sorted(partial.rglob("*.safetensors")):
+            file.chmod(0o644)
+            digests[file.relative_to(partial).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+        settings = {
+            "about": "A mini video model for draftdiff. `generate` holds the arguments to call the pipeline with.",
+            "generate": {
+                "height": 128,
+                "width": 128,
+                "num_frames": 29,
+                "num_inference_steps": STEPS,
+                "guidance_scale": GUIDANCE,
+                "max_sequence_length": TEXT_TOKENS,
+            },
+            "fps": 8,
+            "prompt_example": mini_world.plain_caption(mini_world.Scene("red", "circle", "right", "small", "black")),
+            "words": {
+                "colours": list(mini_world.COLOURS),
+                "shapes": list(mini_world.SHAPES),
+                "motions": list(mini_world.MOTIONS),
+                "sizes": list(mini_world.SIZES),
+                "backgrounds": list(mini_world.BACKGROUNDS),
+                "other": list(mini_world.FUNCTION_WORDS),
+                "synonyms": mini_world.SYNONYMS,
+            },
+            "held_out_combinations": [list(combination) for combination in mini_world.HELD_OUT],
+            "training": training,
+            "sha256": digests,
+        }
+        (partial / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 class Trainer:

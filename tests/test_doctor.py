@@ -1,6 +1,7 @@
 """The doctor tries what it reports."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -30,6 +31,23 @@ def test_the_text_names_each_finding(findings):
     text = to_text(findings)
     for name in (*BACKENDS, torch.__version__, "libvmaf", "extra metrics", "mini-video", "WanTransformer3DModel"):
         assert name in text
+
+
+def test_each_device_is_listed_with_the_backend_that_auto_takes(monkeypatch, findings):
+    assert findings["auto"]["cpu"] in ("cpu", "torch")
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda _device: "an Arc")
+    monkeypatch.setattr("draftdiff.doctor.try_backend", lambda name, device: "ok")
+    found = examine()
+    assert {"cpu", "xpu:0", "xpu:1"} <= set(found["devices"]) and found["devices"]["xpu:1"] == "an Arc"
+    assert found["auto"]["xpu:0"] == "torch" and "xpu:1" not in found["auto"]  # the first of a kind is tried
+    assert re.search(r"backends on xpu:0\n  auto +torch\n", to_text(found))
+
+
+def test_it_is_told_whether_wans_image_to_video_can_run(findings):
+    assert findings["ftfy"] is True
+    assert re.search(r"ftfy +ok\n", to_text(findings))
+    assert re.search(r"ftfy +missing: Wan's image-to-video needs it", to_text({**findings, "ftfy": False}))
 
 
 def test_json_and_exit_code(findings, capsys, monkeypatch):

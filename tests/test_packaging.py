@@ -67,6 +67,12 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         tops = {name.split("/")[0] for name in packed}
         assert {top for top in tops if not top.endswith(".dist-info")} == {"draftdiff"}
         assert {"draftdiff/py.typed", "draftdiff/kernels/cpu.cpp"} <= packed
+        modules = {
+            f"draftdiff/{file.relative_to(ROOT)}".replace("draftdiff/draftdiff", "draftdiff")
+            for files in parts().values()
+            for file in files
+        }
+        assert modules <= packed, "pyproject.toml lacks a package"
         folders = [ROOT / "pipelines" / f"mini_{kind}_weights" for kind in ("image", "llm", "video")]
         files = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*") if file.is_file()}
         assert all(folder.is_dir() for folder in folders)
@@ -86,36 +92,109 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
     assert probe(ROOT, before).startswith("fine")
 
 
-LAYERS = ["core", "kernels", "video", "var", "llm", "pipelines"]
-ALLOWED = {
-    "core": {"core"},
-    "kernels": {"core", "kernels"},
-    "video": {"core", "kernels", "video"},
-    "var": {"core", "kernels", "var"},
-    "llm": {"core", "kernels", "llm"},
-    "pipelines": {"core", "kernels", "video", "var", "llm", "pipelines"},
+# What each part may import, itself apart. One that is not named here fails the test below.
+BELOW_ALL = {"errors", "files", "_version"}
+TABLE = {
+    "core": set(),
+    "kernels": {"core"},
+    "attention": {"core", "kernels"},
+    "hosts": {"core", "kernels", "attention"},
+    "video": {"core", "kernels", "attention", "hosts"},
+    "var": {"core", "kernels", "attention", "hosts"},
+    "llm": {"core", "kernels", "attention", "hosts"},
+    "pipelines": {"core", "kernels", "attention", "hosts", "video", "var", "llm"},
 }
+TABLE["models"] = TABLE["pipelines"] | {"pipelines"}
+TABLE["compare"] = TABLE["models"] | {"models"}
+TABLE |= {name: TABLE["compare"] | {"compare"} for name in ("bench", "integrations", "doctor")}
+TABLE["cli"] = TABLE["compare"] | {"compare", "bench", "integrations", "doctor"}
+TABLE["__main__"] = {"cli"}
+TABLE["__init__"] = {"attention", "video"}
+TABLE = {name: allowed | {name} | BELOW_ALL for name, allowed in TABLE.items()}
+TABLE |= {"_version": set(), "errors": set(), "files": {"errors"}}
+# Names of the top that stand for something of a part.
+PUBLIC = {
+    **dict.fromkeys(("DraftAttentionConfig", "disable", "draft_attention", "enable", "report"), "video"),
+    "__version__": "_version",
+}
+OTHERS = {
+    "core": {"torch", "einops"},
+    "errors": set(),
+    "files": set(),
+    "_version": set(),
+}  # packages that it may import
 
 
 def imported_names(file: Path):
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            # Of the top the names count, of a module the module.
+            yield from (f"draftdiff.{alias.name}" for alias in node.names if node.module == "draftdiff")
+            if node.module != "draftdiff":
+                yield node.module
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_point_downwards(layer):
-    folder = ROOT / layer if layer in ("kernels", "pipelines") else ROOT / "draftdiff" / layer
-    for file in folder.rglob("*.py"):
-        used = {name.split(".")[1] for name in imported_names(file) if name.startswith("draftdiff.") and "." in name}
-        assert used & set(LAYERS) <= ALLOWED[layer], file
-        if layer == "core":
-            roots = {name.split(".")[0] for name in imported_names(file)}
-            foreign = {r for r in roots if r not in sys.stdlib_module_names} - {"torch", "einops", "draftdiff"}
-            assert not foreign, file
+def parts() -> dict[str, list[Path]]:
+    """Files of every name at the top of the package; kernels/ and pipelines/ are mapped into it."""
+    found = {}
+    for path in [*(ROOT / "draftdiff").iterdir(), ROOT / "kernels", ROOT / "pipelines"]:
+        files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+        if files:
+            found[path.stem] = files
+    return found
+
+
+def breaches(name: str, file: Path) -> set[str]:
+    """What a file of a part imports and may not."""
+    names = [imported.split(".") for imported in imported_names(file)]
+    ours = {PUBLIC.get(rest[0], rest[0]) for top, *rest in names if top == "draftdiff" and rest}
+    found = ours - TABLE[name]
+    if name in OTHERS:
+        found |= {top for top, *_ in names} - set(sys.stdlib_module_names) - OTHERS[name] - {"draftdiff"}
+    return found
+
+
+def test_every_part_has_its_place_in_the_table():
+    assert set(parts()) <= set(TABLE) and {"core", "kernels", "pipelines", "cli", "files"} <= set(parts())
+
+
+@pytest.mark.parametrize("name", sorted(set(TABLE) & set(parts())))
+def test_imports_point_downwards(name):
+    for file in parts()[name]:
+        assert not breaches(name, file), file
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "breach"),
+    [
+        ("core", "from draftdiff.models.frames import frames_of", "models"),
+        ("core", "import numpy", "numpy"),
+        ("kernels", "from draftdiff.something_new import x", "something_new"),
+        ("video", "from draftdiff.llm.generate import speculative", "llm"),
+        ("llm", "from draftdiff import DraftAttentionConfig", "video"),
+        ("models", "import draftdiff.compare.html", "compare"),
+        ("compare", "def late():\n    from draftdiff.cli import main", "cli"),
+        ("files", "import torch", "torch"),
+    ],
+)
+def test_an_import_that_points_upwards_is_found(name, line, breach, tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(f"import math\n{line}\n")
+    assert breaches(name, file) == {breach}
+
+
+def test_no_module_of_the_checkout_exists_twice():
+    folders = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier())
+    assert {"draftdiff", "kernels", "pipelines", "samples", "tests"} <= set(folders)
+    code = (
+        "import draftdiff; from importlib.util import find_spec\n"
+        f"print([name for name in {folders} if find_spec(f'draftdiff.{{name}}') is not None])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['kernels', 'pipelines']"
 
 
 def test_find_spec_of_kernels_is_not_ours():

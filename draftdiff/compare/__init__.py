@@ -1,1 +1,1 @@
-"""Dense and sparse runs of one pipeline side by side: run.py measures, metrics.py judges, page.py shows."""
+"""Runs of one model side by side: what is compared is measured, judged, and shown in a table and on a page."""

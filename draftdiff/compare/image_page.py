@@ -1,4 +1,4 @@
-"""A comparison of image settings for the eye: the columns of its table, a contact sheet, one self-contained page."""
+"""A comparison of image settings for the eye: a contact sheet, and one self-contained page."""
 
 from __future__ import annotations
 
@@ -7,40 +7,28 @@ import io
 import math
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from draftdiff.compare.charts import bars, scatter
-from draftdiff.compare.html import Column, document, facts_list, figure, html_table, megabytes, with_spread
-from draftdiff.compare.page import contact_sheet, side_by_side
-from draftdiff.media import replacing
-
-if TYPE_CHECKING:
-    from draftdiff.compare.images import ImageComparison
+from draftdiff.compare.clips import contact_sheet, side_by_side
+from draftdiff.compare.html import document, figure
+from draftdiff.compare.image import ImageComparison
 
 SHEET_ROWS, PAGE_ROWS = 8, 4  # pictures per setting that are shown
 LARGEST = 512  # pixels a side of a picture in the page
 
 
-COLUMNS: tuple[Column, ...] = (
-    ("setting", "setting", str, "plain is the model alone with its whole cache"),
-    ("images/s", "images_per_second", with_spread("", 2), "pictures per second of whole calls: median (least-most)"),
-    ("speed-up", "speedup", with_spread("x", 2), "plain time over this time in the same round: median (least-most)"),
-    (
-        "predicted",
-        "predicted_speedup",
-        "{:.2f}x".format,
-        "plain operations over these: the speed-up if all operations took the same time",
-    ),
-    ("memory", "memory", megabytes, "most memory of a call above what was in use before it: its weights are left out"),
-    ("cache", "cache", megabytes, "most bytes of keys and values held between two scales, measured"),
-    ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
-    ("PSNR", "psnr", "{:.1f} dB".format, "against the plain picture of the same seed, RGB, mean; 100 is identical"),
-    ("SSIM", "ssim", "{:.3f}".format, "structural similarity to the plain picture, RGB; 1 is identical"),
-    ("ST-LPIPS", "lpips", "{:.3f}".format, "learned perceptual distance (shift-tolerant, AlexNet); 0 is identical"),
-    ("class right", "accuracy", "{:.0%}".format, "share of pictures that show their class, by the rule-based judge"),
-)
+def write(comparison: ImageComparison, folder: Path | str) -> Path:
+    """Write results.json, contact-sheet.png and report.html. Raises UserError as `check_folder` does."""
+    return comparison.write(folder, fill)
+
+
+def fill(comparison: ImageComparison, folder: Path) -> None:
+    """Add contact-sheet.png and report.html to a folder."""
+    write_sheet(comparison, folder / "contact-sheet.png")
+    (folder / "report.html").write_text(page(comparison), encoding="utf-8")
 
 
 def write_sheet(comparison: ImageComparison, path: Path) -> None:
@@ -49,17 +37,12 @@ def write_sheet(comparison: ImageComparison, path: Path) -> None:
 
     rows = _some(len(comparison.subjects), SHEET_ROWS)
     together = side_by_side({result.setting.name: result.pictures[rows] for result in comparison.results})
-    with replacing(path) as partial:
-        Image.fromarray(contact_sheet(together, moments=len(rows))).save(partial)
+    Image.fromarray(contact_sheet(together, moments=len(rows))).save(path)
 
 
 def _some(count: int, most: int) -> list[int]:
     """At most so many of `count` indices, evenly spread, so that all subjects have a chance to be seen."""
     return [i * count // min(count, most) for i in range(min(count, most))]
-
-
-def write_page(comparison: ImageComparison, path: Path) -> None:
-    path.write_text(page(comparison), encoding="utf-8")
 
 
 def page(comparison: ImageComparison) -> str:
@@ -72,12 +55,7 @@ def page(comparison: ImageComparison) -> str:
         f"{fastest['speedup']['median']:.2f}x. Smallest cache: <b>{smallest['setting']}</b>, "
         f"{smallest['cache_share']:.0%} of the plain one."
     )
-    title = f"CoDe and ScaleKV: {comparison.model}"
     sections = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{headline}</p>',
-        html_table(rows, COLUMNS),
-        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
         "<h2>Pictures</h2>",
         '<p class="note">One seed per row. CoDe and a cut cache lead to other draws: a picture that differs from the '
         "plain one is not worse for that; judge each by what it shall show.</p>",
@@ -86,18 +64,16 @@ def page(comparison: ImageComparison) -> str:
         _scatters(rows),
         "<h2>Time and cache</h2>",
         _bars(rows),
-        "<h2>How it was run</h2>",
-        _details(comparison),
     ]
-    return document(f"draftdiff image --compare: {comparison.model}", sections)
+    return document(comparison, f"CoDe and ScaleKV: {comparison.model}", headline, sections, _facts(comparison))
 
 
 def _pictures(comparison: ImageComparison, index: int) -> str:
     figures = []
     for result in comparison.results:
         facts = []
-        if result is not comparison.plain:
-            same = np.array_equal(result.pictures[index], comparison.plain.pictures[index])
+        if result is not comparison.baseline:
+            same = np.array_equal(result.pictures[index], comparison.baseline.pictures[index])
             facts.append("the plain picture" if same else "another sample")
         if result.right is not None:
             facts.append("class right" if result.right[index] else "class wrong")
@@ -131,7 +107,7 @@ def _bars(rows: list[dict[str, Any]]) -> str:
     return bars(time, title="time per picture") + bars(cache, "MB", "cache")
 
 
-def _details(comparison: ImageComparison) -> str:
+def _facts(comparison: ImageComparison) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": comparison.model, **comparison.about, "seed": comparison.seed, **comparison.call}
     facts["pictures"] = ", ".join(map(str, comparison.subjects))
-    return facts_list(facts)
+    return facts

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,12 +16,45 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from draftdiff.compare.folder import results_folder
-from draftdiff.compare.html import spread, text_table
-from draftdiff.compare.llm_page import COLUMNS, write_page
-from draftdiff.llm_model import METHODS, LanguageModel, Run, check_method
+from draftdiff.compare.comparison import Comparison
+from draftdiff.compare.table import Column, megabytes, spread, with_spread
+from draftdiff.errors import UserError
+from draftdiff.models.llm import LanguageModel
+from draftdiff.models.llm_methods import METHODS, Run, check_method
 
-MADE_BY = "draftdiff llm compare"
+COLUMNS: tuple[Column, ...] = (
+    ("method", "method", str, "plain is one token per forward of the target"),
+    ("lossless", "lossless", str, "whether the text is the target's own whatever the draft says"),
+    ("tokens/forward", "tokens_per_forward", "{:.2f}".format, "tokens per forward of the target, its prompt left out"),
+    ("drafts/round", "drafts_per_round", "{:.1f}".format, "forwards of the draft per forward of the target"),
+    (
+        "MBSU",
+        "mbsu",
+        "{:.2f}x".format,
+        "memory-bound speed-up: what the bytes of weights that are read predict, the prompt left out",
+    ),
+    (
+        "speed-up",
+        "speedup",
+        with_spread("x", 2),
+        "plain time per token over this one in the same round: median (least-most)",
+    ),
+    ("ms/token", "milliseconds", with_spread("", 2), "time of whole calls, prompt included: median (least-most)"),
+    ("cache", "cache", megabytes, "the target's keys and values at the end of a call"),
+    ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
+    (
+        "same text",
+        "same_text",
+        "{:.0%}".format,
+        "share of the longer text before the first token that differs from plain's",
+    ),
+    (
+        "next token",
+        "next_token",
+        "{:.0%}".format,
+        "share of plain's tokens that are also this method's choice after plain's text so far",
+    ),
+)
 
 
 @dataclass
@@ -45,8 +77,11 @@ class MethodResult:
 
 
 @dataclass
-class LlmComparison:
+class LlmComparison(Comparison[MethodResult]):
     """Results, plain first. prompts: their tokens.  options: arguments of generate.  about: where and with what."""
+
+    made_by = "draftdiff llm compare"
+    columns = COLUMNS
 
     model: str
     prompts: list[Tensor]
@@ -57,51 +92,41 @@ class LlmComparison:
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def plain(self) -> MethodResult:
-        return self.results[0]
-
-    @property
     def sampling(self) -> bool:
         return bool(self.options["do_sample"])
 
     def row(self, result: MethodResult) -> dict[str, Any]:
-        """The figures of one method; None for what does not apply."""
-        others = result is not self.plain
+        others = result is not self.baseline
         reports = [run.report for run in result.runs if run.report is not None]
         rounds = sum(report.target_forwards for report in reports)
         drafts = sum(report.draft_forwards for report in reports)
-        same = [_same_start(run.tokens, base.tokens) for run, base in zip(result.runs, self.plain.runs)]
+        same = [_same_start(run.tokens, base.tokens) for run, base in zip(result.runs, self.baseline.runs)]
         return {
             "method": METHODS[result.name].title,
             "lossless": "yes" if METHODS[result.name].lossless else "no",
             "tokens_per_forward": sum(report.tokens for report in reports) / rounds if reports else 1.0,
             "drafts_per_round": drafts / rounds if reports else None,
             "mbsu": fmean(report.mbsu for report in reports) if reports else None,
-            "speedup": spread([base / own for base, own in zip(self.plain.per_token, result.per_token)])
+            "speedup": spread([base / own for base, own in zip(self.baseline.per_token, result.per_token)])
             if others
             else None,
             "milliseconds": spread([1e3 * seconds for seconds in result.per_token]),
             "cache": max(run.cache for run in result.runs),
-            "cache_share": max(run.cache for run in result.runs) / max(run.cache for run in self.plain.runs)
+            "cache_share": max(run.cache for run in result.runs) / max(run.cache for run in self.baseline.runs)
             if others
             else None,
             "same_text": fmean(same) if others and not self.sampling else None,
             "next_token": result.next_token,
         }
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [self.row(result) for result in self.results]
-
     def notes(self) -> list[str]:
-        """What a reader of the table should know."""
         return [
             f"{METHODS[result.name].title} did not write the same text in every round"
             for result in self.results
             if not result.repeats and not self.sampling
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+    def content(self) -> dict[str, Any]:
         methods = [
             {
                 "name": result.name,
@@ -115,25 +140,12 @@ class LlmComparison:
             for result, row in zip(self.results, self.rows())
         ]
         return {
-            "made_by": MADE_BY,
             "model": self.model,
             "prompt_tokens": [prompt.shape[1] for prompt in self.prompts],
             "capacity": self.capacity,
             "options": self.options,
             "methods": methods,
-            "about": self.about,
         }
-
-    def table(self) -> str:
-        """Aligned columns for a terminal; columns without a value are left out."""
-        return "\n".join(line.rstrip() for line in [*text_table(self.rows(), COLUMNS), *self.notes()])
-
-    def write(self, folder: Path | str) -> Path:
-        """Write results.json and report.html. Raises ValueError as `check_folder` does."""
-        folder = Path(folder)
-        with results_folder(folder, MADE_BY, self.to_dict()) as partial:
-            write_page(self, partial / "report.html")
-        return folder
 
 
 def compare_methods(
@@ -145,20 +157,21 @@ def compare_methods(
     options: dict[str, Any],
     repeat: int = 3,
     seed: int = 0,
+    about: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> LlmComparison:
     """Run plain decoding and every method on all prompts, `repeat` times, and compare.
 
     prompts: int64 [1, tokens] each.  methods: keys of METHODS.  capacity: tokens that SpecKV and SpecPC keep.
-    options: arguments of generate, do_sample and max_new_tokens among them.
-    Raises ValueError for no prompts, unknown methods, or a capacity below 1.
+    options: arguments of generate, do_sample and max_new_tokens among them.  about: where and with what it runs.
+    Raises UserError for no prompts, unknown methods, or a capacity below 1.
     """
     if not prompts:
-        raise ValueError("a comparison needs at least one prompt")
+        raise UserError("a comparison needs at least one prompt")
     if repeat < 1:
-        raise ValueError(f"repeat must be at least 1, got {repeat}")
+        raise UserError(f"repeat must be at least 1, got {repeat}")
     if capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
+        raise UserError(f"capacity must be at least 1, got {capacity}")
     names = list(dict.fromkeys(["plain", *methods]))
     for name in names:
         check_method(model, name)
@@ -185,7 +198,7 @@ def compare_methods(
         for result in results[1:]:
             result.next_token = _next_token(result, results[0])
     texts = {result.name: [model.tokenizer.decode(run.tokens) for run in result.runs] for result in results}
-    return LlmComparison(model.name, list(prompts), capacity, dict(options), results, texts)
+    return LlmComparison(model.name, list(prompts), capacity, dict(options), results, texts, dict(about or {}))
 
 
 def _same_start(tokens: Tensor, plain: Tensor) -> float:

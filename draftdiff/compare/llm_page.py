@@ -1,55 +1,24 @@
-"""A comparison of decoding methods for the eye: the columns of its table, one self-contained page."""
+"""A comparison of decoding methods for the eye: one self-contained page."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from draftdiff.compare.charts import bars
-from draftdiff.compare.html import Column, document, facts_list, html_table, megabytes, with_spread
-
-if TYPE_CHECKING:
-    from draftdiff.compare.llm import LlmComparison
+from draftdiff.compare.html import document
+from draftdiff.compare.llm import LlmComparison
 
 
-COLUMNS: tuple[Column, ...] = (
-    ("method", "method", str, "plain is one token per forward of the target"),
-    ("lossless", "lossless", str, "whether the text is the target's own whatever the draft says"),
-    ("tokens/forward", "tokens_per_forward", "{:.2f}".format, "tokens per forward of the target, its prompt left out"),
-    ("drafts/round", "drafts_per_round", "{:.1f}".format, "forwards of the draft per forward of the target"),
-    (
-        "MBSU",
-        "mbsu",
-        "{:.2f}x".format,
-        "memory-bound speed-up: what the bytes of weights that are read predict, the prompt left out",
-    ),
-    (
-        "speed-up",
-        "speedup",
-        with_spread("x", 2),
-        "plain time per token over this one in the same round: median (least-most)",
-    ),
-    ("ms/token", "milliseconds", with_spread("", 2), "time of whole calls, prompt included: median (least-most)"),
-    ("cache", "cache", megabytes, "the target's keys and values at the end of a call"),
-    ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
-    (
-        "same text",
-        "same_text",
-        "{:.0%}".format,
-        "share of the longer text before the first token that differs from plain's",
-    ),
-    (
-        "next token",
-        "next_token",
-        "{:.0%}".format,
-        "share of plain's tokens that are also this method's choice after plain's text so far",
-    ),
-)
+def write(comparison: LlmComparison, folder: Path | str) -> Path:
+    """Write results.json and report.html. Raises UserError as `check_folder` does."""
+    return comparison.write(folder, fill)
 
 
-def write_page(comparison: LlmComparison, path: Path) -> None:
-    path.write_text(page(comparison), encoding="utf-8")
+def fill(comparison: LlmComparison, folder: Path) -> None:
+    """Add report.html to a folder."""
+    (folder / "report.html").write_text(page(comparison), encoding="utf-8")
 
 
 def page(comparison: LlmComparison) -> str:
@@ -62,20 +31,13 @@ def page(comparison: LlmComparison) -> str:
             f" Fastest without any loss: <b>{escape(best['method'])}</b>, {best['speedup']['median']:.2f}x, "
             f"{best['tokens_per_forward']:.2f} tokens per forward of the target."
         )
-    title = f"Decoding methods: {comparison.model}"
     sections = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{headline}</p>',
-        html_table(rows, COLUMNS),
-        *(f'<p class="note">{escape(note)}</p>' for note in comparison.notes()),
         "<h2>Tokens per forward and speed</h2>",
         _bars(rows),
         "<h2>What was written</h2>",
         *(_texts(comparison, index) for index in range(min(len(comparison.prompts), 3))),
-        "<h2>How it was run</h2>",
-        _details(comparison),
     ]
-    return document(f"draftdiff llm compare: {comparison.model}", sections)
+    return document(comparison, f"Decoding methods: {comparison.model}", headline, sections, _facts(comparison))
 
 
 def _bars(rows: list[dict[str, Any]]) -> str:
@@ -99,8 +61,6 @@ def _block(name: str, text: str) -> str:
     return f"<details{state}><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _details(comparison: LlmComparison) -> str:
-    facts = dict(comparison.about)
-    facts["tokens kept by SpecKV and SpecPC"] = comparison.capacity
-    facts["generate"] = comparison.options
-    return facts_list(facts)
+def _facts(comparison: LlmComparison) -> dict[str, Any]:
+    kept = {"tokens kept by SpecKV and SpecPC": comparison.capacity, "generate": comparison.options}
+    return {**comparison.about, **kept}

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from draftdiff.compare.html import spread
-from draftdiff.devices import device_name
+from draftdiff.compare.table import spread
 from draftdiff.llm import (
     Chain,
     KBest,
@@ -33,7 +32,8 @@ from draftdiff.llm import (
     report,
     speculative,
 )
-from draftdiff.llm_model import example_prompts, load
+from draftdiff.models.devices import device_name
+from draftdiff.models.llm import example_prompts, load
 from samples.bench_common import write_result
 
 

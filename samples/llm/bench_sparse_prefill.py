@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_common import RESULTS, median_and_spread, timed, versions, write_result
 from command_line import Parser, device, run, whole
 
-from draftdiff.compare.html import Column, text_table, with_spread
+from draftdiff.compare.table import Column, text_table, with_spread
 from draftdiff.doctor import device_name
+from draftdiff.files import check_writable
 from draftdiff.llm import SparsePrefill, SpecKVConfig, speckv
 from draftdiff.llm.sparse_prefill import TILE, vertical_slash_attention
-from draftdiff.media import check_writable
 
 EXAMPLES = """examples:
   python samples/llm/bench_sparse_prefill.py

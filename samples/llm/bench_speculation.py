@@ -24,10 +24,11 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from draftdiff.compare.llm import compare_methods
-from draftdiff.devices import device_name
+from draftdiff.files import replacing
 from draftdiff.llm.metrics import bytes_per_forward
-from draftdiff.llm_model import example_prompts, generate_options, load
-from draftdiff.media import replacing
+from draftdiff.models.devices import device_name
+from draftdiff.models.llm import example_prompts, load
+from draftdiff.models.llm_methods import generate_options
 from samples.bench_common import write_result
 
 METHODS = ("chain", "adaptive", "tree", "trimmed", "ngram")

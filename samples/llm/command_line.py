@@ -13,8 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from draftdiff.devices import find_device, one_line
-from draftdiff.media import check_output, check_writable
+from draftdiff.files import check_output, check_writable
+from draftdiff.models.devices import find_device, one_line
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,11 +23,11 @@ from stdlib_corpus import PYTHON
 from torch import Tensor
 from tqdm import tqdm
 
-from draftdiff.devices import device_name
+from draftdiff.files import replacing
 from draftdiff.llm import acceptance_upper_bound, expected_acceptance
 from draftdiff.llm.verify import VERIFIERS
-from draftdiff.llm_model import UNSEEN, LanguageModel, example_prompts, load
-from draftdiff.media import replacing
+from draftdiff.models.devices import device_name
+from draftdiff.models.llm import UNSEEN, LanguageModel, example_prompts, load
 from samples.bench_common import write_result
 
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3)

@@ -15,7 +15,7 @@ from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from draftdiff.devices import device_name, find_device
+from draftdiff.files import new_folder
 from draftdiff.llm import (
     DistillationSet,
     DraftTrainer,
@@ -25,8 +25,8 @@ from draftdiff.llm import (
     packed_text,
 )
 from draftdiff.llm.drafters.base import check_vocabularies
-from draftdiff.llm_model import pretrained
-from draftdiff.media import new_folder
+from draftdiff.models.devices import device_name, find_device
+from draftdiff.models.llm import pretrained
 from draftdiff.pipelines.mini_llm import load_mini_llm
 from samples.bench_common import write_result
 

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -38,6 +37,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from draftdiff.files import replacing, replacing_folder
 from draftdiff.llm import (
     DistillationSet,
     DraftScores,
@@ -48,7 +48,6 @@ from draftdiff.llm import (
     packed_text,
 )
 from draftdiff.llm.train.trim import count_tokens
-from draftdiff.media import replacing
 from draftdiff.pipelines.mini_llm import DEFAULTS_FILE, WEIGHTS, load_mini_llm
 
 VOCABULARY, CONTEXT, BATCH = 2048, 512, 8
@@ -259,45 +258,39 @@ def held_out_scores(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer
 
 
 def export(work: Path, folder: Path) -> None:
-    """Save the pair in half precision with its tokenizer and settings, beside the folder, then swap it in."""
+    """Save the pair in half precision with its tokenizer and settings, whole or not at all."""
     target = trained("target", work)
     draft = LlamaForCausalLM.from_pretrained(existing(work / "llm_aligned", "align"), dtype=torch.float32)
     tokenizer = load_tokenizer(work)
-    new, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
-    for stale in (new, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    tokenizer.save_pretrained(new / "tokenizer")
-    for name, model in (("target", target), ("draft", draft)):
-        model.half().save_pretrained(new / name)
-        model.float()  # what is scored is what is loaded
-    digests = {}
-    for file in sorted(new.rglob("*.safetensors")):
-        file.chmod(0o644)
-        digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    scores = held_out_scores(target, draft, tokenizer)
-    training = {}
-    for kind in SIZES:
-        saved = torch.load(work / f"llm_{kind}.pt")
-        loss = held_out_loss(trained(kind, work), corpus_tokens(work, held_out=True))
-        minutes = round(saved["seconds"] / 60, 1)
-        training[kind] = {"steps": saved["step"], "minutes": minutes, "held_out_cross_entropy": round(loss, 4)}
-    settings = {
-        "about": "A mini language-model pair for draftdiff, trained on the Python standard library's sources.",
-        "prompt": "def read_lines(path):",
-        "length": LENGTH,
-        "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
-        "training": training,
-        "python": PYTHON,
-        "sha256": digests,
-    }
-    written = DistillationSet.load(work / "llm_written.safetensors")
-    counts = json.dumps(count_tokens(written, VOCABULARY).tolist())  # on one line
-    text = json.dumps(settings, indent=2).removesuffix("\n}") + f',\n  "token_counts": {counts}\n}}\n'
-    (new / DEFAULTS_FILE).write_text(text, encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder) as new:
+        tokenizer.save_pretrained(new / "tokenizer")
+        for name, model in (("target", target), ("draft", draft)):
+            model.half().save_pretrained(new / name)
+            model.float()  # what is scored is what is loaded
+        digests = {}
+        for file in sorted(new.rglob("*.safetensors")):
+            file.chmod(0o644)
+            digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+        scores = held_out_scores(target, draft, tokenizer)
+        training = {}
+        for kind in SIZES:
+            saved = torch.load(work / f"llm_{kind}.pt")
+            loss = held_out_loss(trained(kind, work), corpus_tokens(work, held_out=True))
+            minutes = round(saved["seconds"] / 60, 1)
+            training[kind] = {"steps": saved["step"], "minutes": minutes, "held_out_cross_entropy": round(loss, 4)}
+        settings = {
+            "about": "A mini language-model pair for draftdiff, trained on the Python standard library's sources.",
+            "prompt": "def read_lines(path):",
+            "length": LENGTH,
+            "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
+            "training": training,
+            "python": PYTHON,
+            "sha256": digests,
+        }
+        written = DistillationSet.load(work / "llm_written.safetensors")
+        counts = json.dumps(count_tokens(written, VOCABULARY).tolist())  # on one line
+        text = json.dumps(settings, indent=2).removesuffix("\n}") + f',\n  "token_counts": {counts}\n}}\n'
+        (new / DEFAULTS_FILE).write_text(text, encoding="utf-8")
     print(json.dumps(settings["held_out"]), json.dumps(training))
 
 

@@ -22,7 +22,7 @@ from command_line import Parser, check_new_folder, new_file, run, whole
 from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from tqdm import tqdm
 
-from draftdiff.devices import device_name
+from draftdiff.files import replacing
 from draftdiff.llm import (
     Chain,
     ModelDrafter,
@@ -36,7 +36,7 @@ from draftdiff.llm import (
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.train.data import left_padded
 from draftdiff.llm.train.trim import count_tokens
-from draftdiff.media import replacing
+from draftdiff.models.devices import device_name
 from draftdiff.pipelines.mini_llm import load_mini_llm, mini_llm_defaults
 from samples.bench_common import write_result
 

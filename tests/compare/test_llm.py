@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from draftdiff.compare.llm import LlmComparison, MethodResult
-from draftdiff.llm_model import Run
+from draftdiff.models.llm_methods import Run
 
 
 def comparison(*texts: list[int]) -> LlmComparison:

@@ -107,5 +107,5 @@ def test_lpips_tells_alike_from_unlike(video):
 
 
 def test_videos_of_other_sizes_are_refused(video):
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="videos to compare must have one shape, got"):
         quality(video[:, :32], video)

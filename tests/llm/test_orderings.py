@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, Sampled, report, speculative
-from draftdiff.llm_model import example_prompts, load
+from draftdiff.models.llm import example_prompts, load
 
 
 @pytest.fixture(name="model", scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from draftdiff.files import replacing
 
 _SHIFT = 32
 _MASK = (1 << _SHIFT) - 1
@@ -85,13 +86,12 @@ class NGramTable:
         """Write the table as safetensors, whole or not at all."""
         rows = [(key >> _SHIFT, key & _MASK, c) for key, found in self._pairs.items() for c in found]
         weights = [weight for found in self._pairs.values() for weight in found.values()]
-        partial = file.with_name(f".{file.name}.partial")
         tensors = {
             "trigrams": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
             "weights": torch.tensor(weights, dtype=torch.float64),
         }
-        save_file(tensors, partial)
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            save_file(tensors, partial)
 
     @classmethod
     def load(cls, file: Path, **options: int | float) -> NGramTable:

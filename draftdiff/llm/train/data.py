@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
+from draftdiff.files import replacing
 from draftdiff.llm.plain_config import own_law
 from draftdiff.llm.train.modes import in_eval_mode
-from draftdiff.media import replacing
 
 TEMPERATURES = (0.0, 0.6, 0.8, 1.0)  # of FastDraft (arXiv 2411.11055)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftdiff.media import new_folder, replacing
+from draftdiff.files import new_folder, replacing
 
 TOKEN_MAP_FILE = "token_map.json"
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from draftdiff.core.budget import check_cache_budget
-from draftdiff.devices import DTYPES, find_device, one_line
-from draftdiff.generate import DTYPE_ARGUMENT, quiet_diffusers
-from draftdiff.media import to_uint8
+from draftdiff.errors import UserError, user_errors
+from draftdiff.models.devices import DTYPE_ARGUMENT, find_device, find_dtype
+from draftdiff.models.frames import to_uint8
+from draftdiff.models.loading import inputs_refused, loading, quiet_diffusers
 from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
@@ -76,28 +77,42 @@ class ImageModel:
         """How many tokens each scale of a picture has."""
         if self.by_class:
             return [side**2 for side in self.pipeline.scheduler.patch_nums]
-        sizes = {name: call.get(name) for name in ("height", "width")}
-        scales = self.pipeline._scales(**sizes, aspect_ratio=call.get("aspect_ratio", 1.0), size=call.get("size", "1M"))
+        sizes: dict[str, Any] = {name: call.get(name) for name in ("height", "width")}
+        sizes |= {"aspect_ratio": call.get("aspect_ratio", 1.0), "size": call.get("size", "1M")}
+        with user_errors():
+            scales = self.pipeline._scales(**sizes)
         return [height * width for height, width in scales]
 
     def scales(self, call: dict[str, Any]) -> int:
-        """How many scales a picture has. Raises ValueError for a size or aspect ratio that is unknown."""
+        """How many scales a picture has. Raises UserError for a size or aspect ratio that is unknown."""
         return len(self.tokens(call))
 
     def check(self, setting: Setting, call: dict[str, Any]) -> None:
-        """Raise ValueError for a setting that this model cannot have."""
+        """Raise UserError for a setting that this model cannot have."""
         if setting.draft_scales is not None:
             if not self.by_class:
-                raise ValueError("--draft-scales is for VAR, whose models come in pairs; Infinity's do not")
-            check_draft_scales(setting.draft_scales, self.scales(call))
-            if self.refiner is None:
-                raise ValueError(f"--draft-scales needs a second model: {self.name} has none; name one by --refiner")
-            check_pair(self.pipeline.transformer, self.refiner, setting.draft_scales)
+                raise UserError("--draft-scales is for VAR, whose models come in pairs; Infinity's do not")
+            with user_errors():
+                check_draft_scales(setting.draft_scales, self.scales(call))
+                if self.refiner is None:
+                    raise UserError(f"--draft-scales needs a second model: {self.name} has none; name one by --refiner")
+                check_pair(self.pipeline.transformer, self.refiner, setting.draft_scales)
         if setting.budget is not None:
-            check_cache_budget(setting.budget)
+            with user_errors():
+                check_cache_budget(setting.budget)
+
+    def check_subjects(self, subjects: Sequence[Any]) -> None:
+        """Raise UserError for a class that the model does not know, and prompts that are empty or not understood."""
+        if self.by_class:
+            with user_errors():
+                self.pipeline._class_labels(list(subjects) or [0], 1, None)
+        elif self.pipeline.text_encoder is None:
+            raise UserError(f"{self.name} holds no text encoder: convert it with --text-encoder")
+        elif not all(str(text).strip() for text in subjects):
+            raise UserError("--prompt is empty: say what the picture shall show")
 
     def apply(self, setting: Setting) -> None:
-        """Switch CoDe and ScaleKV on or off."""
+        """Switch CoDe and ScaleKV on or off. Raises UserError for drafters that are not of this model."""
         if self.by_class:
             self.pipeline.disable_collaborative()
             if setting.draft_scales is not None:
@@ -109,13 +124,15 @@ class ImageModel:
             drafters = dict(self.drafters)
             if setting.draft_scales is None:
                 drafters.pop("refiner_drafters", None)
-            self.pipeline.enable_scale_kv(setting.budget, **drafters)
+            with user_errors():
+                self.pipeline.enable_scale_kv(setting.budget, **drafters)
 
     def pictures(self, subjects: Sequence[Any], seed: int, **call: Any) -> np.ndarray:
         """One picture per subject (class or prompt), the i-th drawn from seed + i whatever the others are: uint8
         [pictures, height, width, 3]."""
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(subjects))]
-        made = self.pipeline(list(subjects), generator=generators, output_type="np", **call)
+        with inputs_refused(self.pipeline):
+            made = self.pipeline(list(subjects), generator=generators, output_type="np", **call)
         return to_uint8(np.asarray(made.images))
 
 
@@ -126,12 +143,10 @@ def load(
 
     name: folder or hub repository; None is the embedded mini model.  refiner: likewise, of a second VAR model.
     dtype: float32, float16 or bfloat16; None is bfloat16 on a GPU, and float32 on a CPU and for the embedded model.
-    Raises ValueError, in one line, for what cannot be loaded.
+    Raises UserError, in one line, for what cannot be loaded.
     """
     place = find_device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    wanted = DTYPES[dtype or ("float32" if name is None or place.type == "cpu" else "bfloat16")]
+    wanted = find_dtype(dtype, place, embedded=name is None)
     if name is None:
         model = _embedded(wanted)
     else:
@@ -139,7 +154,7 @@ def load(
         model = ImageModel(name, pipeline, getattr(pipeline, "refiner", None))
     if refiner is not None:
         if not model.by_class:
-            raise ValueError("--refiner is for VAR, whose models come in pairs; Infinity's do not")
+            raise UserError("--refiner is for VAR, whose models come in pairs; Infinity's do not")
         model = replace(model, refiner=_pretrained(refiner, wanted, expect="VARPipeline").transformer)
     model.pipeline.to(place)
     if model.refiner is not None:
@@ -151,34 +166,30 @@ def _embedded(dtype: torch.dtype) -> ImageModel:
     from draftdiff.pipelines.mini_image import load_mini_image, load_mini_refiner, mini_image_defaults
     from draftdiff.pipelines.mini_picture_judge import judge
 
-    with quiet_diffusers():
-        pipeline = load_mini_image(torch_dtype=dtype)
+    with loading(EMBEDDED), quiet_diffusers():
+        pipeline, refiner = load_mini_image(torch_dtype=dtype), load_mini_refiner(dtype)
+        defaults = mini_image_defaults()["generate"]
 
     def shows(subject: Any, picture: np.ndarray) -> bool:
         label = pipeline.get_label_ids(subject)[0] if isinstance(subject, str) else subject
         return judge(picture / 255).shows(label)
 
-    return ImageModel(EMBEDDED, pipeline, load_mini_refiner(dtype), mini_image_defaults()["generate"], judge=shows)
+    return ImageModel(EMBEDDED, pipeline, refiner, defaults, judge=shows)
 
 
 def _pretrained(name: str, dtype: torch.dtype, expect: str | None = None) -> Any:
     path = Path(name).expanduser()
     if path.is_file():
-        raise ValueError(f"model {name!r} is a file; make a folder of original checkpoints by: draftdiff convert")
-    try:
+        raise UserError(f"model {name!r} is a file; make a folder of original checkpoints by: draftdiff convert")
+    with loading(name):
         folder = local_folder(path if path.is_dir() else name, {})
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-    except Exception as error:  # the hub has its own
-        raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from None
     allowed = list(PIPELINES) if expect is None else [expect]
     if kind not in allowed:
         hint = "" if expect else "; diffusers' own pipelines run by: draftdiff generate"
-        raise ValueError(f"model {name!r} is a {kind}, not a {' or '.join(allowed)}{hint}")
-    try:
-        with quiet_diffusers():
-            return PIPELINES[kind].from_pretrained(folder, **{DTYPE_ARGUMENT: dtype})
-    except Exception as error:  # transformers and safetensors each have their own
-        raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"model {name!r} is a {kind}, not a {' or '.join(allowed)}{hint}")
+    with loading(name), quiet_diffusers():
+        return PIPELINES[kind].from_pretrained(folder, **{DTYPE_ARGUMENT: dtype})
 
 
 def default_settings(scales: int, pair: bool) -> tuple[list[int], list[float]]:

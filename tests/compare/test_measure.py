@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from draftdiff.measure import count_flops, peak_memory
+from draftdiff.compare.measure import count_flops, peak_memory
 
 CPU = torch.device("cpu")
 

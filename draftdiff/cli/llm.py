@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from draftdiff.arguments import seed
+from draftdiff.cli.options import Parser, add_place, add_seed
+from draftdiff.cli.output import deliver, print_json
+from draftdiff.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from draftdiff.llm_model import LanguageModel
+    from draftdiff.models.llm import LanguageModel
 
 # torch and transformers take seconds to import: only inside the commands that need them.
 
@@ -23,9 +24,7 @@ _METHODS = (
 )
 
 
-def add_commands(commands: Any) -> None:
-    """Add them to the parser's commands."""
-    llm = commands.add_parser("llm", help="text by language models with a draft; generate, compare")
+def add_llm(llm: Parser) -> None:
     parts = llm.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     generate = parts.add_parser("generate", help="continue one prompt")
@@ -60,21 +59,25 @@ def add_commands(commands: Any) -> None:
     compare.set_defaults(func=_compare)
 
 
-def _add_common(parser: argparse.ArgumentParser, tokens: int) -> None:
+def _add_common(parser: Parser, tokens: int) -> None:
     parser.add_argument("--tokens", type=int, default=tokens, help=f"new tokens (default: {tokens})")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--capacity", type=int, default=128, help="tokens that SpecKV and SpecPC keep (default: 128)")
-    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
+    add_seed(parser)
     parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded mini pair)")
     parser.add_argument("--draft", help="folder or Hub id of a smaller model with the same tokenizer")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu, ...")
+    add_place(parser)
 
 
-def _load(options: argparse.Namespace) -> LanguageModel:
+def _check_transformers() -> None:
+    with user_errors(ImportError):  # which says that the installed one is too old
+        import draftdiff.llm  # noqa: F401
+
+
+def _load(options: Namespace) -> LanguageModel:
     import transformers
 
-    from draftdiff.llm_model import load
+    from draftdiff.models.llm import load
 
     transformers.utils.logging.set_verbosity_error()
     return load(options.model, options.draft, dtype=options.dtype, device=options.device)
@@ -84,23 +87,23 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"prompt file {str(file)!r} cannot be read: {error}") from None
+        raise UserError(f"prompt file {str(file)!r} cannot be read: {error}") from None
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _generate(options: Namespace) -> int:
     if (options.prompt is None) == (options.prompt_file is None):
-        raise ValueError("give --prompt TEXT or --prompt-file FILE")
+        raise UserError("give --prompt TEXT or --prompt-file FILE")
     if options.capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {options.capacity}")
+        raise UserError(f"capacity must be at least 1, got {options.capacity}")
     text = options.prompt if options.prompt_file is None else _read(options.prompt_file)
-    from draftdiff.llm_model import check_method, encode, generate_options
-
-    arguments = generate_options(options.tokens, options.temperature)
+    _check_transformers()
     import torch
     from transformers import TextStreamer
 
-    from draftdiff.devices import device_name, versions
+    from draftdiff.models.llm import encode
+    from draftdiff.models.llm_methods import check_method, generate_options
 
+    arguments = generate_options(options.tokens, options.temperature)
     model = _load(options)
     method = check_method(model, options.method)
     ids = encode(model, text)
@@ -119,10 +122,8 @@ def _generate(options: argparse.Namespace) -> int:
             "seconds": run.seconds,
             "cache_bytes": run.cache,
             "report": run.report.to_dict() if run.report else None,
-            "device": device_name(model.device),
-            "versions": versions(),
         }
-        print(json.dumps(result))
+        print_json(result, model.device)
         return 0
     sys.stdout.flush()  # before what goes to standard error
     speed = f"{method.title}: {len(run.tokens)} tokens in {run.seconds:.2f} s, cache {run.cache / 1e6:.3g} MB"
@@ -130,8 +131,8 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prompts(options: argparse.Namespace, model: LanguageModel) -> list[Tensor]:
-    from draftdiff.llm_model import encode, example_prompts
+def _prompts(options: Namespace, model: LanguageModel) -> list[Tensor]:
+    from draftdiff.models.llm import encode, example_prompts
 
     texts = [*options.prompts, *map(_read, options.prompt_files)]
     if texts:
@@ -139,13 +140,15 @@ def _prompts(options: argparse.Namespace, model: LanguageModel) -> list[Tensor]:
     return example_prompts(model, options.examples, options.prompt_tokens)
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from draftdiff.compare.folder import check_folder
-    from draftdiff.compare.llm import MADE_BY, compare_methods
+def _compare(options: Namespace) -> int:
+    _check_transformers()
+    from draftdiff.compare.comparison import check_folder
+    from draftdiff.compare.llm import LlmComparison, compare_methods
 
-    check_folder(options.output, MADE_BY)
-    from draftdiff.devices import device_name, versions
-    from draftdiff.llm_model import METHODS, generate_options
+    check_folder(options.output, LlmComparison.made_by)
+    from draftdiff.compare import llm_page
+    from draftdiff.models.devices import about
+    from draftdiff.models.llm_methods import METHODS, generate_options
 
     arguments = generate_options(options.tokens, options.temperature)
     model = _load(options)
@@ -158,16 +161,6 @@ def _compare(options: argparse.Namespace) -> int:
         options=arguments,
         repeat=options.repeat,
         seed=options.seed,
+        about=about(model.device, model.target.dtype, options.command_line),
     )
-    comparison.about = {
-        "device": device_name(model.device),
-        "dtype": str(model.target.dtype).removeprefix("torch."),
-        "versions": versions(),
-        "command": options.command_line,
-    }
-    # Printed before it is written: hours of runs should not be lost to a full disk.
-    print(json.dumps(comparison.to_dict()) if options.json else comparison.table())
-    comparison.write(options.output)
-    if not options.json:
-        print(options.output / "report.html")
-    return 0
+    return deliver(comparison, llm_page.write, options.output, options)

@@ -11,7 +11,7 @@ from draftdiff.cli import main
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.scheduler_var import VARScheduler
 from draftdiff.var.vq_model import VQModel
-from tests.test_cli import fails_in_one_line
+from tests.cli.one_line import fails_in_one_line
 from tests.var import tiny, tiny_infinity
 
 NAMES = {0: "red circle", 1: "green square", 2: "blue star", 3: "white cross", 4: "red square"}
@@ -153,7 +153,7 @@ def test_models_that_do_not_fit_are_named(pair, alone, tmp_path, capsys):
     assert "vocab_size" in line and "32 and 16" in line
     weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    assert str(other) in fails_in_one_line(capsys, *argv, "--model", other)
+    assert f"model {str(other)!r} cannot be loaded: " in fails_in_one_line(capsys, *argv, "--model", other)
     (other / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     line = fails_in_one_line(capsys, *argv, "--model", other)
     assert "WanPipeline" in line and "VARPipeline" in line
@@ -164,7 +164,7 @@ def test_models_that_do_not_fit_are_named(pair, alone, tmp_path, capsys):
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("draftdiff.image.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("draftdiff.models.image.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
     for name, reason in (("out.mp4", ".png"), ("no/out.png", "does not exist")):
         assert reason in fails_in_one_line(capsys, "image", "--class", "1", "-o", tmp_path / name)
     assert "-o FILE is needed" in fails_in_one_line(capsys, "image", "--class", "1")
@@ -222,7 +222,7 @@ def test_calibration_makes_a_file_that_scale_kv_takes(pair, alone, infinity, tmp
     assert "4 layers" in line and "has 2" in line
     file.write_text('{"layers": 4}')
     argv = ["image", "--model", alone, "--class", 1, "--scale-kv", 0.2, "--scale-kv-drafters", file]
-    assert "calibrate" in fails_in_one_line(capsys, *argv, "-o", tmp_path / "x.png")
+    assert "was not made by draftdiff image calibrate" in fails_in_one_line(capsys, *argv, "-o", tmp_path / "x.png")
     assert "--share" in fails_in_one_line(capsys, "image", "calibrate", "--model", alone, "--share", 1, "-o", file)
     assert ".json" in fails_in_one_line(capsys, "image", "calibrate", "--model", alone, "-o", tmp_path / "x.png")
 
@@ -238,14 +238,22 @@ def test_convert_makes_a_folder_that_image_reads(tmp_path, capsys):
     result = run(capsys, *argv, tmp_path / "model")
     assert result["class"] == "VARPipeline"
     run(capsys, "image", "--model", tmp_path / "model", "--class", 1, "-o", tmp_path / "out.png")
-    assert "exists" in fails_in_one_line(capsys, *argv, tmp_path / "model")
-    assert "nothing.pth" in fails_in_one_line(capsys, "convert", tmp_path / "nothing.pth", tmp_path / "new")
+    assert "exists: convert writes to a new folder" in fails_in_one_line(capsys, *argv, tmp_path / "model")
+    assert "no checkpoint at " in fails_in_one_line(capsys, "convert", tmp_path / "nothing.pth", tmp_path / "new")
     whole = (tmp_path / "var.pth").read_bytes()
     (tmp_path / "var.pth").write_bytes(whole[: len(whole) // 2])
     line = fails_in_one_line(capsys, *argv, tmp_path / "new")
-    assert "var.pth" in line and "truncated" in line
-    assert "dtype" in fails_in_one_line(capsys, *argv, tmp_path / "new", "--dtype", "int8")
+    assert "var.pth is not a readable checkpoint (truncated" in line
+    assert "dtype must be one of" in fails_in_one_line(capsys, *argv, tmp_path / "new", "--dtype", "int8")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_without_its_text_encoder_is_named_before_it_works(tmp_path, capsys):
+    pipeline = tiny_infinity.infinity_pipeline()
+    pipeline.register_modules(text_encoder=None, tokenizer=None)
+    pipeline.save_pretrained(tmp_path / "model")
+    argv = ["image", "--model", tmp_path / "model", "--prompt", "a", "-o", tmp_path / "out.png"]
+    assert "holds no text encoder: convert it with --text-encoder" in fails_in_one_line(capsys, *argv)
 
 
 def test_the_embedded_pair_is_the_default_and_its_pictures_are_judged(tmp_path, capsys):

@@ -10,21 +10,37 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from draftdiff.compare.folder import results_folder
-from draftdiff.compare.html import spread, text_table
-from draftdiff.compare.image_page import COLUMNS, write_page, write_sheet
+from draftdiff.compare.comparison import Comparison
+from draftdiff.compare.measure import count_flops, peak_memory
 from draftdiff.compare.metrics import Unavailable, lpips, psnr, ssim
-from draftdiff.image import PLAIN, ImageModel, Setting
-from draftdiff.measure import count_flops, peak_memory
+from draftdiff.compare.table import Column, megabytes, spread, with_spread
+from draftdiff.errors import UserError
+from draftdiff.models.image import PLAIN, ImageModel, Setting
 
-MADE_BY = "draftdiff image --compare"
+COLUMNS: tuple[Column, ...] = (
+    ("setting", "setting", str, "plain is the model alone with its whole cache"),
+    ("images/s", "images_per_second", with_spread("", 2), "pictures per second of whole calls: median (least-most)"),
+    ("speed-up", "speedup", with_spread("x", 2), "plain time over this time in the same round: median (least-most)"),
+    (
+        "predicted",
+        "predicted_speedup",
+        "{:.2f}x".format,
+        "plain operations over these: the speed-up if all operations took the same time",
+    ),
+    ("memory", "memory", megabytes, "most memory of a call above what was in use before it: its weights are left out"),
+    ("cache", "cache", megabytes, "most bytes of keys and values held between two scales, measured"),
+    ("of plain", "cache_share", "{:.0%}".format, "the cache as a share of the plain one"),
+    ("PSNR", "psnr", "{:.1f} dB".format, "against the plain picture of the same seed, RGB, mean; 100 is identical"),
+    ("SSIM", "ssim", "{:.3f}".format, "structural similarity to the plain picture, RGB; 1 is identical"),
+    ("ST-LPIPS", "lpips", "{:.3f}".format, "learned perceptual distance (shift-tolerant, AlexNet); 0 is identical"),
+    ("class right", "accuracy", "{:.0%}".format, "share of pictures that show their class, by the rule-based judge"),
+)
 
 
 @dataclass
@@ -46,9 +62,12 @@ class SettingResult:
 
 
 @dataclass
-class ImageComparison:
+class ImageComparison(Comparison[SettingResult]):
     """Results, the plain setting first. call: arguments of the pipeline's call.  missing: metrics, and why.
     about: where and with what it ran."""
+
+    made_by = "draftdiff image --compare"
+    columns = COLUMNS
 
     model: str
     subjects: list[Any]
@@ -58,37 +77,28 @@ class ImageComparison:
     missing: dict[str, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def plain(self) -> SettingResult:
-        return self.results[0]
-
     def row(self, result: SettingResult) -> dict[str, Any]:
-        """The figures of one setting; None for what does not apply or cannot be had."""
-        count, others = len(self.subjects), result is not self.plain
+        count, others = len(self.subjects), result is not self.baseline
         held = max(result.cache)
         return {
             "setting": result.setting.name,
             "images_per_second": spread([count / seconds for seconds in result.seconds]),
             "seconds_per_image": spread([seconds / count for seconds in result.seconds]),
-            "speedup": spread([base / own for base, own in zip(self.plain.seconds, result.seconds)])
+            "speedup": spread([base / own for base, own in zip(self.baseline.seconds, result.seconds)])
             if others
             else None,
-            "predicted_speedup": self.plain.flops / result.flops if others else None,
+            "predicted_speedup": self.baseline.flops / result.flops if others else None,
             "flops": result.flops,
             "memory": result.memory,
             "cache": held,
-            "cache_share": held / max(self.plain.cache) if others else None,
+            "cache_share": held / max(self.baseline.cache) if others else None,
             "psnr": result.quality.get("psnr"),
             "ssim": result.quality.get("ssim"),
             "lpips": result.quality.get("lpips"),
             "accuracy": fmean(result.right) if result.right else None,
         }
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [self.row(result) for result in self.results]
-
     def notes(self) -> list[str]:
-        """What a reader of the table should know."""
         notes = [f"no {name.upper()}: {reason}" for name, reason in self.missing.items()]
         notes += [
             f"{result.setting.name} did not repeat its pictures: they differ by up to {result.repeat_error} of 255"
@@ -97,8 +107,7 @@ class ImageComparison:
         ]
         return notes
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, ready for JSON."""
+    def content(self) -> dict[str, Any]:
         settings = [
             {
                 **row,
@@ -111,27 +120,13 @@ class ImageComparison:
             for result, row in zip(self.results, self.rows())
         ]
         return {
-            "made_by": MADE_BY,
             "model": self.model,
             "subjects": self.subjects,
             "seed": self.seed,
             "call": self.call,
             "missing": self.missing,
             "settings": settings,
-            "about": self.about,
         }
-
-    def table(self) -> str:
-        """Aligned columns for a terminal; columns without a value are left out."""
-        return "\n".join(line.rstrip() for line in [*text_table(self.rows(), COLUMNS), *self.notes()])
-
-    def write(self, folder: Path | str) -> Path:
-        """Write results.json, contact-sheet.png and report.html. Raises ValueError as `check_folder` does."""
-        folder = Path(folder)
-        with results_folder(folder, MADE_BY, self.to_dict()) as partial:
-            write_sheet(self, partial / "contact-sheet.png")
-            write_page(self, partial / "report.html")
-        return folder
 
 
 def compare_images(
@@ -142,18 +137,20 @@ def compare_images(
     repeat: int = 3,
     seed: int = 0,
     call: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> ImageComparison:
     """Run the plain model and every setting on all subjects as one batch, `repeat` times, and compare.
 
     subjects: class names or ids, or prompts, one per picture.  call: further arguments of the pipeline's call.
-    The model is left plain. Raises ValueError for no subjects or settings, or a setting that the model cannot have.
+    about: where and with what it runs, for the report.
+    The model is left plain. Raises UserError for no subjects or settings, or a setting that the model cannot have.
     """
     call = dict(call or {})
     if not subjects or not settings:
-        raise ValueError("a comparison needs at least one picture and one setting besides plain")
+        raise UserError("a comparison needs at least one picture and one setting besides plain")
     if repeat < 1:
-        raise ValueError(f"repeat must be at least 1, got {repeat}")
+        raise UserError(f"repeat must be at least 1, got {repeat}")
     for setting in settings:
         model.check(setting, call)
     every = [PLAIN, *(setting for setting in dict.fromkeys(settings) if setting != PLAIN)]
@@ -163,7 +160,7 @@ def compare_images(
         with tqdm(total=len(every) * (2 + repeat), desc="compare", unit="run", disable=not progress) as bar:
             for setting in every:
                 bar.set_postfix_str(f"{setting.name} (warm-up)")
-                results.append(_examine(model, setting, subjects, seed, call, bar))
+                results.append(_untimed(model, setting, subjects, seed, call, bar))
             for result in (result for _ in range(repeat) for result in results):
                 bar.set_postfix_str(result.setting.name)
                 model.apply(result.setting)
@@ -177,10 +174,10 @@ def compare_images(
         model.apply(PLAIN)
         model.pipeline.set_progress_bar_config(disable=False)
     missing = _judge(results, subjects, model)
-    return ImageComparison(model.name, list(subjects), seed, call, results, missing)
+    return ImageComparison(model.name, list(subjects), seed, call, results, missing, dict(about or {}))
 
 
-def _examine(
+def _untimed(
     model: ImageModel, setting: Setting, subjects: Sequence[Any], seed: int, call: dict[str, Any], bar: tqdm
 ) -> SettingResult:
     """All about a setting that needs no clock. It also warms up."""

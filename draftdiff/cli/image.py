@@ -1,31 +1,29 @@
-"""The commands `draftdiff image`, `draftdiff image calibrate` and `draftdiff convert`."""
+"""The commands `draftdiff image` and `draftdiff image calibrate`: pictures by next-scale models."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
+from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftdiff.arguments import seed
+from draftdiff.cli.options import Parser, add_place, add_seed
+from draftdiff.cli.output import deliver, print_json
+from draftdiff.errors import UserError, user_errors
+from draftdiff.files import check_output, replacing
 
 if TYPE_CHECKING:
-    from draftdiff.image import ImageModel
+    from draftdiff.models.image import ImageModel
 
 # torch and diffusers take seconds to import: only inside the commands that need them.
 
 _MODEL = "folder or Hub id of a VARPipeline or InfinityPipeline"
 
 
-def add_commands(commands: Any) -> None:
-    """Add them to the parser's commands."""
-    image = commands.add_parser(
-        "image", help="pictures by VAR or Infinity, with CoDe and ScaleKV; --compare, calibrate"
-    )
+def add_image(image: Parser) -> None:
     _add_subjects(image)
     image.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help=".png or .jpg, numbered if several; with --compare a folder"
@@ -67,46 +65,32 @@ def add_commands(commands: Any) -> None:
     calibrate.add_argument("--json", action="store_true", help="print the file's content")
     calibrate.set_defaults(func=_calibrate)
 
-    convert = commands.add_parser("convert", help="original checkpoints of VAR, CoDe or Infinity to a folder")
-    convert.add_argument(
-        "sources", nargs="+", metavar="SRC", help="a transformer and its autoencoder (two transformers: a CoDe pair)"
-    )
-    convert.add_argument("destination", type=Path, metavar="DST", help="a new folder")
-    convert.add_argument("--draft-scales", type=int, metavar="N", help="of a pair (default: from its file names, or 8)")
-    convert.add_argument("--text-encoder", metavar="MODEL", help="folder or Hub id of Infinity's flan-t5-xl")
-    convert.add_argument("--dtype", help="float32, float16 or bfloat16 (default: as in the files)")
-    convert.add_argument("--json", action="store_true")
-    convert.set_defaults(func=_convert)
 
-
-def _add_subjects(parser: argparse.ArgumentParser) -> None:
+def _add_subjects(parser: Parser) -> None:
     parser.add_argument("--class", dest="classes", action="append", default=[], metavar="NAME", help="name or number")
     parser.add_argument("--prompt", dest="prompts", action="append", default=[], help="for Infinity")
     parser.add_argument("--model", help=f"{_MODEL} (default: the embedded mini model)")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the model's)")
     parser.add_argument("--aspect-ratio", type=float, help="height / width, for Infinity (default: 1)")
     parser.add_argument("--size", help="0.06M, 0.25M, 0.60M or 1M pixels, for Infinity (default: 1M)")
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="of the first picture, one more for each next (default: 0)"
-    )
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu, ...")
+    add_seed(parser, "of the first picture, one more for each next; ")
+    add_place(parser)
 
 
-def _load(options: argparse.Namespace) -> tuple[ImageModel, list[Any], dict[str, Any]]:
+def _load(options: Namespace) -> tuple[ImageModel, list[Any], dict[str, Any]]:
     """The model, the subjects (class names and ids, or prompts; may be none) and the arguments of the call."""
-    from draftdiff.image import load
+    from draftdiff.models.image import load
 
     if options.classes and options.prompts:
-        raise ValueError("give --class or --prompt, not both")
+        raise UserError("give --class or --prompt, not both")
     if options.model is None and options.prompts:
-        raise ValueError("the embedded model takes --class, not --prompt")
+        raise UserError("the embedded model takes --class, not --prompt")
     model = load(options.model, refiner=options.refiner, dtype=options.dtype, device=options.device)
     kind = type(model.pipeline).__name__
     if model.by_class and options.prompts:
-        raise ValueError(f"{kind} takes --class, not --prompt")
+        raise UserError(f"{kind} takes --class, not --prompt")
     if not model.by_class and options.classes:
-        raise ValueError(f"{kind} takes --prompt, not --class")
+        raise UserError(f"{kind} takes --prompt, not --class")
     call = dict(model.defaults)
     if options.guidance_scale is not None:
         call["guidance_scale"] = options.guidance_scale
@@ -115,14 +99,11 @@ def _load(options: argparse.Namespace) -> tuple[ImageModel, list[Any], dict[str,
         if value is None:
             continue
         if model.by_class:
-            raise ValueError(f"{kind} takes no --{name.replace('_', '-')}: its size is fixed")
+            raise UserError(f"{kind} takes no --{name.replace('_', '-')}: its size is fixed")
         call[name] = value
     model.scales(call)  # raises for a size that is unknown
     subjects = [int(text) if text.isdecimal() else text for text in options.classes] or list(options.prompts)
-    if model.by_class:
-        model.pipeline._class_labels(subjects or [0], 1, None)
-    elif not all(str(text).strip() for text in subjects):
-        raise ValueError("--prompt is empty: say what the picture shall show")
+    model.check_subjects(subjects)
     return model, subjects, call
 
 
@@ -131,30 +112,29 @@ def _needed(subjects: list[Any], model: ImageModel) -> list[Any]:
         option = "--class" if model.by_class else "--prompt"
         names = list((model.pipeline.config.get("id2label") or {}).values())
         known = f"; this model's classes are: {', '.join(names[:20])}{', ...' * (len(names) > 20)}" if names else ""
-        raise ValueError(f"{option} is needed{known}")
+        raise UserError(f"{option} is needed{known}")
     return subjects
 
 
-def _image(options: argparse.Namespace) -> int:
+def _image(options: Namespace) -> int:
     if options.compare:
         return _compare(options)
-    from draftdiff.media import IMAGE_SUFFIXES, check_output, replacing
+    from draftdiff.models.frames import IMAGE_SUFFIXES
 
     if options.output is None:
-        raise ValueError("-o FILE is needed: where to write the picture")
+        raise UserError("-o FILE is needed: where to write the picture")
     check_output(options.output, IMAGE_SUFFIXES)
     for name in ("draft_scales", "scale_kv"):
         if len(getattr(options, name)) > 1:
-            raise ValueError(f"--{name.replace('_', '-')} takes one value, or several with --compare")
+            raise UserError(f"--{name.replace('_', '-')} takes one value, or several with --compare")
     if options.repeat is not None:
-        raise ValueError("--repeat belongs to --compare")
+        raise UserError("--repeat belongs to --compare")
     count = 1 if options.count is None else options.count
     if count < 1:
-        raise ValueError(f"--count must be at least 1, got {count}")
+        raise UserError(f"--count must be at least 1, got {count}")
     from PIL import Image
 
-    from draftdiff.devices import device_name, versions
-    from draftdiff.image import Setting
+    from draftdiff.models.image import Setting
 
     model, subjects, call = _load(options)
     subjects = [subject for subject in _needed(subjects, model) for _ in range(count)]
@@ -167,7 +147,7 @@ def _image(options: argparse.Namespace) -> int:
     pictures = model.pictures(subjects, options.seed, **call)
     seconds = time.perf_counter() - start
     paths = _numbered(options.output, len(pictures))
-    with ExitStack() as stack:  # all of them or none
+    with user_errors(OSError), ExitStack() as stack:  # all of them or none
         for path, picture in zip(paths, pictures):
             Image.fromarray(picture).save(stack.enter_context(replacing(path)))
     if options.json:
@@ -182,10 +162,8 @@ def _image(options: argparse.Namespace) -> int:
             "size": list(pictures.shape[1:3]),
             "seconds": seconds,
             "right": [model.judge(s, p) for s, p in zip(subjects, pictures)] if model.judge else None,
-            "device": device_name(model.device),
-            "versions": versions(),
         }
-        print(json.dumps(result))
+        print_json(result, model.device)
     else:
         height, width = pictures.shape[1:3]
         for path, subject in zip(paths, subjects):
@@ -201,19 +179,19 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{i:0{digits}d}") for i in range(1, count + 1)]
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from draftdiff.compare.folder import check_folder
+def _compare(options: Namespace) -> int:
+    from draftdiff.compare.comparison import check_folder
+    from draftdiff.compare.image import ImageComparison, compare_images
 
     folder = Path("compare-image") if options.output is None else options.output
-    from draftdiff.compare.images import MADE_BY, compare_images
-
-    check_folder(folder, MADE_BY)
-    from draftdiff.devices import device_name, versions
-    from draftdiff.image import EMBEDDED, default_settings, settings_of
+    check_folder(folder, ImageComparison.made_by)
+    from draftdiff.compare import image_page
+    from draftdiff.models.devices import about
+    from draftdiff.models.image import EMBEDDED, default_settings, settings_of
 
     count = 4 if options.count is None else options.count
     if count < 1:
-        raise ValueError(f"--count must be at least 1, got {count}")
+        raise UserError(f"--count must be at least 1, got {count}")
     model, subjects, call = _load(options)
     if not subjects and model.name == EMBEDDED:
         names = list(model.pipeline.config.id2label.values())
@@ -231,30 +209,20 @@ def _compare(options: argparse.Namespace) -> int:
         repeat=3 if options.repeat is None else options.repeat,
         seed=options.seed,
         call=call,
+        about=about(model.device, model.pipeline.dtype, options.command_line),
     )
-    comparison.about = {
-        "device": device_name(model.device),
-        "dtype": str(model.pipeline.dtype).removeprefix("torch."),
-        "versions": versions(),
-        "command": options.command_line,
-    }
-    # Printed before it is written: hours of runs should not be lost to a full disk.
-    print(json.dumps(comparison.to_dict()) if options.json else comparison.table())
-    comparison.write(folder)
-    if not options.json:
-        print(folder / "report.html")
-    return 0
+    return deliver(comparison, image_page.write, folder, options)
 
 
 _DRAFTERS = {"drafters": "transformer", "refiner_drafters": "refiner"}
 
 
-def _with_drafters(model: ImageModel, options: argparse.Namespace) -> ImageModel:
-    """The model with the drafters of a file, checked. Raises ValueError for one that does not fit."""
+def _with_drafters(model: ImageModel, options: Namespace) -> ImageModel:
+    """The model with the drafters of a file, checked. Raises UserError for one that does not fit."""
     if options.scale_kv_drafters is None:
         return model
     if not options.scale_kv and not options.compare:
-        raise ValueError("--scale-kv-drafters needs --scale-kv BUDGET")
+        raise UserError("--scale-kv-drafters needs --scale-kv BUDGET")
     path = Path(options.scale_kv_drafters)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -266,29 +234,27 @@ def _with_drafters(model: ImageModel, options: argparse.Namespace) -> ImageModel
         if "drafters" not in found:
             raise KeyError("drafters")
     except OSError as error:
-        raise ValueError(f"drafters file {str(path)!r} cannot be read: {error.strerror}") from None
+        raise UserError(f"drafters file {str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"drafters file {str(path)!r} was not made by draftdiff image calibrate") from None
+        raise UserError(f"drafters file {str(path)!r} was not made by draftdiff image calibrate") from None
     if content.get("layers") != model.pipeline.transformer.config.num_layers:
-        raise ValueError(
+        raise UserError(
             f"drafters file {str(path)!r} is of a model with {content.get('layers')} layers, "
             f"this one has {model.pipeline.transformer.config.num_layers}"
         )
     return replace(model, drafters=found)
 
 
-def _calibrate(options: argparse.Namespace) -> int:
-    from draftdiff.media import check_output, replacing
-
+def _calibrate(options: Namespace) -> int:
     if options.output is None:
-        raise ValueError("-o FILE is needed: where to write the layers")
+        raise UserError("-o FILE is needed: where to write the layers")
     check_output(options.output, (".json",))
-    from draftdiff.image import PLAIN, calibrated
+    from draftdiff.models.image import PLAIN, calibrated
     from draftdiff.var.selectivity import DRAFTER_SHARE
 
     share = DRAFTER_SHARE if options.share is None else options.share
     if not 0 <= share < 1:
-        raise ValueError(f"--share must be at least 0 and below 1, got {share}")
+        raise UserError(f"--share must be at least 0 and below 1, got {share}")
     model, subjects, call = _load(options)
     if not subjects and model.by_class:
         classes = model.pipeline.transformer.config.num_classes
@@ -305,7 +271,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         "call": call,
         **calibrated(model, subjects, options.seed, share, call),
     }
-    with replacing(options.output) as partial:
+    with user_errors(OSError), replacing(options.output) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(content))
@@ -315,26 +281,4 @@ def _calibrate(options: argparse.Namespace) -> int:
             layers = sorted({layer for row in content[name].values() for layer in row})
             print(f"{which}: layers {', '.join(map(str, layers)) or 'none'} draft at some scale")
     print(options.output)
-    return 0
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from draftdiff.devices import DTYPES
-    from draftdiff.pipelines.convert import convert
-
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    kind = convert(
-        options.sources,
-        options.destination,
-        draft_scales=options.draft_scales,
-        text_encoder=options.text_encoder,
-        torch_dtype=None if options.dtype is None else DTYPES[options.dtype],
-    )
-    if options.json:
-        print(json.dumps({"output": str(options.destination), "class": kind}))
-    else:
-        print(f"{options.destination}: {kind}")
-    if kind == "InfinityPipeline" and options.text_encoder is None:
-        print("draftdiff: note: without --text-encoder it takes embeddings only, no prompts", file=sys.stderr)
     return 0

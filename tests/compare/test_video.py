@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from draftdiff import DraftAttentionConfig, report
-from draftdiff.compare import run
-from draftdiff.compare.run import Clip, Comparison, SettingResult, Timing, compare
+from draftdiff.compare import video_page, video_run
+from draftdiff.compare.timing import Timing
+from draftdiff.compare.video import Clip, SettingResult, VideoComparison
+from draftdiff.compare.video_run import compare_videos
 from tests.tiny_pipeline import TINY_CALL, tiny_wan_pipeline
 
 PROMPTS = ["a red circle moves left", "a green square"]
@@ -24,7 +26,7 @@ def pipeline():
 @pytest.fixture(scope="module")
 def comparison(pipeline):
     settings = {"half": SPARSE, "exact": EXACT}
-    return compare(
+    return compare_videos(
         pipeline,
         PROMPTS,
         settings,
@@ -40,7 +42,7 @@ def test_every_setting_has_all_rounds_and_clips(comparison):
     for result in comparison.results:
         assert [len(row) for row in result.timings] == [2]
         assert [clip.frames.shape for clip in result.clips] == [(9, 128, 128, 3)] * 2
-    assert [len(row) for row in comparison.dense.clocked] == [2]
+    assert [len(row) for row in comparison.baseline.clocked] == [2]
 
 
 def test_exact_attention_gives_the_dense_video_and_sparse_another(comparison):
@@ -51,7 +53,7 @@ def test_exact_attention_gives_the_dense_video_and_sparse_another(comparison):
 
 
 def test_prompts_have_clips_and_verdicts_of_their_own(comparison):
-    first, second = comparison.dense.clips
+    first, second = comparison.baseline.clips
     assert not np.array_equal(first.frames, second.frames)
     assert [row["accuracy"] for row in comparison.rows()] == [0.5] * 3
 
@@ -61,19 +63,21 @@ def test_the_breakdown_adds_up_to_the_call(comparison):
         for timing in [timing for row in result.clocked or result.timings for timing in row]:
             assert sum(timing.breakdown().values()) == pytest.approx(timing.seconds, rel=1e-3)
     assert comparison.results[1].breakdown()["kernel"] > 0
-    assert comparison.dense.breakdown()["kernel"] == 0 < comparison.dense.breakdown()["dense attention"]
+    assert comparison.baseline.breakdown()["kernel"] == 0 < comparison.baseline.breakdown()["dense attention"]
 
 
 def test_the_pipeline_is_left_without_draftdiff(comparison, pipeline):
-    with pytest.raises(ValueError, match="not enabled"):
+    with pytest.raises(ValueError, match="draftdiff is not enabled on this WanPipeline"):
         report(pipeline)
 
 
 def test_the_pipeline_is_left_without_draftdiff_after_an_error_too():
     pipeline = tiny_wan_pipeline()
-    with pytest.raises(TypeError, match="no_such_argument"):
-        compare(pipeline, ["a"], {"half": SPARSE}, call_kwargs={**TINY_CALL, "no_such_argument": 1}, progress=False)
-    with pytest.raises(ValueError, match="not enabled"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_argument'"):
+        compare_videos(
+            pipeline, ["a"], {"half": SPARSE}, call_kwargs={**TINY_CALL, "no_such_argument": 1}, progress=False
+        )
+    with pytest.raises(ValueError, match="draftdiff is not enabled on this WanPipeline"):
         report(pipeline)
 
 
@@ -87,10 +91,10 @@ def test_rounds_run_the_settings_in_turns(pipeline, monkeypatch):
         except ValueError:
             how = "stock"
         calls.append((prompt, how, call["num_inference_steps"]))
-        return np.zeros((1, 32, 32, 3), np.uint8), None, Timing(1.0, {"kernel": 0.5})
+        return np.zeros((1, 32, 32, 3), np.uint8), None, 1.0
 
-    monkeypatch.setattr(run, "_timed_call", fake)
-    compare(pipeline, ["one", "two"], {"half": SPARSE}, repeat=2, call_kwargs=TINY_CALL, progress=False)
+    monkeypatch.setattr(video_run, "_timed_call", fake)
+    compare_videos(pipeline, ["one", "two"], {"half": SPARSE}, repeat=2, call_kwargs=TINY_CALL, progress=False)
     warm_up = [("one", "stock", 2), ("one", "hooked", 2)]
     one_round = [(prompt, how, 3) for prompt in ("one", "two") for how in ("hooked", "stock", "hooked")]
     assert calls == warm_up + one_round * 2
@@ -109,7 +113,7 @@ def reckoned():
         sparse.timings.append([Timing(8.0 * slow, {name: value * slow for name, value in parts.items()})])
     dense.clips.append(Clip(frames, []))
     sparse.clips.append(Clip(frames, []))
-    return Comparison("Pipeline", ["a prompt"], 0, {}, [dense, sparse])
+    return VideoComparison("Pipeline", ["a prompt"], 0, {}, [dense, sparse])
 
 
 def test_amdahls_law(reckoned):
@@ -132,7 +136,7 @@ def test_the_table_names_every_setting_and_the_ceiling(reckoned):
 
 
 def test_the_folder_holds_results_videos_and_a_page(comparison, tmp_path):
-    folder = comparison.write(tmp_path / "out")
+    folder = video_page.write(comparison, tmp_path / "out")
     results = json.loads((folder / "results.json").read_text())
     assert results["settings"][1]["clips"][0]["quality"]["psnr"] == comparison.results[1].clips[0].quality.psnr
     assert np.shape(results["settings"][1]["timings"]) == (1, 2)
@@ -145,27 +149,27 @@ def test_the_folder_holds_results_videos_and_a_page(comparison, tmp_path):
 
 def test_an_earlier_comparison_is_replaced_and_other_files_are_not(reckoned, tmp_path):
     folder = tmp_path / "out"
-    reckoned.write(folder)
+    video_page.write(reckoned, folder)
     reckoned.results[1].name = "other"
-    reckoned.write(folder)
+    video_page.write(reckoned, folder)
     assert {file.stem for file in (folder / "videos").iterdir()} == {"01-dense", "01-other", "01-side-by-side"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "results.json").write_text('{"made_by": "someone else"}')
     with pytest.raises(ValueError, match="holds other files"):
-        reckoned.write(tmp_path / "mine")
+        video_page.write(reckoned, tmp_path / "mine")
     assert (tmp_path / "mine" / "results.json").read_text() == '{"made_by": "someone else"}'
 
 
 def test_an_interrupted_write_leaves_the_old_folder_as_it_was(reckoned, tmp_path, monkeypatch):
-    folder = reckoned.write(tmp_path / "out")
+    folder = video_page.write(reckoned, tmp_path / "out")
     before = (folder / "report.html").read_bytes()
 
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "write_page", interrupted)
+    monkeypatch.setattr(video_page, "page", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reckoned.write(folder)
+        video_page.write(reckoned, folder)
     assert (folder / "report.html").read_bytes() == before and list(tmp_path.iterdir()) == [folder]
 
 
@@ -181,11 +185,11 @@ def test_an_interrupted_write_leaves_the_old_folder_as_it_was(reckoned, tmp_path
 )
 def test_a_comparison_of_nothing_is_refused(pipeline, prompts, settings, repeat, message):
     with pytest.raises(ValueError, match=message):
-        compare(pipeline, prompts, settings, repeat=repeat, progress=False)
+        compare_videos(pipeline, prompts, settings, repeat=repeat, progress=False)
 
 
 def test_latents_are_those_of_the_last_step(pipeline):
-    _, latents, _ = run._timed_call(pipeline, "a red circle", 0, dict(TINY_CALL))
+    _, latents, _ = video_run._timed_call(pipeline, "a red circle", 0, dict(TINY_CALL))
     generator = torch.Generator().manual_seed(0)
     expected = pipeline(prompt="a red circle", generator=generator, output_type="latent", **TINY_CALL).frames
     torch.testing.assert_close(latents, expected)

@@ -11,14 +11,16 @@ from PIL import Image
 
 from draftdiff import DraftAttentionConfig
 from draftdiff.compare.charts import bars, heat_map, scatter, ticks
+from draftdiff.compare.clips import STRIP, contact_sheet, file_name, side_by_side
 from draftdiff.compare.metrics import Quality
-from draftdiff.compare.page import STRIP, contact_sheet, file_name, page, side_by_side, write_videos
-from draftdiff.compare.run import Clip, Comparison, SettingResult, Timing
+from draftdiff.compare.timing import Timing
+from draftdiff.compare.video import Clip, SettingResult, VideoComparison
+from draftdiff.compare.video_page import page, write_videos
 
 PROMPT = "a <b>bold</b> circle & a square"
 
 
-def comparison(frames: int) -> Comparison:
+def comparison(frames: int) -> VideoComparison:
     clip = np.random.default_rng(0).integers(0, 256, (frames, 32, 48, 3), dtype=np.uint8)
     seen = {
         "density": 0.5,
@@ -36,7 +38,9 @@ def comparison(frames: int) -> Comparison:
         [[timing]],
         [Clip(clip, [seen], quality, {"shape": True, "colour": False})],
     )
-    return Comparison("WanPipeline", [PROMPT], 0, {"num_frames": frames}, [dense, sparse], about={"device": "a <CPU>"})
+    return VideoComparison(
+        "WanPipeline", [PROMPT], 0, {"num_frames": frames}, [dense, sparse], about={"device": "a <CPU>"}
+    )
 
 
 @pytest.fixture(params=[3, 1], ids=["video", "image"])

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
-from packaging.version import Version
 
-from draftdiff.devices import DTYPES, find_device, one_line
+from draftdiff.errors import UserError
+from draftdiff.models.devices import DTYPE_ARGUMENT, find_device, find_dtype
+from draftdiff.models.loading import loading, quiet_diffusers
 
 EMBEDDED = "mini-video"
-# The argument's new name; the old one warns where the new one exists.
-DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 # What the options of a call are named in the pipelines, first match first.
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 _FPS = ("frame_rate", "fps")
 _DEFAULT_FPS = 16
+
+# What of a prompt uint8 frames [frames, height, width, 3] show; None for a prompt that cannot be judged.
+Judge = Callable[[str, np.ndarray], dict[str, bool] | None]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,13 @@ def load(name: str | None, *, dtype: str | None = None, device: str | None = Non
     name: folder or Hugging Face Hub id; None is the embedded mini model.  dtype: float32, float16 or bfloat16; None is
     bfloat16 on a GPU, and float32 on a CPU and for the embedded model.  device: as in torch; None is CUDA if there is.
     offload: "model" or "sequential" keep weights in main memory until they are needed.
-    Raises ValueError, in one line, for what cannot be loaded.
+    Raises UserError, in one line, for what cannot be loaded.
     """
     place = find_device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    wanted = find_dtype(dtype, place, embedded=name is None)
     if offload is not None and place.type == "cpu":
-        raise ValueError("--offload needs a GPU")
-    if name is None:
-        model = _embedded(DTYPES[dtype or "float32"])
-    else:
-        model = _pretrained(name, DTYPES[dtype or ("float32" if place.type == "cpu" else "bfloat16")])
+        raise UserError("--offload needs a GPU")
+    model = _embedded(wanted) if name is None else _pretrained(name, wanted)
     if offload == "model":
         model.pipeline.enable_model_cpu_offload(device=place)
     elif offload == "sequential":
@@ -80,36 +76,42 @@ def load(name: str | None, *, dtype: str | None = None, device: str | None = Non
 def _embedded(dtype: torch.dtype) -> Model:
     from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
 
-    defaults = mini_video_defaults()
-    return Model(EMBEDDED, load_mini_video(dtype), dict(defaults["generate"]), defaults["fps"])
+    with loading(EMBEDDED):
+        defaults = mini_video_defaults()
+        return Model(EMBEDDED, load_mini_video(dtype), dict(defaults["generate"]), defaults["fps"])
 
 
 def _pretrained(name: str, dtype: torch.dtype) -> Model:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"model folder {name!r} holds no diffusers pipeline (model_index.json)")
+            raise UserError(f"model folder {name!r} holds no diffusers pipeline (model_index.json)")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ValueError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
-    try:
-        with quiet_diffusers():
-            pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{DTYPE_ARGUMENT: dtype})
-    except Exception as error:  # hub, transformers and safetensors each have their own
-        raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
+    with loading(name), quiet_diffusers():
+        pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{DTYPE_ARGUMENT: dtype})
     parameters = inspect.signature(type(pipeline).__call__).parameters
     fps = next((parameters[p].default for p in _FPS if p in parameters), None)
     return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)
 
 
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' warnings: what fails is said once, by us."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+def world_judge(prompts: Sequence[str]) -> tuple[Judge, list[str]]:
+    """A judge of what the embedded model makes of these prompts, and a note on each that is not of its world."""
+    from draftdiff.pipelines import mini_judge, mini_world
+
+    scenes = {prompt: mini_world.parse_caption(prompt) for prompt in prompts}
+
+    def judge(prompt: str, frames: np.ndarray) -> dict[str, bool] | None:
+        scene = scenes[prompt]
+        return None if scene is None else mini_judge.compare(mini_judge.judge(frames / 255), scene)
+
+    notes = [
+        f"the embedded model knows {', '.join(mini_world.COLOURS)} {', '.join(mini_world.SHAPES)} moving "
+        f"{', '.join(mini_world.MOTIONS)}; {prompt!r} lacks one of them"
+        for prompt, scene in scenes.items()
+        if scene is None
+    ]
+    return judge, notes
 
 
 def call_arguments(
@@ -126,7 +128,7 @@ def call_arguments(
 ) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call, prompt and generator excepted; None leaves the model's default.
 
-    Raises ValueError for an argument that the pipeline does not take, or a size that its VAE and patches cannot do.
+    Raises UserError for an argument that the pipeline does not take, or a size that its VAE and patches cannot do.
     """
     named = {
         "frames": ("num_frames", frames),
@@ -143,33 +145,33 @@ def call_arguments(
         if value is None:
             continue
         if argument not in model.parameters:
-            raise ValueError(f"{kind} takes no --{option}")
+            raise UserError(f"{kind} takes no --{option}")
         arguments[argument] = value
     if fps is not None and fps <= 0:
-        raise ValueError(f"--fps must be above 0, got {fps:g}")
+        raise UserError(f"--fps must be above 0, got {fps:g}")
     if fps is not None:
         arguments |= {name: fps for name in _FPS if name in model.parameters}
     if "image" in model.parameters and image is None and model.parameters["image"].default is inspect.Parameter.empty:
-        raise ValueError(f"{kind} needs an --image to start from")
+        raise UserError(f"{kind} needs an --image to start from")
     check_sizes(model, arguments)
     return arguments
 
 
 def check_sizes(model: Model, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for sizes that the pipeline would round or fail on."""
+    """Raise UserError for sizes that the pipeline would round or fail on."""
     for name, option in (("num_inference_steps", "steps"), ("num_frames", "frames")):
         if arguments.get(name) is not None and arguments[name] < 1:
-            raise ValueError(f"--{option} must be at least 1, got {arguments[name]}")
+            raise UserError(f"--{option} must be at least 1, got {arguments[name]}")
     unit = _spatial_unit(model)
     for name in ("height", "width"):
         size = arguments.get(name)
         if size is not None and (size < 1 or size % unit):
             nearest = max(unit, round(size / unit) * unit)
-            raise ValueError(f"--{name} must be a multiple of {unit} for this model, got {size} (nearest: {nearest})")
+            raise UserError(f"--{name} must be a multiple of {unit} for this model, got {size} (nearest: {nearest})")
     frames, stride = arguments.get("num_frames"), _temporal_stride(model)
     if frames is not None and stride and (frames - 1) % stride:
         nearest = round((frames - 1) / stride) * stride + 1
-        raise ValueError(
+        raise UserError(
             f"--frames must be a multiple of {stride} plus 1 for this model, got {frames} (nearest: {nearest})"
         )
 

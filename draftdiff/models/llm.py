@@ -1,0 +1,111 @@
+"""A language model with its draft and tokenizer, and prompts for them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftdiff.errors import UserError
+from draftdiff.models.devices import find_device, find_dtype
+from draftdiff.models.loading import loading
+
+EMBEDDED = "mini-llm"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A target and its draft. length, nodes: of a chain and of a tree that suit them and the device.  counts: how often
+    the target writes each token, [vocabulary], None if unknown."""
+
+    name: str
+    target: Any
+    draft: Any
+    tokenizer: Any
+    length: int = 5
+    nodes: int = 48
+    counts: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+
+def load(
+    target: str | None, draft: str | None, *, dtype: str | None = None, device: str | None = None
+) -> LanguageModel:
+    """Load a pair and put it on its device.
+
+    target, draft: folders or Hugging Face Hub ids; both None is the embedded pair.  dtype: float32, float16 or
+    bfloat16; None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pair.  device: as in torch; None is
+    CUDA if there is. Raises UserError, in one line, for what cannot be loaded or does not belong together.
+    """
+    place = find_device(device)
+    wanted = find_dtype(dtype, place, embedded=target is None)
+    if (target is None) != (draft is None):
+        raise UserError(f"--model and --draft come together, got {target or draft!r} alone")
+    if target is None or draft is None:
+        return _embedded(wanted, place)
+    tokenizers = [pretrained("AutoTokenizer", name) for name in (target, draft)]
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise UserError(f"draft {draft!r} has another tokenizer than model {target!r}: they must share one")
+    models = [pretrained("AutoModelForCausalLM", name, dtype=wanted).to(place).eval() for name in (target, draft)]
+    return LanguageModel(target, models[0], models[1], tokenizers[0])
+
+
+def pretrained(kind: str, name: str, **options: Any) -> Any:
+    """What an Auto class of transformers, by its name, loads from a folder or the Hub; UserError if it cannot."""
+    import transformers
+
+    folder = Path(name).expanduser()
+    with loading(name):
+        return getattr(transformers, kind).from_pretrained(folder if folder.is_dir() else name, **options)
+
+
+def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    from draftdiff.pipelines.mini_llm import load_mini_llm, mini_llm_defaults
+
+    with loading(EMBEDDED):
+        target, draft, tokenizer = load_mini_llm(dtype)
+        known = mini_llm_defaults()
+    counts = torch.tensor(known["token_counts"]) if "token_counts" in known else None
+    return LanguageModel(EMBEDDED, target.to(device), draft.to(device), tokenizer, known["length"], 12, counts)
+
+
+# Modules of the standard library that the embedded pair has not seen, nor any file much like them.
+UNSEEN = ("statistics", "socket", "trace", "webbrowser", "dataclasses", "ftplib", "modulefinder", "turtle")
+
+
+def example_prompts(model: LanguageModel, count: int, tokens: int) -> list[Tensor]:
+    """Pieces of unseen program text, int64 [1, tokens] each. Raises UserError for more than there are."""
+    if not 1 <= count <= len(UNSEEN):
+        raise UserError(f"there are 1 to {len(UNSEEN)} example prompts, got {count}")
+    if tokens < 1:
+        raise UserError(f"prompts must have at least 1 token, got {tokens}")
+    prompts = []
+    for name in UNSEEN[:count]:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        text = Path(spec.origin).read_text(encoding="utf-8")
+        half = text.index("\n", len(text) // 2) + 1
+        ids = encode(model, text[half : half + 16 * tokens])[:, :tokens]
+        if ids.shape[1] < tokens:
+            raise UserError(f"example prompts must have at most {ids.shape[1]} tokens (module {name}), got {tokens}")
+        prompts.append(ids)
+    return prompts
+
+
+def encode(model: LanguageModel, text: str) -> Tensor:
+    """Token ids int64 [1, tokens] of a prompt. Raises UserError for an empty one, or one that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {text!r} is not valid UTF-8") from None
+    ids = model.tokenizer(text, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise UserError(f"the prompt {text!r} is empty: at least one token is needed")
+    return ids.to(model.device)
