@@ -274,7 +274,7 @@ def _load(options: argparse.Namespace, configs: list[DraftAttentionConfig]) -> t
 
 
 def _warn_of_unknown_words(prompts: str | list[str]) -> None:
-    from draftdiff.pipelines import mini_world
+    from draftdiff.pipelines.mini import world as mini_world
 
     for prompt in [prompts] if isinstance(prompts, str) else prompts:
         if mini_world.parse_caption(prompt) is None:
@@ -367,7 +367,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _mini_judge(prompt: str, frames: np.ndarray) -> dict[str, bool] | None:
     """What of the prompt the embedded model's clip shows, None for a prompt that is not of its world."""
-    from draftdiff.pipelines import mini_judge, mini_world
+    from draftdiff.pipelines.mini import judge as mini_judge
+    from draftdiff.pipelines.mini import world as mini_world
 
     scene = mini_world.parse_caption(prompt)
     return None if scene is None else mini_judge.compare(mini_judge.judge(frames / 255), scene)

@@ -78,7 +78,7 @@ def load(name: str | None, *, dtype: str | None = None, device: str | None = Non
 
 
 def _embedded(dtype: torch.dtype) -> Model:
-    from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
+    from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
 
     defaults = mini_video_defaults()
     return Model(EMBEDDED, load_mini_video(dtype), dict(defaults["generate"]), defaults["fps"])

@@ -148,8 +148,8 @@ def load(
 
 
 def _embedded(dtype: torch.dtype) -> ImageModel:
-    from draftdiff.pipelines.mini_image import load_mini_image, load_mini_refiner, mini_image_defaults
-    from draftdiff.pipelines.mini_picture_judge import judge
+    from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
+    from draftdiff.pipelines.mini.picture_judge import judge
 
     with quiet_diffusers():
         pipeline = load_mini_image(torch_dtype=dtype)

@@ -85,7 +85,7 @@ def pretrained(kind: str, name: str, **options: Any) -> Any:
 
 
 def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    from draftdiff.pipelines.mini_llm import load_mini_llm, mini_llm_defaults
+    from draftdiff.pipelines.mini.llm import load_mini_llm, mini_llm_defaults
 
     target, draft, tokenizer = load_mini_llm(dtype)
     known = mini_llm_defaults()

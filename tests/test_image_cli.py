@@ -249,7 +249,7 @@ def test_convert_makes_a_folder_that_image_reads(tmp_path, capsys):
 
 
 def test_the_embedded_pair_is_the_default_and_its_pictures_are_judged(tmp_path, capsys):
-    pytest.importorskip("draftdiff.pipelines.mini_image")
+    pytest.importorskip("draftdiff.pipelines.mini.image")
     out = tmp_path / "out.png"
     result = run(capsys, "image", "--class", "red circle", "-o", out)
     assert result["model"] == "mini-image" and result["setting"] == "plain" and result["right"] == [True]

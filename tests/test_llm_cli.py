@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from draftdiff.cli import main
 from draftdiff.llm_model import METHODS, LanguageModel, example_prompts, generate_options, load
-from draftdiff.pipelines.mini_llm import WEIGHTS, load_mini_llm
+from draftdiff.pipelines.mini.llm import WEIGHTS, load_mini_llm
 from tests.llm.tiny_models import prompt, tiny_hybrid, tiny_model
 from tests.test_cli import fails_in_one_line
 

@@ -27,7 +27,7 @@ from draftdiff.llm import (
 from draftdiff.llm.drafters.base import check_vocabularies
 from draftdiff.llm_model import pretrained
 from draftdiff.media import new_folder
-from draftdiff.pipelines.mini_llm import load_mini_llm
+from draftdiff.pipelines.mini.llm import load_mini_llm
 from samples.bench_common import write_result
 
 WINDOW = 256

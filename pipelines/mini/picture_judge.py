@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from draftdiff.pipelines.mini_pictures import (
+from draftdiff.pipelines.mini.pictures import (
     CLASSES,
     COLOURS,
     LARGEST_OFFSET,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from draftdiff.pipelines.mini_world import (
+from draftdiff.pipelines.mini.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
