@@ -120,7 +120,7 @@ def _load(options: argparse.Namespace) -> tuple[ImageModel, list[Any], dict[str,
     model.scales(call)  # raises for a size that is unknown
     subjects = [int(text) if text.isdecimal() else text for text in options.classes] or list(options.prompts)
     if model.by_class:
-        model.pipeline._class_labels(subjects or [0], 1, None)
+        model.pipeline.get_label_ids(subjects or [0])
     elif not all(str(text).strip() for text in subjects):
         raise ValueError("--prompt is empty: say what the picture shall show")
     return model, subjects, call
@@ -284,9 +284,9 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise ValueError("-o FILE is needed: where to write the layers")
     check_output(options.output, (".json",))
     from draftdiff.image import PLAIN, calibrated
-    from draftdiff.var.selectivity import DRAFTER_SHARE
+    from draftdiff.var.selectivity import WIDE_SHARE
 
-    share = DRAFTER_SHARE if options.share is None else options.share
+    share = WIDE_SHARE if options.share is None else options.share
     if not 0 <= share < 1:
         raise ValueError(f"--share must be at least 0 and below 1, got {share}")
     model, subjects, call = _load(options)

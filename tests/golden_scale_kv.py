@@ -23,10 +23,10 @@ class Recorder(ScaleKVCache):
     def extend(self, layer, key, value, *, keep=True):
         return super().extend(layer, key, value, keep=True)
 
-    def observe(self, layer, query, key, projected, bias):
+    def observe(self, layer, query, key, raw_query):
         scale = self._ends[self._seen[layer]]
         self.chosen = None
-        super().observe(layer, query, key, projected, bias)
+        super().observe(layer, query, key, raw_query)
         self.lengths[layer, scale] = self.tokens(layer)
         if self.chosen is not None:
             self.kept[layer, scale], self.before[layer, scale] = self.chosen, key.shape[2]
@@ -72,7 +72,7 @@ def _check(case: Case, patch: pytest.MonkeyPatch) -> None:
     original = scale_kv.keep_topk
     patch.setattr(scale_kv, "keep_topk", keep_topk)
     patch.setattr(scale_kv, "smooth", pool)
-    patch.setattr(pipe, "_new_cache", new_cache)
+    patch.setattr(pipe, "_make_cache", new_cache)
     _, steps = run(pipe, case, call, "latent")
     (cache,) = caches
 

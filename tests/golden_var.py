@@ -117,7 +117,8 @@ def check_code(case: Case) -> None:
     indices = [step["indices"] for step in steps]
     assert torch.equal(torch.cat(indices[:drafted], dim=1), case["idx_draft"].long())
     assert torch.equal(torch.cat(indices[drafted:], dim=1), case["idx_refine"].long())
-    inputs = [pipe.scheduler.scale_model_input(steps[scale - 1]["latents"], scale) for scale in range(1, drafted + 1)]
+    read = pipe.scheduler.scale_model_input
+    inputs = [read(steps[n - 1]["latents"], n, pipe.scheduler.scales) for n in range(1, drafted + 1)]
     close = {
         "token_hub": torch.cat(inputs, dim=1),
         "f_hat_draft": steps[drafted - 1]["latents"],

@@ -75,7 +75,8 @@ def test_the_doubled_batch_of_guidance_is_two_single_runs(pipe):
     pipe([2], guidance_scale=3.0, generator=seeded(), callback_on_step_end=record, **call)
     with torch.no_grad():
         for scale, _, logits in seen[1:]:
-            history = [pipe.scheduler.scale_model_input(seen[n][1], n + 1) for n in range(scale)]
+            scales = pipe.scheduler.scales
+            history = [pipe.scheduler.scale_model_input(seen[n][1], n + 1, scales) for n in range(scale)]
             inputs = torch.cat(history, dim=1)
             yes, no = (pipe.transformer(inputs, torch.tensor([label]), logits_from=scale).sample for label in (2, 5))
             t = 3.0 * scale / 5

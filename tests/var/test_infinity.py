@@ -8,6 +8,7 @@ import torch
 
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ, codes_of
 from draftdiff.var.cache import KVCache
+from draftdiff.var.sampling import DRAWS
 from draftdiff.var.scheduler_infinity import InfinityScheduler
 from draftdiff.var.schedules import SCHEDULES, SIZES, reference_grid, scales_for, scales_for_pixels
 from draftdiff.var.transformer_infinity import InfinityTransformer2DModel, rotate, rotations
@@ -161,11 +162,9 @@ def test_bits_follow_their_probabilities_in_both_random_modes():
     scheduler = InfinityScheduler(top_p=0.97)
     logits = torch.zeros(1, 4096 * 4, 4, 2)
     logits[..., 1] = torch.tensor([0.0, 1.0, -1.0, 8.0])
-    for burn in (False, True):
-        generator = torch.Generator().manual_seed(0)
-        bits = scheduler.step(
-            logits, 0, torch.zeros(1, 4, 128, 128), ((128, 128),), generator=generator, burn=burn
-        ).bits
+    for kind in DRAWS.values():
+        generator = kind(torch.Generator().manual_seed(0))
+        bits = scheduler.step(logits, 0, torch.zeros(1, 4, 128, 128), ((128, 128),), generator=generator).bits
         share = bits.float().mean((0, 1))
         torch.testing.assert_close(share[:3], logits[0, 0, :3, 1].sigmoid(), atol=0.012, rtol=0)
         assert share[3] == 1  # its other side has less than 3 %

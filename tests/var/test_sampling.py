@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from draftdiff.var.sampling import draw, filter_logits
+from draftdiff.var.sampling import Draws, filter_logits
 
 
 def by_definition(row: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_top_k_keeps_ties_and_may_exceed_the_vocabulary():
 
 def test_a_draw_is_that_of_torch_multinomial():
     logits = torch.randn(3, 7, 50)
-    ours = draw(logits, torch.Generator().manual_seed(5))
+    ours = Draws(torch.Generator().manual_seed(5)).codes(logits)
     theirs = torch.multinomial(
         logits.softmax(-1).view(-1, 50), 1, replacement=True, generator=torch.Generator().manual_seed(5)
     )
@@ -46,7 +46,7 @@ def test_a_draw_is_that_of_torch_multinomial():
 
 def test_with_a_generator_per_item_an_item_does_not_depend_on_its_batch():
     logits = torch.randn(3, 7, 50)
-    together = draw(logits, [torch.Generator().manual_seed(seed) for seed in range(3)])
+    together = Draws([torch.Generator().manual_seed(seed) for seed in range(3)]).codes(logits)
     for seed in range(3):
-        alone = draw(logits[seed : seed + 1], torch.Generator().manual_seed(seed))
+        alone = Draws(torch.Generator().manual_seed(seed)).codes(logits[seed : seed + 1])
         assert torch.equal(together[seed : seed + 1], alone)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from draftdiff.var.cache import KVCache
-from draftdiff.var.layers import CosineAttention
+from draftdiff.var.layers import CosineAttention, Step
 from tests.var import tiny
 
 
@@ -42,7 +42,7 @@ def test_attention_over_many_scales_is_the_masked_softmax_of_its_definition():
     levels = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     weights = scores.masked_fill(levels[:, None] < levels, -torch.inf).softmax(-1)
     expected = layer.to_out((weights @ v).transpose(1, 2).flatten(2).float())
-    torch.testing.assert_close(layer(x, lengths), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(layer(x, Step(lengths)), expected, atol=1e-5, rtol=0)
 
 
 def test_no_logit_depends_on_a_later_scale():
