@@ -41,6 +41,7 @@ class Step:
     rotate: Callable[[Tensor], Tensor] | None = None
     layer: int = 0
 
+    @torch.compiler.disable  # as the functions below
     def once(self, name: Any, compute: Callable[[], Value]) -> Value:
         """What the condition of a generation fixes: computed at its first step, or without a cache at each."""
         return compute() if self.cache is None else self.cache.once(name, compute)

@@ -121,6 +121,7 @@ class ScaleKVCache(KVCache):
         self.scales = [tuple(scale) for scale in scales]
         self.capacities = capacities
         self.config = config
+        self.window_side = WINDOW_SIDE
         self._ends = {sum(h * w for h, w in self.scales[: n + 1]): n for n in range(len(self.scales))}
         self._seen: dict[int, int] = {}
         self._keeping = True
@@ -143,7 +144,7 @@ class ScaleKVCache(KVCache):
         if not self._keeping or row is None or self.tokens(layer) <= row[layer]:
             return
         height, width = self.scales[scale]
-        side = min(WINDOW_SIDE, height, width, max(math.isqrt(min(row) // 2), 1))
+        side = min(self.window_side, height, width, max(math.isqrt(min(row) // 2), 1))
         at = self.once(("window", scale), lambda: window((height, width), side).to(key.device))
         new = height * width
         always = at + key.shape[2] - new
@@ -154,5 +155,9 @@ class ScaleKVCache(KVCache):
             scores = (raw @ key.transpose(-1, -2))[:, :, 0].float() / math.sqrt(key.shape[-1])
             scores = scores.index_fill(-1, always, -torch.inf)
         scores = smooth(scores, self.config.kernel, self.config.pooling or SCORINGS[self.config.scoring])
-        indices = keep_topk(scores, row[layer], always)
+        indices = self.choose(layer, scale, scores, keep_topk(scores, row[layer], always))
         self.keys[layer], self.values[layer] = gather_kv(self.keys[layer], self.values[layer], indices)
+
+    def choose(self, layer: int, scale: int, scores: Tensor, best: Tensor) -> Tensor:
+        """Which keys stay, int64 [batch, heads, kept], given their scores [batch, heads, keys] and the best of them."""
+        return best

@@ -93,6 +93,16 @@ def test_a_saved_pipeline_comes_back_whole(pipe, tmp_path):
     assert InfinityPipeline.from_pretrained(tmp_path / "bare").text_encoder is None
 
 
+def test_compiled_blocks_give_the_same_picture_without_a_graph_per_layer_and_scale():
+    pipe = tiny_infinity.infinity_pipeline(num_layers=6)
+    pipe.enable_scale_kv(0.2, scoring="upstream")
+    plain = pipe("a red circle", generator=seeded(), **SMALL).images
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        pipe.transformer.compile_repeated_blocks(backend="eager", dynamic=True)
+        assert torch.equal(pipe("a red circle", generator=seeded(), **SMALL).images, plain)
+
+
 def test_half_precision_works(pipe):
     half = tiny_infinity.infinity_pipeline().to(torch.bfloat16)
     assert half("a red circle", size="0.06M", generator=seeded(), output_type="pt").images.isfinite().all()

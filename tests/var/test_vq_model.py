@@ -84,3 +84,23 @@ def test_training_reduces_the_reconstruction_error():
         optimizer.zero_grad()
         errors.append(error.item())
     assert errors[-1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("num_phi", [0, 1, 4])
+def test_a_scale_adds_a_share_of_its_smoothed_codes_and_the_rest_as_they_are(share, num_phi):
+    quantizer = tiny.vq_model(num_phi=num_phi, phi_share=share).quantize
+    assert len(quantizer.phi) == (num_phi or len(tiny.PATCH_NUMS))
+    codes = torch.randn(2, 9, 4)
+    whole = torch.nn.functional.interpolate(codes.transpose(1, 2).unflatten(2, (3, 3)), size=8, mode="bicubic")
+    phi = quantizer.phi[{0: 2, 1: 0, 4: 1}[num_phi]]  # scale 2 of 6: its own, the only one, the second of four
+    expected = (1 - share) * whole + share * phi(whole)
+    torch.testing.assert_close(quantizer.contribution(codes, 2), expected)
+
+
+def test_without_a_share_there_are_no_convolutions_and_codes_are_only_enlarged():
+    quantizer = tiny.vq_model(phi_share=0.0).quantize
+    assert len(quantizer.phi) == 0
+    codes = torch.randn(2, 9, 4)
+    whole = torch.nn.functional.interpolate(codes.transpose(1, 2).unflatten(2, (3, 3)), size=8, mode="bicubic")
+    assert torch.equal(quantizer.contribution(codes, 2), whole)
