@@ -225,15 +225,12 @@ class InfinityPipeline(NextScalePipeline):
         embeds: dict[str, Tensor | None],
         scales: int,
         sampling: dict[str, Any],
-        num_images_per_prompt: int,
-        generator: Any,
-        rng: str,
-        output_type: str,
-        callback_tensors: Sequence[str],
+        **call: Any,
     ) -> None:
         """Raise ValueError for what cannot be.
 
-        texts, embeds: of prompt and negative_prompt.  sampling: top_p, guidance_scale and temperature.
+        texts, embeds: of prompt and negative_prompt.  sampling: top_p, guidance_scale, temperature.  call: see
+        check_call.
         """
         if (texts["prompt"] is None) == (embeds["prompt"] is None):
             raise ValueError("give either prompt or prompt_embeds")
@@ -243,15 +240,7 @@ class InfinityPipeline(NextScalePipeline):
         if negative not in (None, 1, prompts):
             raise ValueError(f"{prompts} prompts need 1 or as many negative ones: {negative}")
         check_sampling(scales, **sampling)
-        check_call(
-            count=num_images_per_prompt,
-            prompts=prompts or 0,
-            generator=generator,
-            rng=rng,
-            output_type=output_type,
-            callback_tensors=callback_tensors,
-            known_tensors=self._callback_tensor_inputs,
-        )
+        check_call(prompts=prompts or 0, known_tensors=self._callback_tensor_inputs, **call)
 
     def _count(self, name: str, texts: Any, embeds: Tensor | None) -> int | None:
         """How many prompts there are, None without any. Raises ValueError for what is no prompt."""

@@ -13,7 +13,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 def check_call(
     *,
-    count: int,
+    num_images_per_prompt: int,
     prompts: int,
     generator: Any,
     rng: str,
@@ -23,18 +23,18 @@ def check_call(
 ) -> None:
     """Raise ValueError for what cannot be.
 
-    count: of pictures per prompt, a positive whole number.  generator: one, none, or one per picture.  rng,
+    num_images_per_prompt: a positive whole number.  generator: one, none, or one per picture.  rng,
     output_type: words that are known.  callback_tensors: of those known.
     """
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {count!r}")
+    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt!r}")
     for name, value, allowed in (("output_type", output_type, OUTPUT_TYPES), ("rng", rng, tuple(DRAWS))):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     for value in callback_tensors:
         if value not in known_tensors:
             raise ValueError(f"callback tensors must be of {', '.join(known_tensors)}, got {value!r}")
-    pictures = prompts * count
+    pictures = prompts * num_images_per_prompt
     if isinstance(generator, Sequence) and len(generator) != pictures:
         raise ValueError(f"{pictures} pictures need one generator or a list of {pictures}, got {len(generator)}")
 

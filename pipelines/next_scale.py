@@ -16,7 +16,8 @@ from torch import Tensor
 
 from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.scale_kv import ScaleKVMixin
-from draftdiff.var.decoding import Decoder
+from draftdiff.var.collaborative import CollaborativeDecoder
+from draftdiff.var.decoding import ScaleDecoder
 from draftdiff.var.schedules import Scales
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class NextScalePipeline(ScaleKVMixin, DiffusionPipeline):
 
     def _generate(
         self,
-        decoder: Decoder,
+        decoder: ScaleDecoder | CollaborativeDecoder,
         latents: Tensor,
         scales: Scales,
         *,

@@ -17,7 +17,7 @@ from draftdiff.pipelines.inputs import check_call, check_sampling
 from draftdiff.pipelines.next_scale import NextScalePipeline
 from draftdiff.pipelines.scale_kv import accepts_old_names
 from draftdiff.var.collaborative import CollaborativeDecoder, check_pair
-from draftdiff.var.decoding import Decoder, ScaleDecoder
+from draftdiff.var.decoding import ScaleDecoder
 from draftdiff.var.sampling import DRAWS, Draws
 from draftdiff.var.scale_kv import ScaleKVConfig, WideLayers
 from draftdiff.var.scheduler_var import VARScheduler
@@ -127,7 +127,9 @@ class VARPipeline(NextScalePipeline):
             return draws.labels(count, self.transformer.config.num_classes)
         return torch.tensor(self.get_label_ids(class_labels)).repeat_interleave(count)
 
-    def _decoder(self, labels: Tensor, key_dtype: torch.dtype | None, draws: Draws) -> Decoder:
+    def _decoder(
+        self, labels: Tensor, key_dtype: torch.dtype | None, draws: Draws
+    ) -> ScaleDecoder | CollaborativeDecoder:
         scales = self.scheduler.scales
 
         def new_decoder(model: VARTransformer2DModel) -> ScaleDecoder:
@@ -218,33 +220,15 @@ class VARPipeline(NextScalePipeline):
         return self._finish(latents, output_type, return_dict)
 
     def check_inputs(
-        self,
-        *,
-        class_labels: Any,
-        image: Any,
-        mask_image: Any,
-        sampling: dict[str, Any],
-        num_images_per_prompt: int,
-        generator: Any,
-        rng: str,
-        output_type: str,
-        callback_tensors: Sequence[str],
+        self, *, class_labels: Any, image: Any, mask_image: Any, sampling: dict[str, Any], **call: Any
     ) -> None:
-        """Raise ValueError for what cannot be. sampling: top_p, top_k and temperature."""
+        """Raise ValueError for what cannot be. sampling: top_p, top_k and temperature.  call: see check_call."""
         ids = [None] if class_labels is None else self.get_label_ids(class_labels)
         if not ids:
             raise ValueError("class_labels is empty: give at least one class")
-        check_call(
-            count=num_images_per_prompt,
-            prompts=len(ids),
-            generator=generator,
-            rng=rng,
-            output_type=output_type,
-            callback_tensors=callback_tensors,
-            known_tensors=self._callback_tensor_inputs,
-        )
+        check_call(prompts=len(ids), known_tensors=self._callback_tensor_inputs, **call)
         check_sampling(len(self.scheduler), **sampling)
-        if rng == "upstream" and generator is None:
+        if call["rng"] == "upstream" and call["generator"] is None:
             raise ValueError("rng='upstream' repeats the draws of a seed: pass a generator")
         if (image is None) != (mask_image is None):
             raise ValueError("in-painting needs both image and mask_image")

@@ -59,7 +59,7 @@ class CollaborativeDecoder:
         return self.active.cache
 
     def logits(self, scale: int, inputs: Tensor | None) -> Tensor:
-        """See Decoder."""
+        """See ScaleDecoder."""
         if inputs is not None and scale <= self.draft_scales:
             self.drafted.append(inputs)
         if scale != self.draft_scales:

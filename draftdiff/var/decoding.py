@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import Tensor
 
 from draftdiff.var.cache import KVCache
 
 
-class Decoder(Protocol):
-    """Gives the logits of each scale in turn."""
-
-    @property
-    def cache(self) -> KVCache:
-        """Of the model at work."""
-        ...
-
-    def logits(self, scale: int, inputs: Tensor | None) -> Tensor:
-        """Logits [batch, tokens, vocabulary] of a scale; inputs [batch, tokens, channels], None at scale 0."""
-        ...
-
-
 class ScaleDecoder:
-    """One model, called as `forward(inputs, first_scale=, logits_from=, cache=, keep=, return_dict=)`,
-    and one cache.
+    """One model and one cache; scales: how many there are; the keys of the last are not kept.
 
-    scales: how many there are; the keys of the last are not kept.
+    forward: of the model, with what conditions it, called with inputs, first_scale, logits_from, cache, keep and
+    return_dict.
     """
 
     def __init__(self, forward: Callable[..., tuple[Tensor]], cache: KVCache, scales: int) -> None:
@@ -36,7 +22,7 @@ class ScaleDecoder:
         self.last = scales - 1
 
     def logits(self, scale: int, inputs: Tensor | None, first_scale: int | None = None) -> Tensor:
-        """See Decoder.
+        """Logits [batch, tokens, vocabulary] of a scale; inputs [batch, tokens, channels], None at scale 0.
 
         first_scale: of the inputs, `scale` if None; the scales before it are in the cache, those up to `scale` here.
         """

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
@@ -146,9 +147,7 @@ class NextScaleModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpoi
     """What the transformers share: blocks over the tokens of one scale or of several, under the law of the scales."""
 
     _supports_gradient_checkpointing = True
-
     blocks: Any
-    level_embed: nn.Embedding
 
     def _init_weights(self, *parameters: nn.Parameter) -> None:
         """Normal with a deviation of 0.02 for weights of layers and for these parameters, and no bias."""
@@ -160,17 +159,35 @@ class NextScaleModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpoi
         for parameter in parameters:
             nn.init.normal_(parameter, std=0.02)
 
-    def _levels(self, first_scale: int, lengths: Sequence[int], device: torch.device) -> Tensor:
-        """The embedding of its scale for every token, [tokens, dim]."""
-        numbers = torch.arange(first_scale, first_scale + len(lengths), device=device)
-        return torch.cat([level.expand(n, -1) for level, n in zip(self.level_embed(numbers), lengths)])
+    def _logits(
+        self,
+        hidden_states: Tensor | None,
+        condition: Tensor,
+        block_conditions: Iterable[tuple[Any, ...]],
+        step: Step,
+        *,
+        positions: Tensor | None = None,
+        first_scale: int,
+        logits_from: int | None,
+        return_dict: bool,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Logits of the scales from logits_from on, or of all in the step, which are numbered from first_scale.
 
-    def _through_blocks(self, x: Tensor, conditions: Iterable[tuple[Any, ...]], step: Step) -> Tensor:
-        """x [batch, tokens, dim] after all blocks, each called with x, what conditions it, and the step."""
-        for layer, (block, condition) in enumerate(zip(self.blocks, conditions)):
-            arguments = (x, *condition, replace(step, layer=layer))
+        hidden_states: of all scales but scale 0, which starts from the condition [batch, dim].  block_conditions: of
+        every block, what it is called with between its tokens and the step.  positions: embeddings, [tokens, dim].
+        """
+        parts = [condition[:, None] + self.start_embed] if first_scale == 0 else []
+        parts += [] if hidden_states is None else [self.proj_in(hidden_states)]
+        numbers = torch.arange(first_scale, first_scale + len(step.lengths), device=condition.device)
+        levels = torch.cat([level.expand(n, -1) for level, n in zip(self.level_embed(numbers), step.lengths)])
+        x = torch.cat(parts, dim=1) + (levels if positions is None else positions + levels)
+        for layer, (block, given) in enumerate(zip(self.blocks, block_conditions)):
+            arguments = (x, *given, replace(step, layer=layer))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)
             else:
                 x = block(*arguments)
-        return x
+        if logits_from is not None:
+            x = x[:, sum(step.lengths[: logits_from - first_scale]) :]
+        logits = self.proj_out(self.norm_out(x, condition))
+        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)

@@ -49,7 +49,7 @@ class Draws:
     """
 
     def __init__(self, generator: Generators = None) -> None:
-        self.generator = generator
+        self.sources = list(generator) if isinstance(generator, Sequence) else [generator]
 
     @classmethod
     def of(cls, generator: Draws | Generators) -> Draws:
@@ -59,13 +59,11 @@ class Draws:
     def labels(self, count: int, classes: int) -> Tensor:
         """Class labels drawn uniformly, int64 [count], as VAR's original draws them."""
 
-        def labels(count: int, generator: Generator | None) -> Tensor:
-            uniform = torch.full((1, classes), 1 / classes, device="cpu" if generator is None else generator.device)
-            return torch.multinomial(uniform, count, replacement=True, generator=generator).flatten()
-
-        if isinstance(self.generator, Sequence):
-            return torch.cat([labels(1, one) for one in self.generator])
-        return labels(count, self.generator)
+        each, drawn = count // len(self.sources), []
+        for one in self.sources:
+            uniform = torch.full((1, classes), 1 / classes, device="cpu" if one is None else one.device)
+            drawn.append(torch.multinomial(uniform, each, replacement=True, generator=one).flatten())
+        return torch.cat(drawn)
 
     def codes(self, logits: Tensor) -> Tensor:
         """An index from each row of logits [batch, tokens, vocabulary], int64 [batch, tokens].
@@ -101,13 +99,11 @@ class Draws:
     def _noise(self, like: Tensor, fill: Callable[[Tensor, Generator | None], Tensor]) -> Tensor:
         """Noise, fp32, of the shape of `like` [batch, ...] and on its device."""
 
-        def noise(shape: Sequence[int], generator: Generator | None) -> Tensor:
-            device = like.device if generator is None else generator.device
-            return fill(torch.empty(tuple(shape), dtype=torch.float32, device=device), generator).to(like.device)
-
-        if isinstance(self.generator, Sequence):
-            return torch.cat([noise((1, *like.shape[1:]), one) for one in self.generator])
-        return noise(like.shape, self.generator)
+        shape, parts = (len(like) // len(self.sources), *like.shape[1:]), []
+        for one in self.sources:
+            blank = torch.empty(shape, dtype=torch.float32, device=like.device if one is None else one.device)
+            parts.append(fill(blank, one).to(like.device))
+        return torch.cat(parts)
 
 
 class UpstreamDraws(Draws):
@@ -115,8 +111,7 @@ class UpstreamDraws(Draws):
 
     def __init__(self, generator: Generators = None) -> None:
         super().__init__(generator)
-        sources = generator if isinstance(generator, Sequence) else [generator]
-        self._start = [(source, source.get_state()) for source in sources if source is not None]
+        self._start = [(one, one.get_state()) for one in self.sources if one is not None]
         self._again: list[Callable[[], Any]] = []
 
     def labels(self, count: int, classes: int) -> Tensor:
@@ -140,8 +135,8 @@ class UpstreamDraws(Draws):
 
     def hand_over(self) -> None:
         """CoDe's original refiner starts from the seed again, and draws labels and drafted scales once more."""
-        for source, state in self._start:
-            source.set_state(state)
+        for one, state in self._start:
+            one.set_state(state)
         for draw in self._again:
             draw()
 

@@ -221,14 +221,15 @@ class InfinityTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads
         pooled, text, mask, modulation = step.once(
             "condition", lambda: self._condition(encoder_hidden_states, encoder_attention_mask)
         )
-        parts = [pooled[:, None] + self.start_embed] if first_scale == 0 else []
-        parts += [self.proj_in(hidden_states)] if hidden_states is not None else []
-        x = torch.cat(parts, dim=1) + self._levels(first_scale, lengths, device)
-        x = self._through_blocks(x, repeat((modulation, text, mask)), step)
-        if logits_from is not None:
-            x = x[:, sum(lengths[: logits_from - first_scale]) :]
-        logits = self.proj_out(self.norm_out(x, pooled))
-        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
+        return self._logits(
+            hidden_states,
+            pooled,
+            repeat((modulation, text, mask)),
+            step,
+            first_scale=first_scale,
+            logits_from=logits_from,
+            return_dict=return_dict,
+        )
 
     def _condition(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Pooled prompt [batch, dim], its tokens [batch, text tokens, dim], mask and modulation [batch, 6, dim]."""

@@ -147,22 +147,18 @@ class VARTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads a cl
         lengths = self.lengths[first_scale:end]
 
         condition = self.class_embed(class_labels)
-        start = condition[:, None] + self.start_embed
-        if first_scale:
-            x = self.proj_in(hidden_states)
-        elif hidden_states is None:
-            x = start
-        else:
-            x = torch.cat([start, self.proj_in(hidden_states)], dim=1)
-        x = x + (self.pos_embed[begin : begin + tokens] + self._levels(first_scale, lengths, x.device))
-
         step = Step(lengths, cache, keep)
         modulations = step.once("modulation", lambda: self._modulations(condition))
-        x = self._through_blocks(x, ((modulation,) for modulation in modulations), step)
-        if logits_from is not None:
-            x = x[:, self.starts[logits_from] - begin :]
-        logits = self.proj_out(self.norm_out(x, condition))
-        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
+        return self._logits(
+            hidden_states,
+            condition,
+            ((modulation,) for modulation in modulations),
+            step,
+            positions=self.pos_embed[begin : begin + tokens],
+            first_scale=first_scale,
+            logits_from=logits_from,
+            return_dict=return_dict,
+        )
 
     def _modulations(self, condition: Tensor) -> list[tuple[Tensor, ...]]:
         """Of every block: a condition holds for a whole generation, so a cache keeps them."""
