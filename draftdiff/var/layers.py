@@ -1,4 +1,5 @@
-"""What the next-scale transformers share: cosine attention over earlier scales, and AdaLN modulation.
+"""What the next-scale transformers share: cosine attention over earlier scales, AdaLN modulation, and the forward from
+latents to logits around their blocks.
 
 Sources: VAR (arXiv 2404.02905), section 3; Infinity (arXiv 2412.04431), section 3.
 """

@@ -58,7 +58,6 @@ class Draws:
 
     def labels(self, count: int, classes: int) -> Tensor:
         """Class labels drawn uniformly, int64 [count], as VAR's original draws them."""
-
         each, drawn = count // len(self.sources), []
         for one in self.sources:
             uniform = torch.full((1, classes), 1 / classes, device="cpu" if one is None else one.device)
@@ -98,7 +97,6 @@ class Draws:
 
     def _noise(self, like: Tensor, fill: Callable[[Tensor, Generator | None], Tensor]) -> Tensor:
         """Noise, fp32, of the shape of `like` [batch, ...] and on its device."""
-
         shape, parts = (len(like) // len(self.sources), *like.shape[1:]), []
         for one in self.sources:
             blank = torch.empty(shape, dtype=torch.float32, device=like.device if one is None else one.device)
