@@ -98,7 +98,9 @@ def _missing(names: tuple[str, ...]) -> list[str]:
 
 
 def _embedded_models() -> dict[str, dict[str, Any]]:
-    from draftdiff.pipelines import mini_image, mini_llm, mini_video
+    from draftdiff.pipelines.mini import image as mini_image
+    from draftdiff.pipelines.mini import llm as mini_llm
+    from draftdiff.pipelines.mini import video as mini_video
 
     def load_pair() -> None:
         mini_image.load_mini_image()

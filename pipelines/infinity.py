@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from packaging.version import Version
 from torch import Generator, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from draftdiff.pipelines.hub import local_folder
-from draftdiff.pipelines.inputs import check_choices, check_count, check_generators, check_sampling
-from draftdiff.pipelines.scale_kv import ScaleKVMixin
+from draftdiff.pipelines.inputs import check_call, check_sampling
+from draftdiff.pipelines.next_scale import NextScalePipeline
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ
-from draftdiff.var.cache import KVCache
+from draftdiff.var.decoding import ScaleDecoder
+from draftdiff.var.sampling import DRAWS, at
 from draftdiff.var.scheduler_infinity import InfinityScheduler
 from draftdiff.var.schedules import Scales, reference_grid, scales_for, scales_for_pixels
 from draftdiff.var.transformer_infinity import InfinityTransformer2DModel
@@ -27,7 +27,7 @@ from draftdiff.var.transformer_infinity import InfinityTransformer2DModel
 _DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
-class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
+class InfinityPipeline(NextScalePipeline):
     """Pictures of a prompt, scale after scale.
 
     text_encoder, tokenizer: flan-t5-xl for the released models; None where prompts come as embeddings.
@@ -63,11 +63,6 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> InfinityPipeline:
-        """Load a saved pipeline: a folder, or a repository of the hub, which is downloaded first."""
-        return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
-
-    @classmethod
     def from_single_file(
         cls,
         transformer: str | Path,
@@ -96,9 +91,6 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
                 reason = str(error).strip().splitlines()[0]
                 raise ValueError(f"text encoder {str(text_encoder)!r} cannot be loaded: {reason}") from error
         return cls(model, autoencoder, scheduler, encoder, tokenizer)
-
-    def _new_cache(self, scales: Scales, key_dtype: torch.dtype | None) -> KVCache:
-        return self._make_cache(scales, self.transformer, key_dtype)
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings fp32 [prompts, tokens, channels] of the text encoder and their mask, bool [prompts, tokens]."""
@@ -161,67 +153,62 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
         Raises ValueError for an argument that cannot be; the message says what can.
         """
         scales = self._scales(height, width, aspect_ratio, size)
-        batch = self.check_inputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, len(scales), guidance_scale, temperature,
-            top_p, num_images_per_prompt, generator, rng, output_type, callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
-        device, dtype = self._execution_device, self.transformer.dtype
-        each_guidance = guidance_scale if isinstance(guidance_scale, Sequence) else [guidance_scale]
-        guided = any(value != 1 for value in each_guidance)
-        if prompt is not None:
-            prompt_embeds, prompt_mask = self.encode_prompt(prompt)
-        if negative_prompt is not None and guided:
-            negative_prompt_embeds, negative_prompt_mask = self.encode_prompt(negative_prompt)
-        assert prompt_embeds is not None
-        text, mask = _repeated(prompt_embeds, prompt_mask, num_images_per_prompt)
+        self.check_inputs(
+            texts={"prompt": prompt, "negative_prompt": negative_prompt},
+            embeds={"prompt": prompt_embeds, "negative_prompt": negative_prompt_embeds},
+            scales=len(scales),
+            sampling={"top_p": top_p, "guidance_scale": guidance_scale, "temperature": temperature},
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            rng=rng,
+            output_type=output_type,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+        )
+        text, mask = self._text(prompt, prompt_embeds, prompt_mask, times=num_images_per_prompt)
+        latents = self._blank(len(text), self.scheduler.latent_size(scales[-1]))
+        guided = any(at(guidance_scale, scale) != 1 for scale in range(len(scales)))
         if guided:
-            if negative_prompt_embeds is None:
-                learned = self.transformer.uncond_embed[: text.shape[1]].to(text)
-                other, other_mask = learned.expand(batch, -1, -1), mask
-            else:
-                other, other_mask = _repeated(negative_prompt_embeds, negative_prompt_mask, 1)
-                repeats = batch // len(other)
-                other, other_mask = _repeated(other, other_mask, repeats)
-            text, mask = _stacked(text, mask, other, other_mask)
-        text, mask = text.to(device), mask.to(device)
+            negative = negative_prompt, negative_prompt_embeds, negative_prompt_mask
+            text, mask = _stacked(text, mask, *self._negative_text(text, mask, *negative))
+        latents = self._generate(
+            self._decoder(text, mask, scales, cache_key_dtype),
+            latents,
+            scales,
+            guidance={"guidance_scale": guidance_scale if guided else None, "temperature": temperature},
+            sampling={"generator": DRAWS[rng](generator), "top_p": top_p},
+            callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+        )
+        return self._finish(latents, output_type, return_dict)
 
-        cache, reference, last = self._new_cache(scales, cache_key_dtype), reference_grid(scales), len(scales) - 1
-        channels = self.vae.config.latent_channels
-        latents = torch.zeros(batch, channels, *self.scheduler.latent_size(scales[-1]), device=device)
-        with self.progress_bar(total=len(scales)) as bar:
-            for scale in range(len(scales)):
-                inputs = self.scheduler.scale_model_input(latents, scale, scales).to(dtype) if scale else None
-                if guided and inputs is not None:
-                    inputs = inputs.repeat(2, 1, 1)
-                logits = self.transformer(
-                    inputs,
-                    text,
-                    scales[scale : scale + 1],
-                    reference,
-                    encoder_attention_mask=mask,
-                    first_scale=scale,
-                    cache=cache,
-                    keep=scale < last,
-                    return_dict=False,
-                )[0]
-                logits = self.scheduler.guide(logits, scale, guidance_scale if guided else None, temperature)
-                step = self.scheduler.step(
-                    logits, scale, latents, scales, generator=generator, top_p=top_p, burn=rng == "upstream"
-                )
-                latents = step.latents
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "logits": logits, "bits": step.bits, "cache": cache}
-                    named = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, scale, scale, named) or {}).get("latents", latents)
-                bar.update()
-        cache.clear()
+    def _text(self, prompt: Any, embeds: Tensor | None, mask: Tensor | None, times: int) -> tuple[Tensor, Tensor]:
+        """Embeddings of prompts, each several times over, and their mask, all true where none is given."""
+        if embeds is None:
+            embeds, mask = self.encode_prompt(prompt)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()
+        return embeds.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
 
-        pictures: Any = latents
-        if output_type != "latent":
-            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-            pictures = self.image_processor.postprocess(sample, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+    def _negative_text(
+        self, text: Tensor, mask: Tensor, prompt: Any, embeds: Tensor | None, negative_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What guidance leads away from, for each row of text: negative prompts, or what was learned for none."""
+        if prompt is None and embeds is None:
+            return self.transformer.uncond_embed[: text.shape[1]].to(text).expand(len(text), -1, -1), mask
+        other, other_mask = self._text(prompt, embeds, negative_mask, times=1)
+        times = len(text) // len(other)
+        return other.repeat_interleave(times, 0), other_mask.repeat_interleave(times, 0)
+
+    def _decoder(self, text: Tensor, mask: Tensor, scales: Scales, key_dtype: torch.dtype | None) -> ScaleDecoder:
+        text, mask = text.to(self._execution_device), mask.to(self._execution_device)
+        reference = reference_grid(scales)
+
+        def forward(inputs: Tensor | None, *, first_scale: int, **options: Any) -> tuple[Tensor]:
+            here = scales[first_scale : first_scale + 1]
+            return self.transformer(
+                inputs, text, here, reference, encoder_attention_mask=mask, first_scale=first_scale, **options
+            )
+
+        return ScaleDecoder(forward, self._make_cache(scales, self.transformer, key_dtype), len(scales))
 
     @staticmethod
     def _scales(height: int | None, width: int | None, aspect_ratio: float, size: str) -> Scales:
@@ -233,57 +220,43 @@ class InfinityPipeline(ScaleKVMixin, DiffusionPipeline):
 
     def check_inputs(
         self,
-        prompt: Any,
-        negative_prompt: Any,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
+        *,
+        texts: dict[str, Any],
+        embeds: dict[str, Tensor | None],
         scales: int,
-        guidance_scale: Any,
-        temperature: Any,
-        top_p: float | None,
-        num_images_per_prompt: int,
-        generator: Any,
-        rng: str,
-        output_type: str,
-        callback_tensors: Sequence[str],
-    ) -> int:
-        """Raise ValueError for what cannot be; returns the number of pictures."""
-        if (prompt is None) == (prompt_embeds is None):
+        sampling: dict[str, Any],
+        **call: Any,
+    ) -> None:
+        """Raise ValueError for what cannot be.
+
+        texts, embeds: of prompt and negative_prompt.  sampling: top_p, guidance_scale, temperature.  call: see
+        check_call.
+        """
+        if (texts["prompt"] is None) == (embeds["prompt"] is None):
             raise ValueError("give either prompt or prompt_embeds")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
+        if texts["negative_prompt"] is not None and embeds["negative_prompt"] is not None:
             raise ValueError("give either negative_prompt or negative_prompt_embeds")
-        counts = {}
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if value is None:
-                continue
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{name} must be a text or a list of texts, got {value!r}")
-            if name == "prompt" and not all(text.strip() for text in texts):
-                raise ValueError("prompt is empty: say what the picture shall show")
-            counts[name] = len(texts)
-        for name, embeds in (("prompt", prompt_embeds), ("negative_prompt", negative_prompt_embeds)):
-            if embeds is not None:
-                if embeds.ndim != 3 or embeds.shape[-1] != self.transformer.config.text_dim or embeds.shape[1] == 0:
-                    raise ValueError(
-                        f"{name}_embeds must be [prompts, tokens, {self.transformer.config.text_dim}], "
-                        f"got {tuple(embeds.shape)}"
-                    )
-                counts[name] = len(embeds)
-        if counts.get("negative_prompt", 1) not in (1, counts["prompt"]):
-            raise ValueError(f"{counts['prompt']} prompts need 1 or as many negative ones: {counts['negative_prompt']}")
-        check_sampling(scales, top_p, guidance_scale=guidance_scale, temperature=temperature)
-        check_count(num_images_per_prompt)
-        check_choices(rng, output_type, callback_tensors, self._callback_tensor_inputs)
-        batch = counts["prompt"] * num_images_per_prompt
-        check_generators(generator, batch)
-        return batch
+        prompts, negative = (self._count(name, texts[name], embeds[name]) for name in ("prompt", "negative_prompt"))
+        if negative not in (None, 1, prompts):
+            raise ValueError(f"{prompts} prompts need 1 or as many negative ones: {negative}")
+        check_sampling(scales, **sampling)
+        check_call(prompts=prompts or 0, known_tensors=self._callback_tensor_inputs, **call)
 
-
-def _repeated(embeds: Tensor, mask: Tensor | None, times: int) -> tuple[Tensor, Tensor]:
-    """Each prompt several times over; the mask is all true where none is given."""
-    mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()
-    return embeds.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
+    def _count(self, name: str, texts: Any, embeds: Tensor | None) -> int | None:
+        """How many prompts there are, None without any. Raises ValueError for what is no prompt."""
+        if embeds is not None:
+            channels = self.transformer.config.text_dim
+            if embeds.ndim != 3 or embeds.shape[-1] != channels or embeds.shape[1] == 0:
+                raise ValueError(f"{name}_embeds must be [prompts, tokens, {channels}], got {tuple(embeds.shape)}")
+            return len(embeds)
+        if texts is None:
+            return None
+        listed = [texts] if isinstance(texts, str) else texts
+        if not isinstance(listed, Sequence) or not listed or not all(isinstance(text, str) for text in listed):
+            raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
+        if name == "prompt" and not all(text.strip() for text in listed):
+            raise ValueError("prompt is empty: say what the picture shall show")
+        return len(listed)
 
 
 def _stacked(text: Tensor, mask: Tensor, other: Tensor, other_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,28 +6,35 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from draftdiff.var.sampling import DRAWS
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-RNG_MODES = ("fast", "upstream")
 
 
-def check_choices(rng: str, output_type: str, callback_tensors: Sequence[str], known_tensors: Sequence[str]) -> None:
-    """Raise ValueError for a word that is not one of those allowed."""
-    for name, value, allowed in (("output_type", output_type, OUTPUT_TYPES), ("rng", rng, RNG_MODES)):
+def check_call(
+    *,
+    num_images_per_prompt: int,
+    prompts: int,
+    generator: Any,
+    rng: str,
+    output_type: str,
+    callback_tensors: Sequence[str],
+    known_tensors: Sequence[str],
+) -> None:
+    """Raise ValueError for what cannot be.
+
+    num_images_per_prompt: a positive whole number.  generator: one, none, or one per picture.  rng,
+    output_type: words that are known.  callback_tensors: of those known.
+    """
+    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt!r}")
+    for name, value, allowed in (("output_type", output_type, OUTPUT_TYPES), ("rng", rng, tuple(DRAWS))):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     for value in callback_tensors:
         if value not in known_tensors:
             raise ValueError(f"callback tensors must be of {', '.join(known_tensors)}, got {value!r}")
-
-
-def check_count(num_images_per_prompt: int) -> None:
-    """Raise ValueError unless it is a positive whole number."""
-    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt!r}")
-
-
-def check_generators(generator: Any, pictures: int) -> None:
-    """Raise ValueError unless there is one generator, none, or one per picture."""
+    pictures = prompts * num_images_per_prompt
     if isinstance(generator, Sequence) and len(generator) != pictures:
         raise ValueError(f"{pictures} pictures need one generator or a list of {pictures}, got {len(generator)}")
 

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from tqdm import tqdm
 
 from draftdiff.var.cache import KVCache
 from draftdiff.var.last_scales import LastScales
-from draftdiff.var.scale_kv import Drafters, ScaleKVCache, ScaleKVConfig
+from draftdiff.var.scale_kv import ScaleKVCache, ScaleKVConfig, WideLayers
 from draftdiff.var.selectivity import Selectivity, SelectivityCache, selectivity
+
+Arguments = ParamSpec("Arguments")
+_OLD_NAMES = {"drafters": "wide_layers", "refiner_drafters": "refiner_wide_layers"}
+
+
+def accepts_old_names(enable: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Of an `enable_scale_kv`: keywords by their names of today, with one warning for old ones."""
+
+    @functools.wraps(enable)
+    def renamed(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
+        old = ", ".join(f"{name} is now {_OLD_NAMES[name]}" for name in options if name in _OLD_NAMES)
+        if old:
+            warnings.warn(f"enable_scale_kv: {old}", FutureWarning, stacklevel=2)
+        today: Any = {_OLD_NAMES.get(name, name): value for name, value in options.items()}
+        enable(*arguments, **today)
+
+    return renamed
 
 
 class ScaleKVMixin:
@@ -23,11 +42,12 @@ class ScaleKVMixin:
     last_scales: LastScales | None = None
     _measuring: list[SelectivityCache] | None = None
 
+    @accepts_old_names
     def enable_scale_kv(
         self,
         budget: float = 0.1,
         *,
-        drafters: Drafters = None,
+        wide_layers: WideLayers = None,
         allocation: str = "full",
         scoring: str = "paper",
         pooling: str | None = None,
@@ -37,8 +57,8 @@ class ScaleKVMixin:
 
         Raises ValueError for one that cannot be.
         """
-        config = ScaleKVConfig(budget, drafters, allocation, scoring, pooling, kernel)
-        config.check_drafters(self.transformer.config.num_layers)
+        config = ScaleKVConfig(budget, wide_layers, allocation, scoring, pooling, kernel)
+        config.check_wide_layers(self.transformer.config.num_layers)
         self.scale_kv = config
 
     def disable_scale_kv(self) -> None:
@@ -48,8 +68,8 @@ class ScaleKVMixin:
     def calibrate_scale_kv(self, prompts: Iterable[Any], **call: Any) -> Selectivity:
         """Measure how widely each layer looks, over one generation per prompt (or class label) with the whole cache.
 
-        call: further arguments of the pipeline. `enable_scale_kv(drafters=found.drafters())` puts the result to use;
-        ten prompts are enough, says the paper. Raises ValueError without prompts or if the pipeline has two models.
+        call: further arguments of the pipeline. `enable_scale_kv(wide_layers=found.wide_layers())` puts the result to
+        use; ten prompts are enough, says the paper. Raises ValueError without prompts or if there are two models.
         """
         prompts = list(prompts)
         if not prompts:

@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Generator, Tensor
 
-from draftdiff.pipelines.hub import local_folder
-from draftdiff.pipelines.inputs import check_choices, check_count, check_generators, check_sampling
-from draftdiff.pipelines.scale_kv import ScaleKVMixin
-from draftdiff.var.cache import KVCache
+from draftdiff.pipelines.inputs import check_call, check_sampling
+from draftdiff.pipelines.next_scale import NextScalePipeline
+from draftdiff.pipelines.scale_kv import accepts_old_names
 from draftdiff.var.collaborative import CollaborativeDecoder, check_pair
-from draftdiff.var.decoding import Decoder, ScaleDecoder
-from draftdiff.var.scale_kv import Drafters, ScaleKVConfig
-from draftdiff.var.scheduler_var import VARScheduler, draw_labels
+from draftdiff.var.decoding import ScaleDecoder
+from draftdiff.var.sampling import DRAWS, Draws
+from draftdiff.var.scale_kv import ScaleKVConfig, WideLayers
+from draftdiff.var.scheduler_var import VARScheduler
 from draftdiff.var.transformer_var import VARTransformer2DModel
 from draftdiff.var.vq_model import VQModel
 
 
-class VARPipeline(ScaleKVMixin, DiffusionPipeline):
+class VARPipeline(NextScalePipeline):
     """Pictures of a class, scale after scale.
 
     transformer: the model, or the drafter where there is a refiner.  vae: the VQ model whose codes it predicts.
@@ -53,11 +53,6 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
         _check_parts(transformer, vae, scheduler)
         if refiner is not None:
             self.enable_collaborative(refiner, 8 if draft_scales is None else draft_scales)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VARPipeline:
-        """Load a saved pipeline: a folder, or a repository of the hub, which is downloaded first."""
-        return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
 
     @classmethod
     def from_single_file(
@@ -93,55 +88,60 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
         self.register_modules(refiner=None)
         self.register_to_config(draft_scales=None)
 
-    def enable_scale_kv(self, budget: float = 0.1, *, refiner_drafters: Drafters = None, **options: Any) -> None:
-        """See ScaleKVMixin; refiner_drafters: the layers of the refiner that look widely, like `drafters`."""
+    @accepts_old_names
+    def enable_scale_kv(self, budget: float = 0.1, *, refiner_wide_layers: WideLayers = None, **options: Any) -> None:
+        """See ScaleKVMixin; refiner_wide_layers: the layers of the refiner that look widely, like `wide_layers`."""
         if self.refiner is not None:
-            ScaleKVConfig(budget, refiner_drafters).check_drafters(self.refiner.config.num_layers)
+            ScaleKVConfig(budget, refiner_wide_layers).check_wide_layers(self.refiner.config.num_layers)
         super().enable_scale_kv(budget, **options)
-        self._refiner_drafters = refiner_drafters
+        self._refiner_wide_layers = refiner_wide_layers
 
     def _scale_kv_for(self, model: VARTransformer2DModel) -> ScaleKVConfig | None:
         if self.scale_kv is None or model is not self.refiner or model is self.transformer:
             return self.scale_kv
-        return replace(self.scale_kv, drafters=self._refiner_drafters)
+        return replace(self.scale_kv, wide_layers=self._refiner_wide_layers)
 
-    def get_label_ids(self, labels: str | Sequence[str]) -> list[int]:
-        """Class ids of class names. Raises ValueError for a name that is not in id2label."""
-        known = {name: int(number) for number, name in (self.config.id2label or {}).items()}
-        names = [labels] if isinstance(labels, str) else labels
-        for name in names:
-            if name not in known:
-                some = ", ".join(list(known)[:20]) + (", ..." if len(known) > 20 else "")
-                raise ValueError(f"unknown class {name!r}; this model's classes are: {some or 'known by number only'}")
-        return [known[name] for name in names]
-
-    def _class_labels(self, labels: Any, count: int, generator: Any) -> Tensor:
-        """int64 [batch]."""
-        classes = self.transformer.config.num_classes
-        if labels is None:
-            return draw_labels(count, classes, generator)
+    def get_label_ids(self, labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
+        """Class ids of names or ids, one or several. Raises ValueError for one that this model does not have."""
         if isinstance(labels, Tensor):
             labels = labels.flatten().tolist()
         if isinstance(labels, (int, np.integer, str)):
             labels = [labels]
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
+        known = {name: int(number) for number, name in (self.config.id2label or {}).items()}
+        classes = self.transformer.config.num_classes
+        for label in labels:
+            if isinstance(label, str) and label not in known:
+                some = ", ".join(list(known)[:20]) + (", ..." if len(known) > 20 else "")
+                raise ValueError(f"unknown class {label!r}; this model's classes are: {some or 'known by number only'}")
+        ids = [known[label] if isinstance(label, str) else label for label in labels]
         for label in ids:
             if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label <= classes:
                 raise ValueError(
                     f"class label must be from 0 to {classes - 1}, or {classes} for no class, got {label!r}"
                 )
-        if not ids:
-            raise ValueError("class_labels is empty: give at least one class")
-        return torch.tensor(ids).repeat_interleave(count)
+        return [int(label) for label in ids]
 
-    def _decoder(self, key_dtype: torch.dtype | None) -> Decoder:
-        def new_cache(model: VARTransformer2DModel) -> KVCache:
-            scales = [(side, side) for side in model.config.patch_nums]
-            return self._make_cache(scales, model, key_dtype)
+    def _labels(self, class_labels: Any, count: int, draws: Draws) -> Tensor:
+        """Class ids, each `count` times, or `count` ids drawn at random where there are none: int64 [batch]."""
+        if class_labels is None:
+            return draws.labels(count, self.transformer.config.num_classes)
+        return torch.tensor(self.get_label_ids(class_labels)).repeat_interleave(count)
+
+    def _decoder(
+        self, labels: Tensor, key_dtype: torch.dtype | None, draws: Draws
+    ) -> ScaleDecoder | CollaborativeDecoder:
+        scales = self.scheduler.scales
+
+        def new_decoder(model: VARTransformer2DModel) -> ScaleDecoder:
+            def forward(inputs: Tensor | None, **options: Any) -> tuple[Tensor]:
+                return model(inputs, labels, **options)
+
+            return ScaleDecoder(forward, self._make_cache(scales, model, key_dtype), len(scales))
 
         if self.refiner is None:
-            return ScaleDecoder(self.transformer, new_cache)
-        return CollaborativeDecoder(self.transformer, self.refiner, self.config.draft_scales, new_cache)
+            return new_decoder(self.transformer)
+        models = self.transformer, self.refiner
+        return CollaborativeDecoder(*models, self.config.draft_scales, new_decoder, draws.hand_over)
 
     @torch.no_grad()
     def __call__(
@@ -183,114 +183,74 @@ class VARPipeline(ScaleKVMixin, DiffusionPipeline):
 
         Raises ValueError for an argument that cannot be; the message says what can.
         """
-        labels = self.check_inputs(
-            class_labels, image, mask_image, top_k, top_p, temperature, num_images_per_prompt, generator, rng,
-            output_type, callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
-        device, dtype = self._execution_device, self.transformer.dtype
-        sources = [generator] if isinstance(generator, Generator) else list(generator or ())
-        start = [source.get_state() for source in sources]
-        if labels is None:
-            labels = self._class_labels(None, num_images_per_prompt, generator)
-        labels = labels.to(device)
-        batch, scheduler, quantizer = len(labels), self.scheduler, self.vae.quantize
-        guided = guidance_scale != 0
-        if guided:
+        self.check_inputs(
+            class_labels=class_labels,
+            image=image,
+            mask_image=mask_image,
+            sampling={"top_p": top_p, "top_k": top_k, "temperature": temperature},
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            rng=rng,
+            output_type=output_type,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+        )
+        draws, scales = DRAWS[rng](generator), self.scheduler.scales
+        labels = self._labels(class_labels, num_images_per_prompt, draws).to(self._execution_device)
+        latents = self._blank(len(labels), scales[-1], self.vae.dtype)
+        edit = self._in_painting(image, mask_image, latents)
+        if guidance_scale != 0:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
-        kept, hole = self._encode_picture(image, mask_image, batch, device)
-
-        decoder = self._decoder(cache_key_dtype)
-        side = scheduler.patch_nums[-1]
-        latents = torch.zeros(batch, self.vae.config.latent_channels, side, side, device=device, dtype=self.vae.dtype)
-        with self.progress_bar(total=len(scheduler)) as bar:
-            for scale in range(len(scheduler)):
-                inputs = scheduler.scale_model_input(latents, scale).to(dtype) if scale else None
-                if guided and inputs is not None:
-                    inputs = inputs.repeat(2, 1, 1)
-                logits = decoder.logits(scale, inputs, labels)
-                logits = scheduler.guide(logits, scale, guidance_scale) if guided else logits.float()
-                if rng == "upstream" and self.refiner is not None and scale == self.config.draft_scales:
-                    # The original's refiner starts from the seed again and draws the drafted scales once more.
-                    for source, state in zip(sources, start):
-                        source.set_state(state)
-                    if class_labels is None:
-                        self._class_labels(None, num_images_per_prompt, generator)
-                    scheduler.burn(scale, batch, logits.shape[-1], generator, logits)
-                step = scheduler.step(
-                    logits,
-                    scale,
-                    latents,
-                    quantizer,
-                    generator=generator,
-                    top_k=top_k,
-                    top_p=top_p,
-                    temperature=temperature,
-                    more_smooth=more_smooth,
-                    burn=rng == "upstream",
-                )
-                latents = step.latents
-                if kept is not None and hole is not None:
-                    latents = kept[scale].lerp(latents, hole)
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "logits": logits, "indices": step.indices, "cache": decoder.cache}
-                    named = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, scale, scale, named) or {}).get("latents", latents)
-                bar.update()
-        del decoder
-
-        pictures: Any = latents
-        if output_type != "latent":
-            sample = self.vae.decode(latents, return_dict=False)[0]
-            pictures = self.image_processor.postprocess(sample, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        latents = self._generate(
+            self._decoder(labels, cache_key_dtype, draws),
+            latents,
+            scales,
+            guidance={"guidance_scale": guidance_scale or None},
+            sampling={
+                "quantizer": self.vae.quantize,
+                "generator": draws,
+                "top_k": top_k,
+                "top_p": top_p,
+                "temperature": temperature,
+                "more_smooth": more_smooth,
+            },
+            callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+            edit=edit,
+        )
+        return self._finish(latents, output_type, return_dict)
 
     def check_inputs(
-        self,
-        class_labels: Any,
-        image: Any,
-        mask_image: Any,
-        top_k: Any,
-        top_p: float | None,
-        temperature: Any,
-        num_images_per_prompt: int,
-        generator: Any,
-        rng: str,
-        output_type: str,
-        callback_tensors: Sequence[str],
-    ) -> Tensor | None:
-        """Raise ValueError for what cannot be; returns the class labels int64 [batch], None if they are to be drawn."""
-        check_count(num_images_per_prompt)
-        check_choices(rng, output_type, callback_tensors, self._callback_tensor_inputs)
-        check_sampling(len(self.scheduler), top_p, top_k=top_k, temperature=temperature)
-        if rng == "upstream" and generator is None:
+        self, *, class_labels: Any, image: Any, mask_image: Any, sampling: dict[str, Any], **call: Any
+    ) -> None:
+        """Raise ValueError for what cannot be. sampling: top_p, top_k and temperature.  call: see check_call."""
+        ids = [None] if class_labels is None else self.get_label_ids(class_labels)
+        if not ids:
+            raise ValueError("class_labels is empty: give at least one class")
+        check_call(prompts=len(ids), known_tensors=self._callback_tensor_inputs, **call)
+        check_sampling(len(self.scheduler), **sampling)
+        if call["rng"] == "upstream" and call["generator"] is None:
             raise ValueError("rng='upstream' repeats the draws of a seed: pass a generator")
         if (image is None) != (mask_image is None):
             raise ValueError("in-painting needs both image and mask_image")
-        labels = None
-        if class_labels is not None:
-            labels = self._class_labels(class_labels, num_images_per_prompt, generator)
-        check_generators(generator, num_images_per_prompt if labels is None else len(labels))
-        return labels
 
-    def _encode_picture(
-        self, image: PipelineImageInput | None, mask_image: PipelineImageInput | None, batch: int, device: torch.device
-    ) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Latents of the picture after each scale, and 1 where it is to be replaced, [batch or 1, 1, side, side]."""
+    def _in_painting(
+        self, image: PipelineImageInput | None, mask_image: PipelineImageInput | None, latents: Tensor
+    ) -> Callable[[Tensor, int], Tensor] | None:
+        """What puts a picture into the latents [batch, channels, side, side] of a scale where its mask is black."""
         if image is None:
-            return None, None
-        side = self.scheduler.patch_nums[-1]
+            return None
+        side = latents.shape[-1]
         pixels = side * self.vae.downscale
         picture = self.image_processor.preprocess(image, height=pixels, width=pixels)
         masks = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True, resample="nearest")
         mask = masks.preprocess(mask_image, height=pixels, width=pixels)
         for name, tensor in (("image", picture), ("mask_image", mask)):
-            if len(tensor) not in (1, batch):
-                raise ValueError(f"{name} must hold 1 or {batch} pictures, got {len(tensor)}")
-        indices = self.vae.encode(picture.to(device, self.vae.dtype), self.scheduler.patch_nums)
+            if len(tensor) not in (1, len(latents)):
+                raise ValueError(f"{name} must hold 1 or {len(latents)} pictures, got {len(tensor)}")
+        indices = self.vae.encode(picture.to(latents.device, self.vae.dtype), self.scheduler.patch_nums)
         kept = self.vae.quantize.latents_by_scale(indices, self.scheduler.patch_nums)
-        hole = torch.nn.functional.interpolate(mask, size=(side, side), mode="nearest").round()
-        return kept, hole.to(device, kept[0].dtype)
+        hole = torch.nn.functional.interpolate(mask, size=(side, side), mode="nearest").round().to(kept[0])
+        return lambda drawn, scale: kept[scale].lerp(drawn, hole)
 
 
 def _check_parts(transformer: VARTransformer2DModel, vae: VQModel, scheduler: VARScheduler) -> None:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import draftdiff
 from draftdiff.compare.metrics import psnr, ssim
 from draftdiff.models.frames import frames_of, write_frames
-from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
+from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
 
 
 def run(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[np.ndarray, float]:

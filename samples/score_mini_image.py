@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from draftdiff.pipelines.mini_image import load_mini_image, load_mini_refiner, mini_image_defaults
-from draftdiff.pipelines.mini_picture_judge import accuracy
-from draftdiff.pipelines.mini_pictures import CLASSES
+from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
+from draftdiff.pipelines.mini.picture_judge import accuracy
+from draftdiff.pipelines.mini.pictures import CLASSES
 from draftdiff.pipelines.var import VARPipeline
 
 

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from draftdiff.pipelines import mini_judge, mini_world
-from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
+from draftdiff.pipelines.mini import judge as mini_judge
+from draftdiff.pipelines.mini import world as mini_world
+from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
 
 
 def scoring_scenes(count: int, held_out: bool, seed: int = 0) -> list[mini_world.Scene]:

@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 from score_mini_image import generate, wilson_interval
 
-from draftdiff.pipelines.mini_image import load_mini_image, load_mini_refiner, mini_image_defaults
-from draftdiff.pipelines.mini_picture_judge import judge
-from draftdiff.pipelines.mini_pictures import CLASSES, random_pictures
+from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
+from draftdiff.pipelines.mini.picture_judge import judge
+from draftdiff.pipelines.mini.pictures import CLASSES, random_pictures
 from draftdiff.var.collaborative import check_draft_scales
 from draftdiff.var.train import Recipe, specialise_drafter, specialise_refiner
 from draftdiff.var.transformer_var import VARTransformer2DModel

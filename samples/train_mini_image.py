@@ -1,6 +1,6 @@
 """Train the mini image pair that ships with draftdiff, from nothing, on one CPU core.
 
-It learns the world of `pipelines/mini_pictures.py` (one coloured shape in one of five places): a small multi-scale VQ
+It learns the world of `pipelines/mini/pictures.py` (one coloured shape in one of five places): a small multi-scale VQ
 model first, then a drafter and a refiner of a quarter of its size that predict its codes, and beside them its decoder
 for a while longer, which leaves the codes as they are. Every phase runs for a number of minutes rather than steps,
 saves a checkpoint once a minute and when interrupted, and resumes from it:
@@ -41,9 +41,10 @@ sys.path.insert(0, str(ROOT))
 from train_mini_video import MixedOptimizer, save_atomically
 
 from draftdiff.files import replacing_folder
-from draftdiff.pipelines import mini_pictures
-from draftdiff.pipelines.mini_image import DEFAULTS_FILE, WEIGHTS, load_mini_image
-from draftdiff.pipelines.mini_pictures import CLASSES, COLOURS, PLACES, SHAPES
+from draftdiff.pipelines.mini import pictures as mini_pictures
+from draftdiff.pipelines.mini.image import WEIGHTS, load_mini_image
+from draftdiff.pipelines.mini.pictures import CLASSES, COLOURS, PLACES, SHAPES
+from draftdiff.pipelines.mini.weights import DEFAULTS_FILE
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.scheduler_var import VARScheduler
 from draftdiff.var.transformer_var import VARTransformer2DModel

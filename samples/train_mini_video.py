@@ -1,6 +1,6 @@
 """Train the mini video pipeline that ships with draftdiff, from nothing, on two CPU cores.
 
-It learns the world of `pipelines/mini_world.py` (one coloured shape crossing a plain background) and comes out as a
+It learns the world of `pipelines/mini/world.py` (one coloured shape crossing a plain background) and comes out as a
 stock `diffusers.WanPipeline`: a small Wan VAE, a small Wan transformer, and a tiny text encoder trained with it.
 Every phase runs for a number of minutes rather than steps, saves a checkpoint once a minute, and resumes from it:
 
@@ -38,8 +38,9 @@ sys.path.insert(0, str(ROOT))
 from score_mini_video import accuracy, generate, scoring_scenes
 
 from draftdiff.files import replacing, replacing_folder
-from draftdiff.pipelines import mini_world
-from draftdiff.pipelines.mini_video import DEFAULTS_FILE, WEIGHTS, load_mini_video
+from draftdiff.pipelines.mini import world as mini_world
+from draftdiff.pipelines.mini.video import WEIGHTS, load_mini_video
+from draftdiff.pipelines.mini.weights import DEFAULTS_FILE
 
 LATENT_CHANNELS = 8
 TEXT_TOKENS = 20

@@ -1,9 +1,10 @@
-"""The golden data of DRAFTDIFF_GOLDEN (default tests/golden): cases by kind, their weights and tolerances."""
+"""The golden data of DRAFTDIFF_GOLDEN (default tests/golden): cases by kind, their weights, and the comparison."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 FOLDER = Path(os.environ.get("DRAFTDIFF_GOLDEN", Path(__file__).parent / "golden"))
+INPUTS = ("text", "negative_text")  # tensors that a case gives, and not results
 
 
 @dataclass
@@ -21,13 +23,36 @@ class Case:
 
     info: dict[str, Any]
     tensors: dict[str, Tensor]
+    folder: Path
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """Weights of a part by their original names, widened to fp32."""
-        return widened(load_file(FOLDER / self.info["state_dicts"][part]))
+        return widened(load_file(self.folder / self.info["state_dicts"][part]))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def has_pictures(self) -> bool:
+        return any("image_" in name for name in self.tensors)
+
+    def compare(self, ours: Mapping[str, Tensor], *needed: str, prefix: str = "") -> None:
+        """Hold every result of the case to ours, by the tolerance of the longest name that it begins with; a case may
+        leave out results that are not `needed`."""
+        theirs = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        theirs = {name: t for name, t in theirs.items() if name not in INPUTS}
+        assert set(needed) <= set(theirs), f"the case lacks {sorted(set(needed) - set(theirs))}"
+        assert set(theirs) <= set(ours), f"unknown results: {sorted(set(theirs) - set(ours))}"
+        table = self.info["tolerance"]
+        table = table.get(prefix.removesuffix("."), table)
+        for name, expected in theirs.items():
+            kind = max((key for key in table if name.startswith(key)), key=len)
+            assert ours[name].shape == expected.shape, name
+            message = lambda text, name=name: f"{prefix}{name}: {text}"  # noqa: E731
+            if table[kind] == "exact":
+                assert torch.equal(ours[name].to(expected.dtype), expected), name
+            else:
+                allowed = 1.0 if table[kind] == "off by at most 1" else tolerances(table)[kind]
+                torch.testing.assert_close(ours[name].float(), expected.float(), atol=allowed, rtol=0, msg=message)
 
 
 def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,9 +65,9 @@ def kinds() -> dict[str, str]:
     return {name: info["kind"] for name, info in cases.items() if "kind" in info}
 
 
-def load(name: str) -> Case:
-    info = json.loads((FOLDER / f"{name}.json").read_text())
-    return Case(info, load_file(FOLDER / info["file"]))
+def load(name: str, folder: Path = FOLDER) -> Case:
+    info = json.loads((folder / f"{name}.json").read_text())
+    return Case(info, load_file(folder / info["file"]), folder)
 
 
 def tolerances(table: dict[str, str]) -> dict[str, float]:
@@ -50,14 +75,12 @@ def tolerances(table: dict[str, str]) -> dict[str, float]:
     return {name: float(text.split()[0]) for name, text in table.items() if text.endswith(" abs")}
 
 
-def assert_image(image: Tensor, case: Case, prefix: str, tolerance: float) -> None:
-    """Compare a picture [batch, 3, height, width] in [0, 1] with a case's three digests of it."""
+def digests(image: Tensor) -> dict[str, Tensor]:
+    """What a case keeps of a picture [batch, 3, height, width] in [0, 1]."""
     height, width = image.shape[-2:]
     rows, columns = slice(height // 2 - 16, height // 2 + 16), slice(width // 2 - 16, width // 2 + 16)
-    digests = {
+    return {
         "image_down4": torch.nn.functional.avg_pool2d(image, 4),
         "image_crop": image[..., rows, columns],
         "image_mean_std": torch.stack([image.mean((-2, -1)), image.std((-2, -1), correction=0)], dim=-1),
     }
-    for name, digest in digests.items():
-        torch.testing.assert_close(digest, case[prefix + name], atol=tolerance, rtol=0)

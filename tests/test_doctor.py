@@ -93,6 +93,6 @@ def test_missing_weights_are_told(monkeypatch):
     def missing(*_args):
         raise FileNotFoundError("mini video weights are missing: transformer")
 
-    monkeypatch.setattr("draftdiff.pipelines.mini_video.load_mini_video", missing)
+    monkeypatch.setattr("draftdiff.pipelines.mini.video.load_mini_video", missing)
     findings = examine()
     assert "weights are missing" in findings["embedded_models"]["mini-video"]["status"] and not is_healthy(findings)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
 import sys, importlib.util
 import draftdiff.kernels.block_sparse
-import draftdiff.pipelines.mini_world
+import draftdiff.pipelines.mini.world
 from kernels import get_kernel
 import kernels
 assert callable(get_kernel)
@@ -73,7 +73,7 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
             for file in files
         }
         assert modules <= packed, "pyproject.toml lacks a package"
-        folders = [ROOT / "pipelines" / f"mini_{kind}_weights" for kind in ("image", "llm", "video")]
+        folders = [ROOT / "pipelines" / "mini" / f"{kind}_weights" for kind in ("image", "llm", "video")]
         files = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*") if file.is_file()}
         assert all(folder.is_dir() for folder in folders)
         assert {f"draftdiff/{name}" for name in files} <= packed
@@ -205,7 +205,7 @@ def test_find_spec_of_kernels_is_not_ours():
 
 @pytest.mark.parametrize(
     ("imported", "absent"),
-    [("llm", "diffusers"), ("pipelines.mini_llm", "diffusers"), ("video.patch", "draftdiff.llm")],
+    [("llm", "diffusers"), ("pipelines.mini.llm", "diffusers"), ("video.patch", "draftdiff.llm")],
 )
 def test_the_llm_part_and_the_others_do_without_each_other(imported, absent):
     code = (

@@ -250,9 +250,9 @@ def _calibrate(options: Namespace) -> int:
         raise UserError("-o FILE is needed: where to write the layers")
     check_output(options.output, (".json",))
     from draftdiff.models.image import PLAIN, calibrated
-    from draftdiff.var.selectivity import DRAFTER_SHARE
+    from draftdiff.var.selectivity import WIDE_SHARE
 
-    share = DRAFTER_SHARE if options.share is None else options.share
+    share = WIDE_SHARE if options.share is None else options.share
     if not 0 <= share < 1:
         raise UserError(f"--share must be at least 0 and below 1, got {share}")
     model, subjects, call = _load(options)

@@ -50,7 +50,7 @@ PLAIN = Setting()
 @dataclass(frozen=True)
 class ImageModel:
     """A loaded pipeline. refiner: CoDe's second model, if there is one.  defaults: arguments of its call that are not
-    the pipeline's own defaults.  drafters: which layers look widely, as arguments of `enable_scale_kv`.
+    the pipeline's own defaults.  drafters: which layers look widely, by the keys of the file of `calibrate`.
     judge: (class name or id, picture) -> whether the picture shows it."""
 
     name: str
@@ -105,7 +105,7 @@ class ImageModel:
         """Raise UserError for a class that the model does not know, and prompts that are empty or not understood."""
         if self.by_class:
             with user_errors():
-                self.pipeline._class_labels(list(subjects) or [0], 1, None)
+                self.pipeline.get_label_ids(list(subjects) or [0])
         elif self.pipeline.text_encoder is None:
             raise UserError(f"{self.name} holds no text encoder: convert it with --text-encoder")
         elif not all(str(text).strip() for text in subjects):
@@ -121,11 +121,11 @@ class ImageModel:
         if setting.budget is None:
             self.pipeline.disable_scale_kv()
         else:
-            drafters = dict(self.drafters)
+            wide = {name.replace("drafters", "wide_layers"): layers for name, layers in self.drafters.items()}
             if setting.draft_scales is None:
-                drafters.pop("refiner_drafters", None)
+                wide.pop("refiner_wide_layers", None)
             with user_errors():
-                self.pipeline.enable_scale_kv(setting.budget, **drafters)
+                self.pipeline.enable_scale_kv(setting.budget, **wide)
 
     def pictures(self, subjects: Sequence[Any], seed: int, **call: Any) -> np.ndarray:
         """One picture per subject (class or prompt), the i-th drawn from seed + i whatever the others are: uint8
@@ -163,8 +163,8 @@ def load(
 
 
 def _embedded(dtype: torch.dtype) -> ImageModel:
-    from draftdiff.pipelines.mini_image import load_mini_image, load_mini_refiner, mini_image_defaults
-    from draftdiff.pipelines.mini_picture_judge import judge
+    from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
+    from draftdiff.pipelines.mini.picture_judge import judge
 
     with loading(EMBEDDED), quiet_diffusers():
         pipeline, refiner = load_mini_image(torch_dtype=dtype), load_mini_refiner(dtype)
@@ -216,9 +216,9 @@ def calibrated(model: ImageModel, subjects: Sequence[Any], seed: int, share: flo
         models["refiner_drafters"] = VARPipeline(model.refiner, pipeline.vae, pipeline.scheduler)
     for name, pipe in models.items():
         pipe.set_progress_bar_config(disable=True)  # there is one over the subjects
-        ids = pipeline._class_labels(subjects, 1, None).tolist() if model.by_class else subjects
+        ids = pipeline.get_label_ids(subjects) if model.by_class else subjects
         measured = pipe.calibrate_scale_kv(ids, generator=torch.Generator().manual_seed(seed), **call)
-        found[name] = {scale: list(layers) for scale, layers in measured.drafters(share).items()}
+        found[name] = {scale: list(layers) for scale, layers in measured.wide_layers(share).items()}
         index = [[None if math.isnan(value) else value for value in row] for row in measured.index.tolist()]
         found[name.replace("drafters", "index")] = index
     return found

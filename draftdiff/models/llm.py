@@ -67,7 +67,7 @@ def pretrained(kind: str, name: str, **options: Any) -> Any:
 
 
 def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    from draftdiff.pipelines.mini_llm import load_mini_llm, mini_llm_defaults
+    from draftdiff.pipelines.mini.llm import load_mini_llm, mini_llm_defaults
 
     with loading(EMBEDDED):
         target, draft, tokenizer = load_mini_llm(dtype)

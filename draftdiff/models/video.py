@@ -74,7 +74,7 @@ def load(name: str | None, *, dtype: str | None = None, device: str | None = Non
 
 
 def _embedded(dtype: torch.dtype) -> Model:
-    from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
+    from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
 
     with loading(EMBEDDED):
         defaults = mini_video_defaults()

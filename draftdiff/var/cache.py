@@ -48,12 +48,11 @@ class KVCache:
             self.keys[layer], self.values[layer] = stored, value
         return stored.to(value.dtype), value
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
+    def observe(self, layer: int, query: Tensor, key: Tensor, raw_query: Callable[[], Tensor]) -> None:
         """Called by a layer after its attention; subclasses measure or evict here.
 
         query: of the new tokens, with the scale of the softmax in them, [batch, heads, new tokens, head_dim].
-        key: all that they saw, history first.  projected: queries before normalisation and rotation, with their `bias`
-        [heads, 1, head_dim] in them.
+        key: all that they saw, history first.  raw_query: gives those queries before bias, normalisation and rotation.
         """
 
     def once(self, name: Any, compute: Callable[[], Value]) -> Value:

@@ -34,6 +34,7 @@ class CollaborativeDecoder:
 
     At the hand-over the drafter's cache is dropped and the refiner reads all drafted scales in one block-causal
     forward, which fills its cache and gives the logits of the next scale alone.
+    new_decoder: makes a model's decoder with an empty cache.  hand_over: called when the refiner takes over.
     """
 
     def __init__(
@@ -41,13 +42,15 @@ class CollaborativeDecoder:
         drafter: VARTransformer2DModel,
         refiner: VARTransformer2DModel,
         draft_scales: int,
-        new_cache: Callable[[VARTransformer2DModel], KVCache],
+        new_decoder: Callable[[VARTransformer2DModel], ScaleDecoder],
+        hand_over: Callable[[], None] = lambda: None,
     ) -> None:
         check_pair(drafter, refiner, draft_scales)
         self.draft_scales = draft_scales
         self.refiner = refiner
-        self.new_cache = new_cache
-        self.active = ScaleDecoder(drafter, new_cache)
+        self.new_decoder = new_decoder
+        self.hand_over = hand_over
+        self.active = new_decoder(drafter)
         self.drafted: list[Tensor] = []
 
     @property
@@ -55,23 +58,15 @@ class CollaborativeDecoder:
         """Of the model at work."""
         return self.active.cache
 
-    def logits(self, scale: int, inputs: Tensor | None, class_labels: Tensor) -> Tensor:
-        """See Decoder."""
-        if scale > self.draft_scales:
-            return self.active.logits(scale, inputs, class_labels)
-        if inputs is not None:
+    def logits(self, scale: int, inputs: Tensor | None) -> Tensor:
+        """See ScaleDecoder."""
+        if inputs is not None and scale <= self.draft_scales:
             self.drafted.append(inputs)
-        if scale < self.draft_scales:
-            return self.active.logits(scale, inputs, class_labels)
+        if scale != self.draft_scales:
+            return self.active.logits(scale, inputs)
         self.active.cache.clear()  # before the refiner's grows
-        self.active = ScaleDecoder(self.refiner, self.new_cache)
+        self.active = self.new_decoder(self.refiner)
+        self.hand_over()
         history = torch.cat(self.drafted, dim=1)
         self.drafted.clear()
-        return self.refiner(
-            history,
-            class_labels,
-            logits_from=scale,
-            cache=self.active.cache,
-            keep=scale < self.active.last,
-            return_dict=False,
-        )[0]
+        return self.active.logits(scale, history, first_scale=0)

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import Tensor
 
 from draftdiff.var.cache import KVCache
-from draftdiff.var.transformer_var import VARTransformer2DModel
-
-
-class Decoder(Protocol):
-    """Gives the logits of each scale in turn."""
-
-    @property
-    def cache(self) -> KVCache:
-        """Of the model at work."""
-        ...
-
-    def logits(self, scale: int, inputs: Tensor | None, class_labels: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] of a scale; inputs [batch, tokens, channels], None at scale 0."""
-        ...
 
 
 class ScaleDecoder:
-    """One model, one cache, which `new_cache` makes for it."""
+    """One model and one cache; scales: how many there are; the keys of the last are not kept.
 
-    def __init__(self, model: VARTransformer2DModel, new_cache: Callable[[VARTransformer2DModel], KVCache]) -> None:
-        self.model = model
-        self.cache = new_cache(model)
-        self.last = len(model.config.patch_nums) - 1
+    forward: of the model, with what conditions it, called with inputs, first_scale, logits_from, cache, keep and
+    return_dict.
+    """
 
-    def logits(self, scale: int, inputs: Tensor | None, class_labels: Tensor) -> Tensor:
-        """See Decoder. The keys of the last scale are not kept."""
-        return self.model(
-            inputs, class_labels, first_scale=scale, cache=self.cache, keep=scale < self.last, return_dict=False
+    def __init__(self, forward: Callable[..., tuple[Tensor]], cache: KVCache, scales: int) -> None:
+        self.forward = forward
+        self.cache = cache
+        self.last = scales - 1
+
+    def logits(self, scale: int, inputs: Tensor | None, first_scale: int | None = None) -> Tensor:
+        """Logits [batch, tokens, vocabulary] of a scale; inputs [batch, tokens, channels], None at scale 0.
+
+        first_scale: of the inputs, `scale` if None; the scales before it are in the cache, those up to `scale` here.
+        """
+        first, keep = scale if first_scale is None else first_scale, scale < self.last
+        return self.forward(
+            inputs, first_scale=first, logits_from=scale, cache=self.cache, keep=keep, return_dict=False
         )[0]

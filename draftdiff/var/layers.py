@@ -1,4 +1,5 @@
-"""What the next-scale transformers share: cosine attention over earlier scales, and AdaLN modulation.
+"""What the next-scale transformers share: cosine attention over earlier scales, AdaLN modulation, and the forward from
+latents to logits around their blocks.
 
 Sources: VAR (arXiv 2404.02905), section 3; Infinity (arXiv 2412.04431), section 3.
 """
@@ -6,18 +7,46 @@ Sources: VAR (arXiv 2404.02905), section 3; Infinity (arXiv 2412.04431), section
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
 from draftdiff.var.cache import KVCache
+from draftdiff.var.checkpoint import OriginalCheckpointMixin
 from draftdiff.var.last_scales import attend_scale
 
 LARGEST_SCALE = math.log(100)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a forward hands to its layers.
+
+    lengths: tokens of each of its scales, which follow each other.  cache: holds the earlier scales of every layer, and
+    these afterwards if `keep`.  rotate: of queries and keys.  layer: the number of the layer that reads this.
+    """
+
+    lengths: Sequence[int]
+    cache: KVCache | None = None
+    keep: bool = True
+    rotate: Callable[[Tensor], Tensor] | None = None
+    layer: int = 0
+
+    @torch.compiler.disable  # as the functions below
+    def once(self, name: Any, compute: Callable[[], Value]) -> Value:
+        """What the condition of a generation fixes: computed at its first step, or without a cache at each."""
+        return compute() if self.cache is None else self.cache.once(name, compute)
 
 
 class CosineAttention(nn.Module):
@@ -35,38 +64,24 @@ class CosineAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(4))) if qk_norm else None
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        lengths: Sequence[int],
-        *,
-        cache: KVCache | None = None,
-        layer: int = 0,
-        keep: bool = True,
-        rotate: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """x: [batch, tokens, dim], of one scale or of several that follow each other, `lengths` tokens each.
-
-        cache: holds the earlier scales of `layer`, and these afterwards if `keep`.  rotate: of queries and keys.
-        """
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x: [batch, tokens, dim], of the scales of this step."""
         qkv = self.to_qkv(x)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
         projected = q
         if self.log_scale is not None:
             stretch = self.log_scale.float().clamp(max=LARGEST_SCALE).exp()[:, None, None]
             q, k = F.normalize(q.float(), dim=-1) * stretch, F.normalize(k.float(), dim=-1)
-        if rotate is not None:
-            q, k = rotate(q.float()), rotate(k.float())
+        if step.rotate is not None:
+            q, k = step.rotate(q.float()), step.rotate(k.float())
         q = q.to(v.dtype)
-        keys, values = k.to(v.dtype), v
-        if cache is not None:
-            keys, values = _extend(cache, layer, k, v, keep)
+        keys, values = (k.to(v.dtype), v) if step.cache is None else _extend(step.cache, step, k, v)
 
         # A call per scale needs no mask: fewer products than under a block-causal one, and the same as without prefill.
         history = keys.shape[2] - q.shape[2]
-        last_scales = None if cache is None else cache.last_scales
+        last_scales = None if step.cache is None else step.cache.last_scales
         parts, start = [], 0
-        for length in lengths:
+        for length in step.lengths:
             rows, seen = slice(start, start + length), history + start + length
             part = q[:, :, rows], keys[:, :, :seen], values[:, :, :seen]
             grid = None if last_scales is None else last_scales.grid(length)
@@ -76,17 +91,17 @@ class CosineAttention(nn.Module):
                 parts.append(_attend_scale(*part, grid, last_scales.density, self.softmax_scale))
             start += length
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        if cache is not None:
-            bias = self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1)
+        if step.cache is not None:
             scaled = q if self.softmax_scale == 1 else q * self.softmax_scale
-            _observe(cache, layer, scaled, keys, projected, bias)
+            bias = self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1)
+            _observe(step.cache, step.layer, scaled, keys, lambda: projected - bias)
         return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
 
 
 # Outside of compiled graphs: a cache differs from layer to layer and scale to scale, and each would be traced anew.
 @torch.compiler.disable
-def _extend(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return cache.extend(layer, key, value, keep=keep)
+def _extend(cache: KVCache, step: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return cache.extend(step.layer, key, value, keep=step.keep)
 
 
 @torch.compiler.disable
@@ -95,8 +110,8 @@ def _attend_scale(*arguments: Any) -> Tensor:
 
 
 @torch.compiler.disable
-def _observe(cache: KVCache, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
-    cache.observe(layer, query, key, projected, bias)
+def _observe(cache: KVCache, layer: int, query: Tensor, key: Tensor, raw_query: Callable[[], Tensor]) -> None:
+    cache.observe(layer, query, key, raw_query)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -127,3 +142,53 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_out(F.gelu(self.linear_in(x), approximate="tanh"))
+
+
+class NextScaleModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+    """What the transformers share: blocks over the tokens of one scale or of several, under the law of the scales."""
+
+    _supports_gradient_checkpointing = True
+    blocks: Any
+
+    def _init_weights(self, *parameters: nn.Parameter) -> None:
+        """Normal with a deviation of 0.02 for weights of layers and for these parameters, and no bias."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear):
+                    nn.init.zeros_(module.bias)
+        for parameter in parameters:
+            nn.init.normal_(parameter, std=0.02)
+
+    def _logits(
+        self,
+        hidden_states: Tensor | None,
+        condition: Tensor,
+        block_conditions: Iterable[tuple[Any, ...]],
+        step: Step,
+        *,
+        positions: Tensor | None = None,
+        first_scale: int,
+        logits_from: int | None,
+        return_dict: bool,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Logits of the scales from logits_from on, or of all in the step, which are numbered from first_scale.
+
+        hidden_states: of all scales but scale 0, which starts from the condition [batch, dim].  block_conditions: of
+        every block, what it is called with between its tokens and the step.  positions: embeddings, [tokens, dim].
+        """
+        parts = [condition[:, None] + self.start_embed] if first_scale == 0 else []
+        parts += [] if hidden_states is None else [self.proj_in(hidden_states)]
+        numbers = torch.arange(first_scale, first_scale + len(step.lengths), device=condition.device)
+        levels = torch.cat([level.expand(n, -1) for level, n in zip(self.level_embed(numbers), step.lengths)])
+        x = torch.cat(parts, dim=1) + (levels if positions is None else positions + levels)
+        for layer, (block, given) in enumerate(zip(self.blocks, block_conditions)):
+            arguments = (x, *given, replace(step, layer=layer))
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                x = block(*arguments)
+        if logits_from is not None:
+            x = x[:, sum(step.lengths[: logits_from - first_scale]) :]
+        logits = self.proj_out(self.norm_out(x, condition))
+        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)

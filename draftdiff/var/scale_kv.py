@@ -1,13 +1,14 @@
 """A cache that layers cut down after each scale, each to its own budget (ScaleKV, arXiv 2505.19602).
 
-Layers that look widely (drafters) keep nearly everything, layers that look at the current scale (refiners) share what
-is left. What a layer keeps is decided by the attention of a few tokens spread over the scale just generated.
+Wide layers, which look at everything, keep nearly everything; local layers, which look at the current scale, share what
+is left. (The paper's words are drafters and refiners, which here are CoDe's.) What a layer keeps is decided by the
+attention of a few tokens spread over the scale just generated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +23,17 @@ from draftdiff.var.last_scales import LastScales
 SCORINGS = {"paper": "average", "upstream": "max"}  # and the pooling that goes with it
 ALLOCATIONS = ("full", "linear")
 
-# Of the authors, in tokens at a mean of 650 per layer: least of a refiner, first of the linear decay, its step.
+# Of the authors, in tokens at a mean of 650 per layer: least of a local layer, first of the linear decay, its step.
 _MEAN, _FLOOR, _START, _STEP = 650, 200, 600, 70
 WINDOW_SIDE = 4
 
 # What the authors' calibration found for the 32 layers of Infinity 2B and the 40 of 8B, by scale.
-RELEASED_DRAFTERS: Mapping[int, Mapping[int, Collection[int]]] = {
+RELEASED_WIDE_LAYERS: Mapping[int, Mapping[int, Collection[int]]] = {
     32: {scale: (0, 23) if scale < 12 else (0,) for scale in range(13)},
     40: dict.fromkeys(range(13), (0, 1, 2)),
 }
 
-Drafters = Sequence[int] | Mapping[int, Collection[int]] | None
+WideLayers = Sequence[int] | Mapping[int, Collection[int]] | None
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class ScaleKVConfig:
     """How much of the cache to keep, and by what rule.
 
     budget: mean share of the tokens of all scales but the last, in (0, 1], over layers; 1 keeps everything.
-    drafters: layers that look widely, the same at every scale or for each scale number; None takes the authors' for
-    Infinity's depths and the first twelfth of the layers elsewhere. `calibrate` on a pipeline measures them.
-    allocation: "full" (drafters keep nearly all they have, as in the published tables) or "linear" (refiners shrink
-    from scale to scale, as in the paper).
+    wide_layers: layers that look widely, the same at every scale or for each scale number; None takes the authors' for
+    Infinity's depths and the first twelfth of the layers elsewhere. `calibrate_scale_kv` on a pipeline measures them.
+    allocation: "full" (wide layers keep nearly all they have, as in the published tables) or "linear" (local ones
+    shrink from scale to scale, as in the paper).
     scoring: "paper" (softmax attention, averaged over neighbours) or "upstream" (the authors' code: raw queries
     without bias, normalisation and rotation, no softmax, maximum over neighbours). At a budget of a tenth, "paper"
     changed fewer bits of the golden data's toy Infinity, 1.7 against 1.9 %.  pooling: "average" or "max" instead.
@@ -51,7 +52,7 @@ class ScaleKVConfig:
     """
 
     budget: float = 0.1
-    drafters: Drafters = None
+    wide_layers: WideLayers = None
     allocation: str = "full"
     scoring: str = "paper"
     pooling: str | None = None
@@ -69,19 +70,19 @@ class ScaleKVConfig:
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and positive, got {self.kernel}")
 
-    def check_drafters(self, layers: int) -> None:
-        """Raise ValueError for a drafter that is no layer of such a model."""
-        rows = self.drafters.values() if isinstance(self.drafters, Mapping) else [self.drafters or ()]
+    def check_wide_layers(self, layers: int) -> None:
+        """Raise ValueError for a wide layer that is no layer of such a model."""
+        rows = self.wide_layers.values() if isinstance(self.wide_layers, Mapping) else [self.wide_layers or ()]
         for layer in (layer for row in rows for layer in row):
             if not 0 <= layer < layers:
-                raise ValueError(f"drafter layers must be from 0 to {layers - 1}, got {layer}")
+                raise ValueError(f"wide layers must be from 0 to {layers - 1}, got {layer}")
 
-    def drafters_by_scale(self, scales: int, layers: int) -> list[set[int]]:
-        """The drafters of each scale. Raises ValueError for a layer that is not there."""
-        self.check_drafters(layers)
-        chosen: Any = self.drafters
+    def wide_by_scale(self, scales: int, layers: int) -> list[set[int]]:
+        """The wide layers of each scale. Raises ValueError for a layer that is not there."""
+        self.check_wide_layers(layers)
+        chosen: Any = self.wide_layers
         if chosen is None:
-            chosen = RELEASED_DRAFTERS.get(layers, range(max(round(layers / 12), 1)))
+            chosen = RELEASED_WIDE_LAYERS.get(layers, range(max(round(layers / 12), 1)))
         if not isinstance(chosen, Mapping):
             chosen = dict.fromkeys(range(scales), chosen)
         chosen = {int(scale): row for scale, row in chosen.items()}  # numbers are texts after a detour through JSON
@@ -91,8 +92,8 @@ class ScaleKVConfig:
         """Keys each layer may keep after each scale but the last, None for all; `tokens` of each scale."""
         mean = max(int(self.budget * sum(tokens[:-1])), 1)
         decay = (_START * mean // _MEAN, _STEP * mean / _MEAN) if self.allocation == "linear" else None
-        drafters = self.drafters_by_scale(len(tokens), layers)
-        return scale_capacities(tokens, mean, layers, drafters, floor=max(mean * _FLOOR // _MEAN, 1), decay=decay)
+        wide = self.wide_by_scale(len(tokens), layers)
+        return scale_capacities(tokens, mean, layers, wide, floor=max(mean * _FLOOR // _MEAN, 1), decay=decay)
 
 
 def window(scale: tuple[int, int], side: int = WINDOW_SIDE) -> Tensor:
@@ -120,6 +121,7 @@ class ScaleKVCache(KVCache):
         self.scales = [tuple(scale) for scale in scales]
         self.capacities = capacities
         self.config = config
+        self.window_side = WINDOW_SIDE
         self._ends = {sum(h * w for h, w in self.scales[: n + 1]): n for n in range(len(self.scales))}
         self._seen: dict[int, int] = {}
         self._keeping = True
@@ -135,23 +137,27 @@ class ScaleKVCache(KVCache):
         super().clear()
         self._seen.clear()
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
+    def observe(self, layer: int, query: Tensor, key: Tensor, raw_query: Callable[[], Tensor]) -> None:
         """Cut the layer down to its capacity after the scale that has just been attended."""
         scale = self._ends[self._seen[layer]]
         row = self.capacities[scale] if scale < len(self.capacities) else None
         if not self._keeping or row is None or self.tokens(layer) <= row[layer]:
             return
         height, width = self.scales[scale]
-        side = min(WINDOW_SIDE, height, width, max(math.isqrt(min(row) // 2), 1))
+        side = min(self.window_side, height, width, max(math.isqrt(min(row) // 2), 1))
         at = self.once(("window", scale), lambda: window((height, width), side).to(key.device))
         new = height * width
         always = at + key.shape[2] - new
         if self.config.scoring == "paper":
             scores = attention_mass(query[:, :, -new:][:, :, at], key, scale=1.0)
         else:
-            raw = (projected[:, :, -new:][:, :, at] - bias).sum(2, keepdim=True)
+            raw = raw_query()[:, :, -new:][:, :, at].sum(2, keepdim=True)
             scores = (raw @ key.transpose(-1, -2))[:, :, 0].float() / math.sqrt(key.shape[-1])
             scores = scores.index_fill(-1, always, -torch.inf)
         scores = smooth(scores, self.config.kernel, self.config.pooling or SCORINGS[self.config.scoring])
-        indices = keep_topk(scores, row[layer], always)
+        indices = self.choose(layer, scale, scores, keep_topk(scores, row[layer], always))
         self.keys[layer], self.values[layer] = gather_kv(self.keys[layer], self.values[layer], indices)
+
+    def choose(self, layer: int, scale: int, scores: Tensor, best: Tensor) -> Tensor:
+        """Which keys stay, int64 [batch, heads, kept], given their scores [batch, heads, keys] and the best of them."""
+        return best

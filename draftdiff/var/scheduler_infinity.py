@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -14,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from draftdiff.var.autoencoder_bsq import codes_of, resize
-from draftdiff.var.sampling import Generators, at, draw, filter_logits, uniform
+from draftdiff.var.sampling import Draws, Generators, at
 from draftdiff.var.schedules import Scales
 
 
@@ -77,25 +76,15 @@ class InfinityScheduler(SchedulerMixin, ConfigMixin):
         latents: Tensor,
         scales: Scales,
         *,
-        generator: Generators = None,
+        generator: Draws | Generators = None,
         top_p: float | None = None,
-        burn: bool = False,
     ) -> InfinitySchedulerOutput:
         """Draw the bits of a scale from guided logits [batch, tokens, bits, 2] and add their codes to the latents.
 
-        A bit whose less likely value has at most 1 - top_p takes the other.  burn: draw each bit as one of two classes,
-        with two random numbers instead of one, as the originals do.
+        generator, top_p: see Draws, `bits`.
         """
         top_p = self.config.top_p if top_p is None else top_p
-        flat = logits.flatten(1, 2)
-        if burn:
-            bits = draw(filter_logits(flat, 0, top_p), generator)
-        else:
-            one = (flat[..., 1] - flat[..., 0]).sigmoid()
-            if 0 < top_p < 1:
-                one = torch.where(one <= 1 - top_p, 0.0, torch.where(one >= top_p, 1.0, one))
-            bits = (uniform(one.shape, generator, one) < one).long()
-        bits = bits.view(logits.shape[:-1])
+        bits = Draws.of(generator).bits(logits.flatten(1, 2), top_p).view(logits.shape[:-1])
         height, width = scales[scale]
         image = rearrange(bits, "b (h w) c -> b c h w", h=height, w=width)
         if self.config.patchify:

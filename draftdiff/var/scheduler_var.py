@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -13,7 +12,8 @@ from einops import rearrange
 from torch import Tensor
 
 from draftdiff.var.quantizer import MultiScaleQuantizer, resize_area
-from draftdiff.var.sampling import Generators, at, draw, draw_soft, exponential, filter_logits
+from draftdiff.var.sampling import Draws, Generators, at, filter_logits
+from draftdiff.var.schedules import Scales
 from draftdiff.var.vq_model import PATCH_NUMS_256
 
 
@@ -51,12 +51,20 @@ class VARScheduler(SchedulerMixin, ConfigMixin):
         """Place of a scale among all, 0 to 1."""
         return scale / max(len(self) - 1, 1)
 
-    def guide(self, logits: Tensor, scale: int, guidance_scale: float) -> Tensor:
+    @property
+    def scales(self) -> Scales:
+        """Height and width of each scale in tokens."""
+        return tuple((side, side) for side in self.patch_nums)
+
+    def guide(self, logits: Tensor, scale: int, guidance_scale: float | None) -> Tensor:
         """Classifier-free guidance that grows linearly from 0 at the first scale to guidance_scale at the last:
         (1 + t) * conditional - t * unconditional.
 
-        logits [2 * batch, tokens, vocabulary], the conditional half first; returns fp32.
+        logits [2 * batch, tokens, vocabulary], the conditional half first, or without the other where guidance_scale is
+        None; returns fp32 [batch, tokens, vocabulary].
         """
+        if guidance_scale is None:
+            return logits.float()
         conditional, unconditional = logits.float().chunk(2)
         t = guidance_scale * self.progress(scale)
         return (1 + t) * conditional - t * unconditional
@@ -66,51 +74,38 @@ class VARScheduler(SchedulerMixin, ConfigMixin):
         logits: Tensor,
         scale: int,
         latents: Tensor,
-        quantizer: MultiScaleQuantizer,
+        scales: Scales,
         *,
-        generator: Generators = None,
+        quantizer: MultiScaleQuantizer,
+        generator: Draws | Generators = None,
         top_k: int | Sequence[int] | None = None,
         top_p: float | None = None,
         temperature: float | Sequence[float] | None = None,
         more_smooth: bool = False,
-        burn: bool = False,
     ) -> VARSchedulerOutput:
         """Draw the codes of a scale from guided logits [batch, tokens, vocabulary] and add them to the latents.
 
-        more_smooth: mix codes by Gumbel-softmax weights that sharpen from scale to scale, instead of drawing one: for
-        smoother pictures, not for metrics; takes no temperature.  burn: draw indices even then, as the originals do.
+        generator: see Draws.  more_smooth: mix codes by Gumbel-softmax weights that sharpen from scale to scale,
+        instead of drawing one: for smoother pictures, not for metrics; takes no temperature.
         """
+        draws = Draws.of(generator)
         top_k = self.config.top_k if top_k is None else top_k
         top_p = self.config.top_p if top_p is None else top_p
-        temperature = self.config.temperature if temperature is None else temperature
+        heat = at(self.config.temperature if temperature is None else temperature, scale)
         filtered = filter_logits(logits.float(), at(top_k, scale), top_p)
-        indices = None
-        if burn or not more_smooth:
-            heat = at(temperature, scale)
-            indices = draw(filtered if heat == 1 else filtered / heat, generator)
+        tempered = filtered if heat == 1 else filtered / heat
+        codebook = quantizer.embedding.weight
         if more_smooth:
+            indices = draws.unused_codes(tempered)
             ratio = self.progress(scale)
-            weights = draw_soft(filtered * (1 + ratio), max(0.27 * (1 - 0.95 * ratio), 0.005), generator)
-            codes = weights.to(quantizer.embedding.weight.dtype) @ quantizer.embedding.weight
+            weights = draws.mixture(filtered * (1 + ratio), max(0.27 * (1 - 0.95 * ratio), 0.005))
+            codes = weights.to(codebook.dtype) @ codebook
         else:
+            indices = draws.codes(tempered)
             codes = quantizer.embedding(indices)
-        latents = latents + quantizer.contribution(codes, scale, self.patch_nums)
+        latents = latents + quantizer.contribution(codes, scale, [side for side, _ in scales])
         return VARSchedulerOutput(latents=latents, indices=indices)
 
-    def scale_model_input(self, latents: Tensor, scale: int) -> Tensor:
+    def scale_model_input(self, latents: Tensor, scale: int, scales: Scales) -> Tensor:
         """What the model reads at a scale: the latents averaged down to its size, [batch, tokens, channels]."""
-        return rearrange(resize_area(latents, self.patch_nums[scale]), "b c h w -> b (h w) c")
-
-    def burn(self, scales: int, batch: int, vocabulary: int, generator: Generators, like: Tensor) -> None:
-        """Advance the generator by the draws of the first scales, without drawing anything from them."""
-        for side in self.patch_nums[:scales]:
-            exponential((batch, side**2, vocabulary), generator, like)
-
-
-def draw_labels(count: int, classes: int, generator: Generators) -> Tensor:
-    """Class labels drawn uniformly, int64 [count], as VAR's original draws them."""
-    if isinstance(generator, Sequence):
-        return torch.cat([draw_labels(1, classes, one) for one in generator])
-    device = "cpu" if generator is None else generator.device
-    uniform = torch.full((1, classes), 1 / classes, device=device)
-    return torch.multinomial(uniform, count, replacement=True, generator=generator).flatten()
+        return rearrange(resize_area(latents, scales[scale][0]), "b c h w -> b (h w) c")

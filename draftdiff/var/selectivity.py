@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,27 +12,27 @@ from torch import Tensor
 
 from draftdiff.var.cache import KVCache
 
-# The paper gives neither how many history tokens count as the strongest nor which share of (layer, scale) pairs draft.
+# The paper gives neither how many history tokens count as the strongest nor what share of (layer, scale) pairs is wide.
 STRONGEST = 16
-DRAFTER_SHARE = 0.07  # between what the authors' tables have for 2B and 8B
+WIDE_SHARE = 0.07  # between what the authors' tables have for 2B and 8B
 _ROWS = 64  # queries measured per scale, evenly spread
 
 
 @dataclass
 class Selectivity:
     """index: fp64 [layers, scales], the mean attention that queries give to their own scale times the mean they give
-    to the strongest history tokens. Low: a layer that spreads its attention, a drafter. NaN where there is no history.
+    to the strongest history tokens. Low: a layer that spreads its attention, a wide one. NaN where there is no history.
     """
 
     index: Tensor
 
-    def drafters(self, share: float = DRAFTER_SHARE) -> dict[int, tuple[int, ...]]:
-        """Layers that draft, by scale: of all pairs the given share with the lowest z-score within their scale.
+    def wide_layers(self, share: float = WIDE_SHARE) -> dict[int, tuple[int, ...]]:
+        """Wide layers by scale: of all pairs the given share with the lowest z-score within their scale.
 
         Raises ValueError for a share outside [0, 1).
         """
         if not 0 <= share < 1:
-            raise ValueError(f"share of drafters must be at least 0 and below 1, got {share}")
+            raise ValueError(f"share of wide layers must be at least 0 and below 1, got {share}")
         centred = self.index - self.index.mean(0)
         z = centred / centred.std(0, correction=0).clamp(min=1e-12)
         pairs = int(share * int(z.isfinite().sum()))
@@ -42,6 +43,11 @@ class Selectivity:
             found[scale] += (layer,)
         return found
 
+    def drafters(self, share: float = WIDE_SHARE) -> dict[int, tuple[int, ...]]:
+        """`wide_layers` by its old name."""
+        warnings.warn("Selectivity.drafters is now wide_layers", FutureWarning, stacklevel=2)
+        return self.wide_layers(share)
+
 
 class SelectivityCache(KVCache):
     """A KVCache that measures selectivity, scale by scale; one forward per scale."""
@@ -50,7 +56,7 @@ class SelectivityCache(KVCache):
         super().__init__(key_dtype)
         self.measured: dict[int, list[float]] = {}
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, projected: Tensor, bias: Tensor) -> None:
+    def observe(self, layer: int, query: Tensor, key: Tensor, raw_query: Callable[[], Tensor]) -> None:
         """Measure one layer at one scale."""
         new = query.shape[2]
         history = key.shape[2] - new

@@ -6,20 +6,20 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
 from draftdiff.var.cache import KVCache
-from draftdiff.var.checkpoint import OriginalCheckpointMixin, Tensors, count, rename, shape
-from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, modulate
+from draftdiff.var.checkpoint import Tensors, count, rename, shape
+from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, NextScaleModel, Step, modulate
 
 TEXT_HEAD_DIM = 128  # of the pooling over text: its heads are text channels / 128
 
@@ -106,13 +106,13 @@ class TextAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, step: Step) -> Tensor:
         """x [batch, tokens, dim], text [batch, text tokens, dim], mask bool [batch, 1, 1, text tokens]."""
 
         def project() -> Tensor:
             return rearrange(self.to_kv(text), "b t (two h d) -> two b h t d", two=2, h=self.heads)
 
-        key, value = project() if cache is None else cache.once(("text", layer), project)
+        key, value = step.once(("text", step.layer), project)
         query = rearrange(self.to_q(x), "b l (h d) -> b h l d", h=self.heads)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
@@ -131,35 +131,20 @@ class InfinityTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, hidden)
         self.adaln_offset = nn.Parameter(torch.zeros(6, dim))
 
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        text: Tensor,
-        mask: Tensor | None,
-        lengths: Sequence[int],
-        cache: KVCache | None,
-        layer: int,
-        keep: bool,
-        turn: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, mask: Tensor | None, step: Step) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = (modulation + self.adaln_offset)[:, :, None].unbind(1)
-        attended = self.attn1(
-            modulate(self.norm1(x), scale1, shift1), lengths, cache=cache, layer=layer, keep=keep, rotate=turn
-        )
-        x = x + gate1 * attended
-        x = x + self.attn2(self.norm2(x), text, mask, cache, layer)
+        x = x + gate1 * self.attn1(modulate(self.norm1(x), scale1, shift1), step)
+        x = x + self.attn2(self.norm2(x), text, mask, step)
         return x + gate2 * self.ff(modulate(self.norm3(x), scale2, shift2))
 
 
-class InfinityTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class InfinityTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads a class whose module has ModelMixin
     """Predicts the bits of every token of a scale from a prompt and the picture so far.
 
     num_layers, num_attention_heads, attention_head_dim: width is heads times head_dim.  bits: per token.
     text_dim: channels of the text encoder.  text_tokens: the longest prompt.  num_levels: most scales.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ("InfinityTransformerBlock",)
     _repeated_blocks = ("InfinityTransformerBlock",)
     _skip_layerwise_casting_patterns = ("level_embed", "norm")
@@ -195,13 +180,7 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Orig
         )
         self.norm_out = AdaLayerNormOut(dim, norm_eps)
         self.proj_out = nn.Linear(dim, 2 * bits)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear):
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.text_pool.query, std=0.02)
-        nn.init.normal_(self.start_embed, std=0.02)
+        self._init_weights(self.text_pool.query, self.start_embed)
 
     def forward(
         self,
@@ -235,35 +214,22 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Orig
         if given + (first_scale == 0) != sum(lengths):
             raise ValueError(f"the scales have {sum(lengths)} tokens, got {given + (first_scale == 0)}")
 
-        def condition() -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-            return self._condition(encoder_hidden_states, encoder_attention_mask)
-
-        pooled, text, mask, modulation = condition() if cache is None else cache.once("condition", condition)
-
-        parts = [pooled[:, None] + self.start_embed] if first_scale == 0 else []
-        parts += [self.proj_in(hidden_states)] if hidden_states is not None else []
-        x = torch.cat(parts, dim=1)
-        numbers = torch.arange(first_scale, first_scale + len(scales), device=pooled.device)
-        levels = torch.cat([level.expand(n, -1) for level, n in zip(self.level_embed(numbers), lengths)])
-        x = x + levels
-
-        head_dim = self.config.attention_head_dim
-        angles = [rotations(tuple(scale), tuple(reference), head_dim, pooled.device) for scale in scales]
+        head_dim, device = self.config.attention_head_dim, encoder_hidden_states.device
+        angles = [rotations(tuple(scale), tuple(reference), head_dim, device) for scale in scales]
         cosine, sine = (torch.cat(parts) for parts in zip(*angles))
-
-        def turn(tensor: Tensor) -> Tensor:
-            return rotate(tensor, cosine, sine)
-
-        for layer, block in enumerate(self.blocks):
-            arguments = (x, modulation, text, mask, lengths, cache, layer, keep, turn)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                x = block(*arguments)
-        if logits_from is not None:
-            x = x[:, sum(lengths[: logits_from - first_scale]) :]
-        logits = self.proj_out(self.norm_out(x, pooled))
-        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
+        step = Step(lengths, cache, keep, lambda tensor: rotate(tensor, cosine, sine))
+        pooled, text, mask, modulation = step.once(
+            "condition", lambda: self._condition(encoder_hidden_states, encoder_attention_mask)
+        )
+        return self._logits(
+            hidden_states,
+            pooled,
+            repeat((modulation, text, mask)),
+            step,
+            first_scale=first_scale,
+            logits_from=logits_from,
+            return_dict=return_dict,
+        )
 
     def _condition(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Pooled prompt [batch, dim], its tokens [batch, text tokens, dim], mask and modulation [batch, 6, dim]."""

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from draftdiff.var.cache import KVCache
-from draftdiff.var.checkpoint import OriginalCheckpointMixin, Tensors, count, rename, shape
-from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, modulate
+from draftdiff.var.checkpoint import Tensors, count, rename, shape
+from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, NextScaleModel, Step, modulate
 from draftdiff.var.vq_model import PATCH_NUMS_256, PATCH_NUMS_512
 
 ORIGINAL_NAMES = (
@@ -60,13 +59,13 @@ class VARTransformerBlock(nn.Module):
         vectors = self.adaln(F.silu(condition)).unflatten(-1, (6, -1)) if own else shared + self.adaln_offset
         return vectors[:, :, None].unbind(1)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], lengths: list[int], **attention: Any) -> Tensor:
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], step: Step) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
-        x = x + gate1 * self.attn(modulate(self.norm1(x), scale1, shift1), lengths, **attention)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), scale1, shift1), step)
         return x + gate2 * self.ff(modulate(self.norm2(x), scale2, shift2))
 
 
-class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class VARTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads a class whose module has ModelMixin
     """Predicts the code indices of a scale from its class and the picture so far.
 
     num_layers, num_attention_heads, attention_head_dim: width is heads times head_dim.  in_channels: size of a code.
@@ -74,7 +73,6 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalC
     patch_nums: side of each scale in tokens.  shared_adaln: see VARTransformerBlock.  qk_norm: cosine attention.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ("VARTransformerBlock",)
     _repeated_blocks = ("VARTransformerBlock",)
     _skip_layerwise_casting_patterns = ("class_embed", "pos_embed", "level_embed", "norm")
@@ -105,22 +103,13 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalC
         self.level_embed = nn.Embedding(len(self.lengths), dim)
         self.proj_in = nn.Linear(in_channels, dim)
         self.adaln = nn.Linear(dim, 6 * dim) if shared_adaln else None
-        self.blocks: Any = nn.ModuleList(
+        self.blocks = nn.ModuleList(
             VARTransformerBlock(dim, num_attention_heads, round(dim * mlp_ratio), norm_eps, qk_norm, shared_adaln)
             for _ in range(num_layers)
         )
         self.norm_out = AdaLayerNormOut(dim, norm_eps)
         self.proj_out = nn.Linear(dim, vocab_size)
-        self._init_weights(num_layers)
-
-    def _init_weights(self, num_layers: int) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear):
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.start_embed, std=0.02)
-        nn.init.normal_(self.pos_embed, std=0.02)
+        self._init_weights(self.start_embed, self.pos_embed)
         for block in self.blocks:  # residual branches start small, and open as the gates do
             nn.init.normal_(block.attn.to_out.weight, std=0.02 / math.sqrt(2 * num_layers))
             nn.init.normal_(block.ff.linear_out.weight, std=0.02 / math.sqrt(2 * num_layers))
@@ -158,31 +147,18 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalC
         lengths = self.lengths[first_scale:end]
 
         condition = self.class_embed(class_labels)
-        positions = self.pos_embed[begin : begin + tokens]
-        scales = torch.arange(first_scale, end, device=positions.device)
-        levels = torch.cat([level.expand(n, -1) for level, n in zip(self.level_embed(scales), lengths)])
-        start = condition[:, None] + self.start_embed
-        if first_scale:
-            x = self.proj_in(hidden_states)
-        elif hidden_states is None:
-            x = start
-        else:
-            x = torch.cat([start, self.proj_in(hidden_states)], dim=1)
-        x = x + (positions + levels)
-
-        if cache is None:
-            modulations = self._modulations(condition)
-        else:
-            modulations = cache.once("modulation", lambda: self._modulations(condition))
-        for layer, (block, modulation) in enumerate(zip(self.blocks, modulations)):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, modulation, lengths)
-            else:
-                x = block(x, modulation, lengths, cache=cache, layer=layer, keep=keep)
-        if logits_from is not None:
-            x = x[:, self.starts[logits_from] - begin :]
-        logits = self.proj_out(self.norm_out(x, condition))
-        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
+        step = Step(lengths, cache, keep)
+        modulations = step.once("modulation", lambda: self._modulations(condition))
+        return self._logits(
+            hidden_states,
+            condition,
+            ((modulation,) for modulation in modulations),
+            step,
+            positions=self.pos_embed[begin : begin + tokens],
+            first_scale=first_scale,
+            logits_from=logits_from,
+            return_dict=return_dict,
+        )
 
     def _modulations(self, condition: Tensor) -> list[tuple[Tensor, ...]]:
         """Of every block: a condition holds for a whole generation, so a cache keeps them."""

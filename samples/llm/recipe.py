@@ -27,7 +27,7 @@ from draftdiff.llm import (
 from draftdiff.llm.drafters.base import check_vocabularies
 from draftdiff.models.devices import device_name, find_device
 from draftdiff.models.llm import pretrained
-from draftdiff.pipelines.mini_llm import load_mini_llm
+from draftdiff.pipelines.mini.llm import load_mini_llm
 from samples.bench_common import write_result
 
 WINDOW = 256

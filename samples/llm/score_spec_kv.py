@@ -35,7 +35,7 @@ from draftdiff.files import check_writable
 from draftdiff.llm import SpecKVConfig, SpecPCConfig, speckv, speckv_pc, specpc
 from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.future_attention import future_attention, kept_mass, kept_recall
-from draftdiff.pipelines.mini_llm import load_mini_llm
+from draftdiff.pipelines.mini.llm import load_mini_llm
 
 EXAMPLES = """examples:
   python samples/llm/score_spec_kv.py

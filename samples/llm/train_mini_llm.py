@@ -48,7 +48,8 @@ from draftdiff.llm import (
     packed_text,
 )
 from draftdiff.llm.train.trim import count_tokens
-from draftdiff.pipelines.mini_llm import DEFAULTS_FILE, WEIGHTS, load_mini_llm
+from draftdiff.pipelines.mini.llm import WEIGHTS, load_mini_llm
+from draftdiff.pipelines.mini.weights import DEFAULTS_FILE
 
 VOCABULARY, CONTEXT, BATCH = 2048, 512, 8
 END = "<|endoftext|>"

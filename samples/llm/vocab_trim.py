@@ -37,7 +37,7 @@ from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.train.data import left_padded
 from draftdiff.llm.train.trim import count_tokens
 from draftdiff.models.devices import device_name
-from draftdiff.pipelines.mini_llm import load_mini_llm, mini_llm_defaults
+from draftdiff.pipelines.mini.llm import load_mini_llm, mini_llm_defaults
 from samples.bench_common import write_result
 
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)

@@ -257,7 +257,7 @@ def test_a_model_without_its_text_encoder_is_named_before_it_works(tmp_path, cap
 
 
 def test_the_embedded_pair_is_the_default_and_its_pictures_are_judged(tmp_path, capsys):
-    pytest.importorskip("draftdiff.pipelines.mini_image")
+    pytest.importorskip("draftdiff.pipelines.mini.image")
     out = tmp_path / "out.png"
     result = run(capsys, "image", "--class", "red circle", "-o", out)
     assert result["model"] == "mini-image" and result["setting"] == "plain" and result["right"] == [True]

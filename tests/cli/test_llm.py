@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from draftdiff.cli import main
 from draftdiff.models.llm import LanguageModel, example_prompts, load
 from draftdiff.models.llm_methods import METHODS, generate_options
-from draftdiff.pipelines.mini_llm import WEIGHTS, load_mini_llm
+from draftdiff.pipelines.mini.llm import WEIGHTS, load_mini_llm
 from tests.cli.one_line import fails_in_one_line
 from tests.llm.tiny_models import prompt, tiny_hybrid, tiny_model
 

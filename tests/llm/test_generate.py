@@ -14,7 +14,7 @@ from transformers import (
 from draftdiff.llm import Chain, ModelDrafter, Sampled, report, speculative
 from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.tree import ROOT, Tree
-from draftdiff.pipelines.mini_llm import load_mini_llm
+from draftdiff.pipelines.mini.llm import load_mini_llm
 from tests.llm.generation import SHAPES, EndsWith, both, family, relative
 from tests.llm.tiny_models import VOCABULARY, prompt, tiny_model
 

@@ -44,7 +44,7 @@ def test_a_recipe_ends_in_a_plain_model_with_scores_of_every_stage(name, script,
 
 
 def test_alignment_goes_on_from_a_draft_that_there_is(script, tmp_path):
-    from draftdiff.pipelines.mini_llm import WEIGHTS
+    from draftdiff.pipelines.mini.llm import WEIGHTS
 
     options = ["--draft", str(WEIGHTS / "draft"), "--loss", "lk", *FEW, "-o", str(tmp_path / "draft")]
     script("direct_alignment").main([*options, "--json", str(tmp_path / "scores.json")])

@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
 from draftdiff.var.cache import KVCache
 from draftdiff.var.collaborative import CollaborativeDecoder
+from draftdiff.var.decoding import ScaleDecoder
 from draftdiff.var.vq_model import PATCH_NUMS_256, PATCH_NUMS_512
 from tests.var import tiny
 
@@ -57,14 +59,17 @@ def test_the_drafted_scales_are_the_drafters_and_the_rest_continues_them():
         assert torch.equal(steps["plain", scale], steps["both", scale]) == (scale < drafted)
 
 
+def decoder_of(model):
+    return ScaleDecoder(partial(model, class_labels=torch.tensor([1])), KVCache(), len(tiny.PATCH_NUMS))
+
+
 def test_the_drafters_cache_is_gone_when_the_refiner_starts():
     drafter, refiner = tiny.transformer(0), tiny.transformer(7)
-    decoder = CollaborativeDecoder(drafter, refiner, 3, lambda model: KVCache())
-    labels = torch.tensor([1])
+    decoder = CollaborativeDecoder(drafter, refiner, 3, decoder_of)
     held, seen = [], {}
     with torch.no_grad():
         for scale in range(3):
-            decoder.logits(scale, None if scale == 0 else torch.randn(1, tiny.PATCH_NUMS[scale] ** 2, 4), labels)
+            decoder.logits(scale, None if scale == 0 else torch.randn(1, tiny.PATCH_NUMS[scale] ** 2, 4))
         held = [weakref.ref(t) for t in (*decoder.active.cache.keys.values(), *decoder.active.cache.values.values())]
         assert len(held) == 4
 
@@ -73,24 +78,23 @@ def test_the_drafters_cache_is_gone_when_the_refiner_starts():
             seen["alive"] = [ref for ref in held if ref() is not None]
 
         refiner.register_forward_pre_hook(look)
-        decoder.logits(3, torch.randn(1, 16, 4), labels)
+        decoder.logits(3, torch.randn(1, 16, 4))
     assert seen["alive"] == []
     assert decoder.active.cache.tokens() == 1 + 4 + 9 + 16
 
 
 def test_the_last_scale_is_never_cached():
-    kept: list[KVCache] = []
+    made = []
 
-    class Recorded(KVCache):
-        def __init__(self, _model):
-            super().__init__()
-            kept.append(self)
+    def recorded(model):
+        made.append(decoder_of(model))
+        return made[-1]
 
-    decoder = CollaborativeDecoder(tiny.transformer(0), tiny.transformer(7), 5, Recorded)
+    decoder = CollaborativeDecoder(tiny.transformer(0), tiny.transformer(7), 5, recorded)
     with torch.no_grad():
         for scale, side in enumerate(tiny.PATCH_NUMS):
-            decoder.logits(scale, torch.randn(1, side**2, 4) if scale else None, torch.tensor([0]))
-    assert [cache.tokens() for cache in kept] == [0, 0]  # dropped, and never filled by a refiner of one scale
+            decoder.logits(scale, torch.randn(1, side**2, 4) if scale else None)
+    assert [each.cache.tokens() for each in made] == [0, 0]  # dropped, and never filled by a refiner of one scale
 
 
 @pytest.mark.parametrize("drafted", [0, 6, -1, 2.5, True])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from draftdiff.var.last_scales import LastScales, attend_scale
 from tests.var import tiny, tiny_infinity
+from tests.var.tiny import assert_same_but_for_rounding
 
 
 def inputs(history: int, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
@@ -20,7 +21,7 @@ def inputs(history: int, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
 def test_everything_kept_is_dense_attention(history, grid):
     q, k, v = inputs(history, grid)
     expected = F.scaled_dot_product_attention(q, k, v, scale=0.3)
-    torch.testing.assert_close(attend_scale(q, k, v, grid, 1.0, 0.3), expected, atol=2e-5, rtol=1e-4)
+    assert_same_but_for_rounding(attend_scale(q, k, v, grid, 1.0, 0.3), expected, roundings=32)
 
 
 def test_less_is_nearer_to_dense_the_more_is_kept_and_the_history_is_never_lost():

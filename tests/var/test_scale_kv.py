@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from draftdiff.var.scale_kv import window
+from draftdiff.var.scale_kv import ScaleKVConfig, window
 from draftdiff.var.schedules import SCHEDULES, scales_for
 from draftdiff.var.selectivity import Selectivity
 from draftdiff.var.vq_model import PATCH_NUMS_256
 from tests.var import tiny, tiny_infinity
+from tests.var.tiny import assert_same_but_for_rounding
 
 
 def seeded(seed=0):
@@ -88,11 +89,11 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(infinity):
     both = infinity(prompts, generator=[seeded(1), seeded(2)], **call).images
     for index, prompt in enumerate(prompts):
         alone = infinity(prompt, generator=[seeded(index + 1)], **call).images
-        torch.testing.assert_close(both[index : index + 1], alone, atol=1e-4, rtol=0)
+        assert_same_but_for_rounding(both[index : index + 1], alone)
 
 
-def test_drafters_keep_more_than_refiners(infinity):
-    infinity.enable_scale_kv(0.1, drafters=(2,))
+def test_wide_layers_keep_more_than_local_ones(infinity):
+    infinity.enable_scale_kv(0.1, wide_layers=(2,))
     _, seen = watched(infinity, "a red circle", size="0.25M")
     held = seen[-2][1]
     assert held[2] > 2 * max(held[0], held[1], held[3]) and held[0] == held[1] == held[3]
@@ -143,9 +144,9 @@ def test_calibration_finds_the_layer_that_spreads_its_attention(infinity):
     found = infinity.calibrate_scale_kv(["a red circle", "a green square"], size="0.25M", generator=seeded())
     assert found.index.shape == (4, 10)
     assert found.index[:, 0].isnan().all() and found.index[:, 1:].isfinite().all()
-    drafters = found.drafters(0.25)
-    assert all(drafters[scale] == (1,) for scale in range(3, 10))  # before, all history is among the strongest
-    infinity.enable_scale_kv(0.1, drafters={str(scale): list(layers) for scale, layers in drafters.items()})
+    wide = found.wide_layers(0.25)
+    assert all(wide[scale] == (1,) for scale in range(3, 10))  # before, all history is among the strongest
+    infinity.enable_scale_kv(0.1, wide_layers={str(scale): list(layers) for scale, layers in wide.items()})
     _, seen = watched(infinity, "a red circle", size="0.25M")
     assert max(range(4), key=lambda layer: seen[-2][1][layer]) == 1
 
@@ -172,11 +173,11 @@ def test_selectivity_is_the_product_of_the_means_it_is_defined_by():
             assert float(found.index[0, scale]) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_pairs_with_the_lowest_z_score_draft():
+def test_pairs_with_the_lowest_z_score_are_wide():
     index = torch.tensor([[torch.nan, 1.0, 5.0], [torch.nan, 2.0, 1.0], [torch.nan, 3.0, 6.0]], dtype=torch.float64)
-    assert Selectivity(index).drafters(0.34) == {0: (), 1: (0,), 2: (1,)}
-    with pytest.raises(ValueError, match="share of drafters must be at least 0 and below 1, got 1"):
-        Selectivity(index).drafters(1)
+    assert Selectivity(index).wide_layers(0.34) == {0: (), 1: (0,), 2: (1,)}
+    with pytest.raises(ValueError, match="share of wide layers must be at least 0 and below 1, got 1"):
+        Selectivity(index).wide_layers(1)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +188,8 @@ def test_pairs_with_the_lowest_z_score_draft():
         ({"allocation": "even"}, "allocation must be one of full, linear, got 'even'"),
         ({"scoring": "mine"}, "scoring must be one of paper, upstream, got 'mine'"),
         ({"kernel": 4}, "kernel must be odd and positive, got 4"),
-        ({"drafters": (0, 4)}, "drafter layers must be from 0 to 3, got 4"),
-        ({"drafters": {5: [-1]}}, "drafter layers must be from 0 to 3, got -1"),
+        ({"wide_layers": (0, 4)}, "wide layers must be from 0 to 3, got 4"),
+        ({"wide_layers": {5: [-1]}}, "wide layers must be from 0 to 3, got -1"),
         ({"pooling": "sum"}, "pooling must be one of None, max, average, got 'sum'"),
     ],
 )
@@ -197,14 +198,29 @@ def test_settings_that_cannot_be_are_named(infinity, arguments, message):
         infinity.enable_scale_kv(**arguments)
 
 
-def test_drafters_of_a_refiner_are_its_own():
+def test_the_wide_layers_of_a_refiner_are_its_own():
     pipe = tiny.var_pipeline(num_layers=3)
     pipe.enable_collaborative(tiny.transformer(7), 2)
-    with pytest.raises(ValueError, match="drafter layers must be from 0 to 1, got 2"):
-        pipe.enable_scale_kv(0.5, drafters=(2,), refiner_drafters=(2,))
-    pipe.enable_scale_kv(0.5, drafters=(2,), refiner_drafters=(1,))
+    with pytest.raises(ValueError, match="wide layers must be from 0 to 1, got 2"):
+        pipe.enable_scale_kv(0.5, wide_layers=(2,), refiner_wide_layers=(2,))
+    pipe.enable_scale_kv(0.5, wide_layers=(2,), refiner_wide_layers=(1,))
     _, seen = watched(pipe, [1])
     assert seen[0][1] == [1, 1, 1] and seen[-2][1][1] > seen[-2][1][0]
+
+
+def test_the_old_names_are_taken_with_one_warning():
+    pipe = tiny.var_pipeline(num_layers=3)
+    pipe.enable_collaborative(tiny.transformer(7), 2)
+    with pytest.warns(FutureWarning, match="drafters is now wide_layers, refiner_drafters is now ref") as caught:
+        pipe.enable_scale_kv(0.5, drafters=(2,), refiner_drafters=(1,), kernel=3)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert pipe.scale_kv == ScaleKVConfig(0.5, (2,), kernel=3)
+    assert pipe._scale_kv_for(pipe.refiner) == ScaleKVConfig(0.5, (1,), kernel=3)
+    index = torch.tensor([[torch.nan, 1.0], [torch.nan, 2.0]])
+    with pytest.warns(FutureWarning, match="Selectivity.drafters is now wide_layers"):
+        assert Selectivity(index).drafters(0.5) == Selectivity(index).wide_layers(0.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shapers'"):
+        pipe.enable_scale_kv(0.5, shapers=(2,))
 
 
 def test_calibration_needs_prompts_and_one_model(infinity):

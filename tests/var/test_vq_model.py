@@ -5,6 +5,7 @@ import torch
 
 from draftdiff.var.quantizer import MultiScaleQuantizer, resize_area
 from tests.var import tiny
+from tests.var.tiny import assert_same_but_for_rounding
 
 
 def test_the_convolutions_are_shared_as_in_the_released_models():
@@ -19,7 +20,7 @@ def test_the_latents_of_all_scales_are_the_quantised_picture():
         features = model.quant_conv(model.encoder(picture))
         quantized = model.quantize(features)
         by_scale = model.quantize.latents_by_scale(model.encode(picture))
-    torch.testing.assert_close(by_scale[-1], quantized.latents, atol=1e-5, rtol=0)
+    assert_same_but_for_rounding(by_scale[-1], quantized.latents)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -38,7 +39,7 @@ def test_each_scale_takes_the_nearest_code_of_what_is_left(cosine):
             else:
                 distance = (left[:, :, None] - codes).square().sum(-1)
             chosen = distance.gather(-1, indices[scale][..., None])[..., 0]
-            torch.testing.assert_close(chosen, distance.min(-1).values, atol=1e-5, rtol=0)
+            assert_same_but_for_rounding(chosen, distance.min(-1).values)
             latents = latents + model.quantize.contribution(codes[indices[scale]], scale)
 
 
@@ -84,3 +85,23 @@ def test_training_reduces_the_reconstruction_error():
         optimizer.zero_grad()
         errors.append(error.item())
     assert errors[-1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("num_phi", [0, 1, 4])
+def test_a_scale_adds_a_share_of_its_smoothed_codes_and_the_rest_as_they_are(share, num_phi):
+    quantizer = tiny.vq_model(num_phi=num_phi, phi_share=share).quantize
+    assert len(quantizer.phi) == (num_phi or len(tiny.PATCH_NUMS))
+    codes = torch.randn(2, 9, 4)
+    whole = torch.nn.functional.interpolate(codes.transpose(1, 2).unflatten(2, (3, 3)), size=8, mode="bicubic")
+    phi = quantizer.phi[{0: 2, 1: 0, 4: 1}[num_phi]]  # scale 2 of 6: its own, the only one, the second of four
+    expected = (1 - share) * whole + share * phi(whole)
+    torch.testing.assert_close(quantizer.contribution(codes, 2), expected)
+
+
+def test_without_a_share_there_are_no_convolutions_and_codes_are_only_enlarged():
+    quantizer = tiny.vq_model(phi_share=0.0).quantize
+    assert len(quantizer.phi) == 0
+    codes = torch.randn(2, 9, 4)
+    whole = torch.nn.functional.interpolate(codes.transpose(1, 2).unflatten(2, (3, 3)), size=8, mode="bicubic")
+    assert torch.equal(quantizer.contribution(codes, 2), whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from draftdiff.pipelines.mini_pictures import (
+from draftdiff.pipelines.mini.pictures import (
     BACKGROUNDS,
     CLASSES,
     COLOURS,

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from draftdiff.pipelines.mini_judge import ATTRIBUTES, Judgement, compare, judge
-from draftdiff.pipelines.mini_world import (
+from draftdiff.pipelines.mini.judge import ATTRIBUTES, Judgement, compare, judge
+from draftdiff.pipelines.mini.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,

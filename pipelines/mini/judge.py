@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from draftdiff.pipelines.mini_world import (
+from draftdiff.pipelines.mini.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
@@ -42,7 +42,8 @@ class Judgement:
     overlap: float = 0.0
 
 
-def _nearest(value: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
+def nearest(value: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
+    """The colour of a palette that a value, RGB in 0..1, is near enough to."""
     distances = {name: float(np.linalg.norm(value - np.asarray(rgb) / 255)) for name, rgb in palette.items()}
     best = min(distances, key=lambda name: distances[name])
     return best if distances[best] <= NEAR_ENOUGH else None
@@ -82,14 +83,14 @@ def judge(video: np.ndarray) -> Judgement:
     border = np.concatenate([video[:, :2], video[:, -2:]], axis=1).reshape(-1, 3)
     sides = np.concatenate([video[:, :, :2], video[:, :, -2:]], axis=2).reshape(-1, 3)
     plain = np.median(np.concatenate([border, sides]), axis=0)
-    background = _nearest(plain, BACKGROUNDS)
+    background = nearest(plain, BACKGROUNDS)
 
     contrast = np.linalg.norm(video - plain, axis=-1)
     peak = float(np.percentile(contrast, 99))
     if peak < FAINTEST_SHAPE:
         return Judgement(background=background)
     weights = np.clip((contrast / peak - 0.2) / 0.6, 0.0, 1.0)
-    colour = _nearest(np.median(video[contrast > 0.8 * peak], axis=0), COLOURS)
+    colour = nearest(np.median(video[contrast > 0.8 * peak], axis=0), COLOURS)
 
     x = np.arange(width, dtype=np.float32)[None, :] + 0.5
     y = np.arange(height, dtype=np.float32)[:, None] + 0.5

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from draftdiff.pipelines.mini_picture_judge import Judgement, accuracy, judge
-from draftdiff.pipelines.mini_pictures import CLASSES, SIDE, PictureClass, draw, random_picture, random_pictures
+from draftdiff.pipelines.mini.picture_judge import Judgement, accuracy, judge
+from draftdiff.pipelines.mini.pictures import CLASSES, SIDE, PictureClass, draw, random_picture, random_pictures
 
 LABELS = list(range(len(CLASSES)))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from draftdiff.pipelines.mini_world import shape_coverage
+from draftdiff.pipelines.mini.world import shape_coverage
 
 SIDE = 64  # pixels
 

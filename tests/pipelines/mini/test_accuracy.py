@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import draftdiff
-from draftdiff.pipelines.mini_video import load_mini_video, mini_video_defaults
+from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
 
-SCRIPT = Path(__file__).resolve().parents[2] / "samples" / "score_mini_video.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "samples" / "score_mini_video.py"
 PROMPTS = 9  # each held-out combination once
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from draftdiff.pipelines.mini_pictures import (
+from draftdiff.pipelines.mini.judge import FAINTEST_SHAPE, nearest
+from draftdiff.pipelines.mini.pictures import (
     CLASSES,
     COLOURS,
     LARGEST_OFFSET,
@@ -23,9 +24,6 @@ from draftdiff.pipelines.mini_pictures import (
     picture_coverage,
 )
 
-# Distance in RGB with channels in 0..1; the closest two colours are 0.5 apart.
-NEAR_ENOUGH = 0.2
-FAINTEST_SHAPE = 0.15
 # Of a shape's mask with that of an ideal one; a circle and a square of the same area overlap by 0.83.
 LOWEST_OVERLAP = 0.8
 # Beyond what the world draws, in pixels for the place and as a factor for the radius.
@@ -72,7 +70,7 @@ def judge(picture: np.ndarray) -> Judgement:
     if peak < FAINTEST_SHAPE:
         return Judgement()
     weights = np.clip((contrast / peak - 0.2) / 0.6, 0.0, 1.0)
-    colour = _colour(np.median(picture[contrast > 0.8 * peak], axis=0))
+    colour = nearest(np.median(picture[contrast > 0.8 * peak], axis=0), COLOURS)
 
     pixels = np.arange(SIDE, dtype=np.float32) + 0.5 - SIDE / 2
     area = float(weights.sum())
@@ -89,12 +87,6 @@ def judge(picture: np.ndarray) -> Judgement:
     if overlap < LOWEST_OVERLAP or not RADII[0] / RADIUS_SLACK <= radius <= RADII[1] * RADIUS_SLACK:
         return Judgement(colour=colour, overlap=overlap)
     return Judgement(best, colour, _place(right, middle), overlap)
-
-
-def _colour(rgb: np.ndarray) -> str | None:
-    distances = {name: float(np.linalg.norm(rgb - np.asarray(known) / 255)) for name, known in COLOURS.items()}
-    nearest = min(distances, key=lambda name: distances[name])
-    return nearest if distances[nearest] <= NEAR_ENOUGH else None
 
 
 def _place(right: float, down: float) -> str | None:

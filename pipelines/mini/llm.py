@@ -1,0 +1,49 @@
+"""The mini language-model pair that ships with draftdiff: a target and its draft, which continue Python programs.
+
+`load_mini_llm()` loads both with their tokenizer from the folder beside this file, without a network. The target is a
+Llama of 6 layers and 2.3 million parameters, the draft one layer with a fifth of that, and both have seen up to 512
+tokens of the Python standard library's sources. Weights are stored in half precision.
+`samples/llm/train_mini_llm.py` is how they were made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from draftdiff.pipelines.mini import weights
+
+WEIGHTS = Path(__file__).with_name("llm_weights")
+TITLE = "mini language-model"
+MODELS = ("target", "draft")
+FILES = (
+    "tokenizer/tokenizer.json",
+    *(f"{model}/{name}" for model in MODELS for name in ("config.json", "model.safetensors")),
+)
+
+
+def load_mini_llm(
+    dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS
+) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Load target, draft and tokenizer, the models for inference.
+
+    A missing file raises FileNotFoundError and a damaged one ValueError, each naming the file.
+    """
+
+    def trio() -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
+        target, draft = (
+            LlamaForCausalLM.from_pretrained(folder / model, dtype=dtype, local_files_only=True).eval()
+            for model in MODELS
+        )
+        return target, draft, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+    return weights.load(TITLE, folder, FILES, trio)
+
+
+def mini_llm_defaults(folder: Path = WEIGHTS) -> dict[str, Any]:
+    """What is known about the pair: `length`, the chain length that suits the draft; `prompt`, an example; scores;
+    `token_counts`, how often the target wrote each token of its vocabulary, for VocabTrim."""
+    return weights.settings(TITLE, folder)
