@@ -24,7 +24,7 @@ from draftdiff.llm import (
     generate_distillation_set,
     packed_text,
 )
-from draftdiff.llm.drafters.base import check_vocabularies
+from draftdiff.llm.checks import check_vocabularies
 from draftdiff.llm_model import pretrained
 from draftdiff.media import new_folder
 from draftdiff.pipelines.mini_llm import load_mini_llm

@@ -31,8 +31,8 @@ from bench_common import RESULTS, versions, write_result
 from stdlib_corpus import PYTHON, corpus_texts
 
 from draftdiff.compare.html import Column, text_table
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import SpecKVConfig, SpecPCConfig, speckv, speckv_pc, specpc
-from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.future_attention import future_attention, kept_mass, kept_recall
 from draftdiff.media import check_writable
 from draftdiff.pipelines.mini_llm import load_mini_llm

@@ -8,8 +8,8 @@ from transformers import (
     DynamicCache,
 )
 
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import Chain, ModelDrafter, report, speculative
-from draftdiff.llm.decoder import cache_argument
 from tests.llm.generation import SHAPES, both, family, relative
 from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
 

@@ -11,8 +11,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import Chain, ModelDrafter, Sampled, report, speculative
-from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.tree import ROOT, Tree
 from draftdiff.pipelines.mini_llm import load_mini_llm
 from tests.llm.generation import SHAPES, EndsWith, both, family, relative

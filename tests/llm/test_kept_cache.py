@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from draftdiff.llm.decoder import cache_argument
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
 from tests.llm.tiny_models import prompt, tiny_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import ModelDrafter, SparsePrefill, SpecKVConfig, SpecPCConfig, speckv, specpc, speculative
-from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.kept_cache import KeptLayer
 from draftdiff.llm.observe import observing
 from tests.llm.attention import attend, causal
