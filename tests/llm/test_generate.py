@@ -6,6 +6,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    LogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
     TextIteratorStreamer,
@@ -330,3 +331,44 @@ def test_the_hosts_own_assisted_decoding_goes_wrong_where_ours_does_not(pair):
     assert torch.equal(from_cache(custom_generate=speculative, drafter=ModelDrafter(draft)), plain)
     unused = next(token for token in range(VOCABULARY) if token not in plain[0, 30:])
     assert not torch.equal(from_cache(prompt_lookup_num_tokens=3, eos_token_id=unused), plain)
+
+
+class Counting(LogitsProcessor):
+    """Allows other tokens each time it is called, whatever the text."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        allowed = [(self.calls * 7 + i) % VOCABULARY for i in range(20)]
+        self.calls += 1
+        return torch.full_like(scores, -torch.inf).index_copy(1, torch.tensor(allowed), scores[:, allowed])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_processor_of_ones_own_may_keep_state(pair, shape):
+    """It is called once a token, in order; drafts do not see it."""
+    plain = pair[0].generate(prompt(12), do_sample=False, max_new_tokens=24, logits_processor=[Counting()])
+    assert not torch.equal(plain, pair[0].generate(prompt(12), do_sample=False, max_new_tokens=24))
+    counting = Counting()
+    options = {"do_sample": False, "max_new_tokens": 24, "logits_processor": [counting]}
+    drafter = ModelDrafter(pair[1], SHAPES[shape])
+    assert torch.equal(plain, pair[0].generate(prompt(12), custom_generate=speculative, drafter=drafter, **options))
+    assert counting.calls == 24 and report(drafter).draft_forwards > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_that_has_ended_is_drafted_for_no_more(pair, shape):
+    """The draft's distributions of such a row are none, also where processors would see them."""
+    target, draft = pair
+    ids = prompt(12, batch=2)
+    options = {"repetition_penalty": 1.2, "max_new_tokens": 30}
+    plain = target.generate(ids, do_sample=False, **options)
+    end = int(plain[0, 14])
+    drafter = ModelDrafter(draft, SHAPES[shape])
+    plain, fast = both(target, drafter, ids, eos_token_id=end, **options)
+    assert torch.equal(plain, fast)
+    lengths = [row.tolist().index(end) + 1 if end in row else 30 for row in plain[:, 12:]]
+    assert min(lengths) == 3 < max(lengths)
+    done = report(drafter)
+    assert done.tokens == sum(lengths) and done.rounds < done.tokens < done.rounds + done.drafted
