@@ -1,7 +1,6 @@
 """The observer changes nothing, sees what the attention really is, and is gone afterwards."""
 
 import copy
-import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -212,12 +211,11 @@ def test_threads_with_a_model_each_do_not_disturb_each_other():
     assert names() <= before
 
 
-def test_an_observed_model_can_be_copied_and_pickled():
+def test_an_observed_model_can_be_copied():
     model = tiny_model()
     with observing(model, lambda call: None):
         model(prompt(6))
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        seen = []
-        with observing(again, seen.append):
-            again(prompt(6))
-        assert len(seen) == 3
+    again, seen = copy.deepcopy(model), []
+    with observing(again, seen.append):
+        again(prompt(6))
+    assert len(seen) == 3
