@@ -28,7 +28,7 @@ $(OLDEST): $(READY)
 	touch $(OLDEST)
 
 test-oldest: $(READY) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/llm tests/pipelines/test_mini_llm.py tests/test_llm_cli.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/hosts/test_transformers.py tests/llm tests/pipelines/test_mini_llm.py tests/test_llm_cli.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -96,11 +96,13 @@ Observer = Callable[[AttentionCall], "Tensor | None"]
 class _Turns:
     """Kept on a model, whose threads observe it one at a time: the name of an attention is the model's, not a thread's.
 
-    left: names that another thread used, and may be about to look up, when their context ended. A copy starts anew.
+    left: names that another thread used, and may be about to look up, when their context ended; they go with the model
+    at the latest. A copy starts anew.
     """
 
     def __init__(self) -> None:
         self.lock, self.left = threading.RLock(), set[str]()
+        weakref.finalize(self, _forget, self.left)
 
     def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
         return _Turns, ()
@@ -123,20 +125,22 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     )
     turns = vars(model).setdefault("_draftdiff_turns", _Turns())
     with turns.lock:
-        left, turns.left = turns.left, set()
+        left = set(turns.left)
         observation = _Observation(model, observer)
         try:
             observation.begin(model)
             yield
         finally:
             observation.end()
+            turns.left -= left
+            _forget(left if observation.shared else left | {observation.name})
             if observation.shared:
                 turns.left.add(observation.name)
-                weakref.finalize(model, forget_attention, observation.name)
-            else:
-                forget_attention(observation.name)
-            for name in left:
-                forget_attention(name)
+
+
+def _forget(names: set[str]) -> None:
+    for name in names:
+        forget_attention(name)
 
 
 class _Observation:

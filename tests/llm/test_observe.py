@@ -1,6 +1,7 @@
 """The observer changes nothing, sees what the attention really is, and is gone afterwards."""
 
 import copy
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -184,17 +185,23 @@ def test_threads_that_observe_a_model_take_turns():
 
 
 def test_another_threads_use_of_the_model_is_not_observed():
-    model, ids, threads = tiny_model(), prompt(20), set()
+    model, ids, threads, before = tiny_model(), prompt(20), set(), names()
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
     with ThreadPoolExecutor(1) as pool, observing(model, lambda call: threads.add(threading.get_ident())):
         model(ids)
         other = pool.submit(model.generate, ids, max_new_tokens=8, do_sample=False)
         assert torch.equal(other.result(), plain)
     assert threads == {threading.get_ident()} and model.config._attn_implementation == "sdpa"
-    before = names()
+    (left,) = names() - before  # the other thread may have been about to look it up
     with observing(model, lambda call: None):
         model(ids)
-    assert names() <= before  # a name that nobody else used does not wait for the one before it
+    assert names() <= before
+    with ThreadPoolExecutor(1) as pool, observing(model, lambda call: None):
+        pool.submit(model, ids).result()
+    assert len(names() - before) == 1 and left not in names()
+    del model
+    gc.collect()
+    assert names() <= before  # it went with the model
 
 
 def test_threads_with_a_model_each_do_not_disturb_each_other():
