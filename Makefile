@@ -28,7 +28,7 @@ $(OLDEST): $(READY)
 	touch $(OLDEST)
 
 test-oldest: $(READY) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/llm tests/pipelines/mini/test_llm.py tests/cli/test_llm.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/hosts/test_transformers.py tests/llm tests/pipelines/mini/test_llm.py tests/cli/test_llm.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -173,7 +173,7 @@ def test_imports_point_downwards(name):
         ("core", "from draftdiff.models.frames import frames_of", "models"),
         ("core", "import numpy", "numpy"),
         ("kernels", "from draftdiff.something_new import x", "something_new"),
-        ("video", "from draftdiff.llm.generate import speculative", "llm"),
+        ("video", "from draftdiff.llm.speculation import speculative", "llm"),
         ("llm", "from draftdiff import DraftAttentionConfig", "video"),
         ("models", "import draftdiff.compare.html", "compare"),
         ("compare", "def late():\n    from draftdiff.cli import main", "cli"),

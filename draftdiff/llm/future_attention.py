@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from draftdiff.llm.checks import check_prompt
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_prompt
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from draftdiff.core.importance import gather_kv
+from draftdiff.llm.checks import require
 
 
 class KeptLayer(DynamicLayer):
@@ -50,21 +51,41 @@ class KeptLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -tokens_to_remove tokens. Raises ValueError for a positive number, which would be an absolute
         length in older hosts, and for more tokens than came after the last `keep`."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        require(tokens_to_remove <= 0, f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
         fresh = self.physical_length - (self._fixed if self.dropped else 0)
-        if -tokens_to_remove > fresh:
-            raise ValueError(
-                f"at most {fresh} tokens came after the eviction and can be removed, got {tokens_to_remove}"
-            )
+        require(
+            -tokens_to_remove <= fresh,
+            f"at most {fresh} tokens came after the eviction and can be removed, got {tokens_to_remove}",
+        )
         self.keys, self.values = self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]
 
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
         self.dropped = self._fixed = 0
+
+
+class WindowLayer(KeptLayer):
+    """A sliding-window layer that keeps what it is fed until told to forget, so that branches can be taken back."""
+
+    is_sliding = True
+
+    def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
+        super().__init__()
+        self.window = layer.sliding_window
+        if layer.is_initialized:
+            self.lazy_initialization(layer.keys, layer.values)
+            self.keys, self.values = layer.keys, layer.values
+        self.dropped = layer.get_seq_length() - self.physical_length
+
+    def forget(self) -> None:
+        """Drop what is out of the window, once that is most of the layer."""
+        if self.keys is not None and self.values is not None and self.physical_length > 2 * self.window:
+            self.dropped += self.physical_length - (self.window - 1)
+            self.keys = self.keys[..., 1 - self.window :, :].clone()
+            self.values = self.values[..., 1 - self.window :, :].clone()
 
 
 class KeptCache(DynamicCache):
@@ -78,19 +99,22 @@ class KeptCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
+        kind = config.model_type
         for number, layer in enumerate(self.layers):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                raise ValueError(
-                    f"layers must be full or sliding-window attention, layer {number} of {config.model_type} keeps a "
-                    f"{type(layer).__name__}"
-                )
-        if getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0) != len(self.layers):
-            raise ValueError(f"each layer must have keys of its own, {config.model_type} shares them between layers")
-        self.layers = [KeptLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
-        if not self.kept_layers:
-            raise ValueError(
-                f"there must be a layer to evict from, all {len(self.layers)} of {config.model_type} have a window"
+            require(
+                type(layer) in (DynamicLayer, DynamicSlidingWindowLayer),
+                f"layers must be full or sliding-window attention, layer {number} of {kind} keeps a "
+                f"{type(layer).__name__}",
             )
+        require(
+            getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0) == len(self.layers),
+            f"each layer must have keys of its own, {kind} shares them between layers",
+        )
+        self.layers = [KeptLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        require(
+            bool(self.kept_layers),
+            f"there must be a layer to evict from, all {len(self.layers)} of {kind} have a window",
+        )
 
     @property
     def kept_layers(self) -> dict[int, KeptLayer]:

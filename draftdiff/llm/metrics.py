@@ -14,11 +14,6 @@ def acceptance_rate(p: Tensor, q: Tensor) -> Tensor:
     return torch.minimum(p, q).sum(-1)
 
 
-def block_efficiency(acceptance: float, length: int) -> float:
-    """Tokens per target forward of a chain of `length` drafts of equal acceptance (arXiv 2211.17192, equation 1)."""
-    return sum(acceptance**k for k in range(length + 1))
-
-
 def mbsu(tokens_per_forward: float, cost: float, drafts: float) -> float:
     """Memory-bound speed-up (arXiv 2403.00858): tau / (c * gamma + 1).
 

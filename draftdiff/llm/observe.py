@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +14,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from draftdiff.core.importance import attention_mass
+from draftdiff.hosts.transformers import (
+    attention_name,
+    attention_of,
+    dispatches_attention,
+    forget_attention,
+    set_attention_name,
+)
+from draftdiff.llm.checks import require
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,11 @@ class AttentionCall:
         Raises ValueError for a mask that is no tensor (flex_attention's).
         """
         keys = self.key.shape[2]
-        if self.mask is not None and not isinstance(self.mask, Tensor):
-            raise ValueError(
-                f"attention masks must be tensors, got {type(self.mask).__name__}; load the model with "
-                "attn_implementation 'sdpa' or 'eager'"
-            )
+        require(
+            self.mask is None or isinstance(self.mask, Tensor),
+            f"attention masks must be tensors, got {type(self.mask).__name__}; load the model with "
+            "attn_implementation 'sdpa' or 'eager'",
+        )
         if self.mask is not None and self.mask.ndim == 4:
             mask = self.mask[:, :1, -rows:, :keys]
             return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -86,10 +91,21 @@ class AttentionCall:
 
 
 Observer = Callable[[AttentionCall], "Tensor | None"]
-# An attention implementation belongs to the model, not to a thread: one observes at a time.
-_TURNS: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
-_ALONE = threading.Lock()
-_RETIRED: dict[str, float] = {}  # names and when they may go
+
+
+class _Turns:
+    """Kept on a model, whose threads observe it one at a time: the name of an attention is the model's, not a thread's.
+
+    left: names that another thread used, and may be about to look up, when their context ended; they go with the model
+    at the latest. A copy starts anew.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.left = threading.RLock(), set[str]()
+        weakref.finalize(self, _forget, self.left)
+
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        return _Turns, ()
 
 
 @contextmanager
@@ -100,87 +116,84 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     implementation, with outputs bit for bit as without an observer; so it is for other threads that use the model
     meanwhile, while those that would observe it too wait for their turn. On exit, also by an exception, the
     implementations are what they were and the temporary name is in no registry (where another thread used it, the next
-    context a second later takes it out). Contexts may be nested.
+    context of the model takes it out, or the model's end). Contexts may be nested.
     Raises ValueError for a model that does not take its attention from transformers' AttentionInterface.
     """
-    if not _dispatches(model):
-        raise ValueError(
-            f"the model must take its attention from transformers' AttentionInterface, {type(model).__name__} does not"
-        )
-    with _ALONE:
-        turn = _TURNS.setdefault(model, threading.RLock())
-    with turn:
-        yield from _observing(model, observer)
+    require(
+        dispatches_attention(model),
+        f"the model must take its attention from transformers' AttentionInterface, {type(model).__name__} does not",
+    )
+    turns = vars(model).setdefault("_draftdiff_turns", _Turns())
+    with turns.lock:
+        left = set(turns.left)
+        observation = _Observation(model, observer)
+        try:
+            observation.begin(model)
+            yield
+        finally:
+            observation.end()
+            turns.left -= left
+            _forget(left if observation.shared else left | {observation.name})
+            if observation.shared:
+                turns.left.add(observation.name)
 
 
-def _observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
-    owner, shared = threading.get_ident(), False
-    before = {id(config): (config, config._attn_implementation) for config in _configs(model)}
+def _forget(names: set[str]) -> None:
+    for name in names:
+        forget_attention(name)
 
-    def own(config: Any) -> str:
-        return before.get(id(config), before[id(model.config)])[1]
 
-    def is_owner() -> bool:
-        nonlocal shared
-        shared |= threading.get_ident() != owner
-        return threading.get_ident() == owner
+class _Observation:
+    """An attention under a name of its own, which calls the observer and then what the model had before."""
+
+    def __init__(self, model: PreTrainedModel, observer: Observer) -> None:
+        self.observer: Observer | None = observer
+        self.name = f"draftdiff_observer_{id(self):x}"
+        self.owner, self.shared = threading.get_ident(), False  # whether another thread came by, too
+        self.before = [(config, attention_name(config)) for config in _configs(model)]
+        self.whole = attention_name(model.config)
+
+    def begin(self, model: PreTrainedModel) -> None:
+        AttentionInterface.register(self.name, self.attend)
+        AttentionMaskInterface.register(self.name, self.make_mask)
+        model.set_attn_implementation(self.name)
+
+    def end(self) -> None:
+        for config, name in self.before:
+            set_attention_name(config, name)
+        self.observer = None  # what it holds must not live as long as a name that is left
+
+    def own(self, config: Any) -> str:
+        """The attention that the model has by itself where this is the configuration."""
+        return next((name for known, name in self.before if known is config), self.whole)
+
+    def make_mask(self, *args: Any, config: Any = None, **given: Any) -> Any:
+        return AttentionMaskInterface()[self.own(config)](*args, config=config, **given)
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
     ) -> tuple[Tensor, Tensor | None]:
-        scale = given.get("scaling")
-        call = AttentionCall(
-            getattr(module, "layer_idx", -1),
-            module,
-            query,
-            key,
-            value,
-            query.shape[-1] ** -0.5 if scale is None else scale,
-            attention_mask,
-            given.get("softcap"),
-            given.get("sliding_window"),
-            given.get("s_aux"),
-        )
-        out = observer(call) if is_owner() else None
+        out = None
+        if threading.get_ident() != self.owner:
+            self.shared = True
+        elif self.observer is not None:
+            scale = given.get("scaling")
+            call = AttentionCall(
+                getattr(module, "layer_idx", -1),
+                module,
+                query,
+                key,
+                value,
+                query.shape[-1] ** -0.5 if scale is None else scale,
+                attention_mask,
+                given.get("softcap"),
+                given.get("sliding_window"),
+                given.get("s_aux"),
+            )
+            out = self.observer(call)
         if out is not None:
             return out, None
-        return _implementation(module, own(module.config))(module, query, key, value, attention_mask, **given)
-
-    def make_mask(*args: Any, config: Any = None, **given: Any) -> Any:
-        return AttentionMaskInterface()[own(config)](*args, config=config, **given)
-
-    name = f"draftdiff_observer_{id(attend):x}"
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, make_mask)
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        for config, implementation in before.values():
-            config._attn_implementation_internal = implementation
-        observer = _nothing
-        # Another thread that uses the model may have just read the name from it and be about to look it up.
-        with _ALONE:
-            _RETIRED[name] = time.monotonic() + (1.0 if shared else 0.0)
-            _forget_names()
-
-
-def _nothing(call: AttentionCall) -> None:
-    """What is observed once a context has ended."""
-
-
-def _forget_names() -> None:
-    now = time.monotonic()
-    for name in [name for name, due in _RETIRED.items() if due <= now]:
-        del _RETIRED[name]
-        # The registries have no public way to take a name out.
-        AttentionInterface._global_mapping.pop(name)
-        AttentionMaskInterface._global_mapping.pop(name)
-
-
-def _dispatches(model: PreTrainedModel) -> bool:
-    homes = {type(module).__module__ for module in model.modules() if hasattr(module, "layer_idx")}
-    return bool(homes) and all("get_interface" in inspect.getsource(sys.modules[home]) for home in homes)
+        return attention_of(module, self.own(module.config))(module, query, key, value, attention_mask, **given)
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -188,10 +201,3 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     for config in found:  # grows while it is walked: configurations hold others
         found += [inner for name in config.sub_configs if (inner := getattr(config, name, None)) is not None]
     return found
-
-
-def _implementation(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function that the module itself would have called: "eager" is each modelling file's own."""
-    home = vars(sys.modules[type(module).__module__])
-    registry = home.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface())
-    return registry.get_interface(name, home.get("eager_attention_forward"))

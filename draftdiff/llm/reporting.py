@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftdiff.llm.metrics import mbsu
+
+if TYPE_CHECKING:
+    from draftdiff.llm.drafters.base import Drafter
 
 
 @dataclass
@@ -82,9 +85,8 @@ class Report:
         )
 
 
-def report(drafter: Any) -> Report:
+def report(drafter: Drafter) -> Report:
     """What the last generation with this drafter did. Raises ValueError if there was none."""
-    last = getattr(drafter, "last_report", None)
-    if last is None:
+    if drafter.last_report is None:
         raise ValueError(f"{type(drafter).__name__} has not been used in a generation yet")
-    return last
+    return drafter.last_report

@@ -15,11 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.core.importance import POOLINGS, importance_order, smooth
-from draftdiff.llm.decoder import cache_argument
-from draftdiff.llm.drafters.base import check_vocabularies, vocabulary_size
+from draftdiff.hosts.transformers import cache_argument, last_logits_only
+from draftdiff.llm.checks import (
+    check_decoding,
+    check_length,
+    check_prompt,
+    check_vocabularies,
+    require,
+    vocabulary_size,
+)
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_length, check_prompt, lookahead, positions
+from draftdiff.llm.pair import lookahead, positions
 from draftdiff.llm.sparse_prefill import SparsePrefill, check_sparse, sparse_attention
 
 REDUCES = ("max", "mean")
@@ -46,17 +53,14 @@ class SpecKVConfig:
     sparse_prefill: SparsePrefill | None = None
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
-        if self.capacity < self.window:
-            raise ValueError(f"capacity must be at least the window of {self.window}, got {self.capacity}")
-        if self.lookahead is not None and self.lookahead < 0:
-            raise ValueError(f"lookahead must be at least 0, got {self.lookahead}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd and positive, got {self.kernel}")
+        require(self.window >= 1, f"window must be at least 1, got {self.window}")
+        require(
+            self.capacity >= self.window, f"capacity must be at least the window of {self.window}, got {self.capacity}"
+        )
+        require((self.lookahead or 0) >= 0, f"lookahead must be at least 0, got {self.lookahead}")
+        require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel must be odd and positive, got {self.kernel}")
         for name, value, allowed in (("pool", self.pool, POOLINGS), ("reduce", self.reduce, REDUCES)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclass
@@ -102,14 +106,20 @@ class _Eviction:
         self.held = prompt - 1  # the last prompt token's keys are left to whoever decodes
         self.indices: dict[int, Tensor] | None = {} if return_indices else None
         self.peak_bytes = self.full_bytes = 0
+        self.seen: set[int] = set()
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
         layer = self.cache.layers[call.layer]
-        if layer.keys.shape[1] != call.key.shape[1]:
-            raise ValueError(
-                f"layers must hold the keys that they attend to, layer {call.layer} holds {layer.keys.shape[1]} heads "
-                f"and attends to {call.key.shape[1]} (compressed keys, as of multi-head latent attention)"
-            )
+        require(
+            call.layer not in self.seen,
+            f"each layer must attend once, layer {call.layer} of {type(call.module).__name__} does several times",
+        )
+        self.seen.add(call.layer)
+        require(
+            layer.keys.shape[1] == call.key.shape[1],
+            f"layers must hold the keys that they attend to, layer {call.layer} holds {layer.keys.shape[1]} heads "
+            f"and attends to {call.key.shape[1]} (compressed keys, as of multi-head latent attention)",
+        )
         incoming = self.cache.nbytes
         if isinstance(layer, KeptLayer):
             kept, out = self._choose(call)
@@ -171,26 +181,33 @@ def speckv(
     padding on the right, and layers that cannot be evicted from.
     """
     config = config or SpecKVConfig()
-    mask = check_prompt(model, ids, attention_mask)
+    mask = check_eviction(model, draft, ids, attention_mask)
     wanted = config.lookahead if config.lookahead is not None else max_new_tokens or DEFAULT_LOOKAHEAD
-    check_decoding(model)
-    KeptCache(model.config)  # before the draft's work: raises for layers that cannot be evicted from
-    if draft is not None:
-        check_vocabularies(model, draft)
-        check_prompt(draft, ids, mask)
-    elif wanted:
-        raise ValueError(f"a lookahead of {wanted} tokens needs a draft model, got None; lookahead=0 does without")
+    require(
+        draft is not None or not wanted,
+        f"a lookahead of {wanted} tokens needs a draft model, got None; lookahead=0 does without",
+    )
     started = time.perf_counter()
     if draft is not None and wanted and ids.shape[1] - 1 > config.capacity:
         ahead, valid = lookahead(draft, ids, mask, wanted, vocabulary_size(model))
     else:
         ahead = valid = ids[:, :0]
-    wait_for(model)
-    drafted = time.perf_counter()
-    cache, info = evicting_prefill(model, ids, mask, ahead, valid, config, return_indices=return_indices)
-    wait_for(model)
-    info.draft_seconds, info.prefill_seconds = drafted - started, time.perf_counter() - drafted
-    return cache, info
+    return evicting_prefill(
+        model, ids, mask, ahead, valid, config, draft_started=started, return_indices=return_indices
+    )
+
+
+def check_eviction(
+    model: PreTrainedModel, draft: PreTrainedModel | None, ids: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """The attention mask, int64 like ids. Raises ValueError, before any work, for what speckv cannot take."""
+    mask = check_prompt(model, ids, attention_mask)
+    check_decoding(model)
+    KeptCache(model.config)  # raises for layers that cannot be evicted from
+    if draft is not None:
+        check_vocabularies(model, draft)
+        check_prompt(draft, ids, mask)
+    return mask
 
 
 @torch.no_grad()
@@ -202,9 +219,15 @@ def evicting_prefill(
     valid: Tensor,
     config: SpecKVConfig,
     *,
+    draft_started: float,
     return_indices: bool = False,
 ) -> tuple[KeptCache, SpecKVInfo]:
-    """What speckv does once it has the draft's continuation `ahead` [batch, tokens], of which `valid` ones vote."""
+    """What speckv does once it has the draft's continuation `ahead` [batch, tokens], of which `valid` ones vote.
+
+    draft_started: when the draft began, by time.perf_counter.
+    """
+    wait_for(model)
+    drafted = time.perf_counter()
     cache = KeptCache(model.config)
     prompt = ids.shape[1]
     check_length(model, prompt + ahead.shape[1])
@@ -220,9 +243,10 @@ def evicting_prefill(
                 attention_mask=None if bool(attention_mask.all()) else _extended(attention_mask, ahead),
                 position_ids=positions(_extended(attention_mask, ahead)),
                 use_cache=True,
-                **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {}),
+                **last_logits_only(model),
                 **{cache_argument(model): cache},
             )
+    wait_for(model)
     kept = next(iter(cache.kept_layers.values()))
     info = SpecKVInfo(
         capacity=config.capacity,
@@ -233,6 +257,8 @@ def evicting_prefill(
         kept_bytes=cache.nbytes,
         peak_bytes=eviction.peak_bytes,
         lookahead=ahead,
+        draft_seconds=drafted - draft_started,
+        prefill_seconds=time.perf_counter() - drafted,
         indices=eviction.indices or {},
     )
     return cache, info
@@ -240,15 +266,6 @@ def evicting_prefill(
 
 def _extended(attention_mask: Tensor, ahead: Tensor) -> Tensor:
     return torch.cat([attention_mask, torch.ones_like(ahead)], dim=1)
-
-
-def check_decoding(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose `generate` would refuse a cache that is given."""
-    chosen = model.generation_config.cache_implementation
-    if chosen not in (None, "hybrid"):  # which the host drops by itself
-        raise ValueError(
-            f"generation_config.cache_implementation must be None to decode from a cache that is given, got {chosen!r}"
-        )
 
 
 def wait_for(model: PreTrainedModel) -> None:

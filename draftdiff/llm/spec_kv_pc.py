@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.llm.drafters.base import check_vocabularies, vocabulary_size
+from draftdiff.llm.checks import require, vocabulary_size
 from draftdiff.llm.kept_cache import KeptCache
-from draftdiff.llm.pair import check_prompt, lookahead
-from draftdiff.llm.spec_kv import SpecKVConfig, SpecKVInfo, check_decoding, evicting_prefill, wait_for
+from draftdiff.llm.pair import lookahead
+from draftdiff.llm.spec_kv import SpecKVConfig, SpecKVInfo, check_eviction, evicting_prefill
 from draftdiff.llm.spec_pc import SpecPCConfig, observed
 
 COMPRESS = SpecPCConfig(capacity=2048, lookahead=8)
@@ -38,19 +38,16 @@ def speckv_pc(
     Raises ValueError for more than one prompt, and as speckv and specpc do.
     """
     evict, compress = evict or SpecKVConfig(), compress or COMPRESS
-    if evict.lookahead is not None:
-        raise ValueError(f"the lookahead of evict must be None, as that of compress serves both, got {evict.lookahead}")
-    if evict.capacity > compress.capacity:
-        raise ValueError(
-            f"the capacity of evict must be at most that of compress, {compress.capacity}, got {evict.capacity}"
-        )
-    mask = check_prompt(draft, ids, None)
-    if len(ids) != 1:
-        raise ValueError(f"speckv_pc takes one prompt at a time, got {len(ids)}")
-    check_vocabularies(model, draft)
-    check_prompt(model, ids, None)
-    check_decoding(model)
-    KeptCache(model.config)  # before the draft's work: raises for layers that cannot be evicted from
+    require(
+        evict.lookahead is None,
+        f"the lookahead of evict must be None, as that of compress serves both, got {evict.lookahead}",
+    )
+    require(
+        evict.capacity <= compress.capacity,
+        f"the capacity of evict must be at most that of compress, {compress.capacity}, got {evict.capacity}",
+    )
+    mask = check_eviction(model, draft, ids, None)
+    require(len(ids) == 1, f"speckv_pc takes one prompt at a time, got {len(ids)}")
     started = time.perf_counter()
     size = vocabulary_size(model)
     if ids.shape[1] > compress.capacity:
@@ -58,11 +55,9 @@ def speckv_pc(
     else:
         keep = torch.arange(ids.shape[1], device=ids.device)
         ahead, valid = lookahead(draft, ids, mask, compress.lookahead, size)
-    wait_for(draft)
-    drafted = time.perf_counter()
     short = ids[:, keep]
-    cache, info = evicting_prefill(model, short, mask[:, keep], ahead, valid, evict, return_indices=return_indices)
-    wait_for(model)
-    info.draft_seconds, info.prefill_seconds = drafted - started, time.perf_counter() - drafted
+    cache, info = evicting_prefill(
+        model, short, mask[:, keep], ahead, valid, evict, draft_started=started, return_indices=return_indices
+    )
     info.prompt_indices = keep
     return short, cache, info

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.core.importance import importance_order, smooth
-from draftdiff.llm.drafters.base import vocabulary_size
+from draftdiff.llm.checks import check_prompt, require, vocabulary_size
 from draftdiff.llm.observe import AttentionCall, observing
-from draftdiff.llm.pair import check_prompt, lookahead
+from draftdiff.llm.pair import lookahead
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,11 @@ class SpecPCConfig:
 
     def __post_init__(self) -> None:
         for name in ("window", "kernel", "lookahead"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.capacity < self.window:
-            raise ValueError(f"capacity must be at least the window of {self.window}, got {self.capacity}")
-        if not 0 <= self.start < 1:
-            raise ValueError(f"start must be a share of the depth, at least 0 and below 1, got {self.start}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(
+            self.capacity >= self.window, f"capacity must be at least the window of {self.window}, got {self.capacity}"
+        )
+        require(0 <= self.start < 1, f"start must be a share of the depth, at least 0 and below 1, got {self.start}")
 
 
 def specpc(

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from draftdiff.errors import UserError
-from draftdiff.llm.decoder import cache_argument
-from draftdiff.llm.drafters.model import Chain, KBest, ModelDrafter, Sampled
+from draftdiff.hosts.transformers import cache_argument
+from draftdiff.llm.drafters.model import ModelDrafter
 from draftdiff.llm.drafters.ngram import NGramDrafter
-from draftdiff.llm.generate import speculative
+from draftdiff.llm.drafters.shapes import Chain, KBest, Sampled
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.spec_kv import SpecKVConfig, speckv
 from draftdiff.llm.spec_kv_pc import speckv_pc
 from draftdiff.llm.spec_pc import SpecPCConfig, specpc
+from draftdiff.llm.speculation import speculative
 from draftdiff.llm.train.trim import trim
 from draftdiff.models.llm import LanguageModel
 

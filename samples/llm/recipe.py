@@ -24,7 +24,7 @@ from draftdiff.llm import (
     generate_distillation_set,
     packed_text,
 )
-from draftdiff.llm.drafters.base import check_vocabularies
+from draftdiff.llm.checks import check_vocabularies
 from draftdiff.models.devices import device_name, find_device
 from draftdiff.models.llm import pretrained
 from draftdiff.pipelines.mini.llm import load_mini_llm

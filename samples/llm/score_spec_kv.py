@@ -32,8 +32,8 @@ from stdlib_corpus import PYTHON, corpus_texts
 
 from draftdiff.compare.table import Column, text_table
 from draftdiff.files import check_writable
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import SpecKVConfig, SpecPCConfig, speckv, speckv_pc, specpc
-from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.future_attention import future_attention, kept_mass, kept_recall
 from draftdiff.pipelines.mini.llm import load_mini_llm
 

@@ -8,8 +8,8 @@ from transformers import (
     DynamicCache,
 )
 
-from draftdiff.llm import Chain, ModelDrafter, report, speculative
-from draftdiff.llm.decoder import cache_argument
+from draftdiff.hosts.transformers import cache_argument
+from draftdiff.llm import Chain, ModelDrafter, NGramDrafter, NGramTable, report, speculative
 from tests.llm.generation import SHAPES, both, family, relative
 from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
 
@@ -190,3 +190,60 @@ def test_layers_may_use_the_keys_of_others():
             options = {"do_sample": False, "max_new_tokens": 24, "custom_generate": speculative}
             fast = target.generate(**given, **options, drafter=ModelDrafter(target, shape))
             assert torch.equal(plain, fast)
+
+
+def tiny_gemma3():
+    """A model of pictures and text, as AutoModelForCausalLM makes it."""
+    text = {"head_dim": 16, "vocab_size": VOCABULARY, "sliding_window": 16, **LAYERS}
+    pictures = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config=pictures | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=90,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize("shape", ["chain", "best"])
+def test_models_of_pictures_and_text_take_drafts_of_text(shape):
+    target, ids = tiny_gemma3(), prompt(20, batch=2, vocab_size=80)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    drafter = ModelDrafter(family("gemma3_text"), SHAPES[shape])
+    for given in ({}, {"token_type_ids": torch.zeros_like(ids[:1])}):
+        plain, fast = both(target, drafter, ids[:1], eos_token_id=[], **given)
+        assert torch.equal(plain, fast)
+    plain, fast = both(target, drafter, ids, attention_mask=mask, eos_token_id=[])
+    assert torch.equal(plain, fast)
+    with pytest.raises(ValueError, match="takes token ids only, got token_type_ids"):
+        both(target, drafter, ids[:1], token_type_ids=torch.ones_like(ids[:1]))
+
+
+TABLES = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_drafts_do_not_outrun_the_targets_table_of_positions(kind):
+    """The text ends one token before its table does; drafts go on for longer."""
+    target = other_kind(kind, **TABLES[kind])
+    ids = prompt(50, batch=2)
+    plain = target.generate(ids[:1], do_sample=False, max_new_tokens=14)
+    table = NGramTable([[*plain[0].tolist(), *range(1, 9)]])
+    for given in ({}, {"attention_mask": torch.ones_like(ids).index_fill_(1, torch.arange(5), 0)}):
+        rows = ids[:1] if not given else ids
+        whole = target.generate(rows, do_sample=False, max_new_tokens=14, **given)
+        ends = whole[:, -1].tolist()
+        for drafter in (NGramDrafter(table, depth=8), ModelDrafter(target, Chain(8)), ModelDrafter(tiny_model())):
+            expected, fast = both(target, drafter, rows, max_new_tokens=14, **given)
+            assert torch.equal(expected, fast)
+            expected, fast = both(target, drafter, rows, max_new_tokens=500, eos_token_id=ends, **given)
+            assert torch.equal(expected, fast)

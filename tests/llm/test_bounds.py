@@ -219,3 +219,24 @@ def test_a_verifier_must_fit_the_sampler():
     p, q = distributions(4, 0)
     with pytest.raises(ValueError, match="verifier for sampler 'greedy' must be one of greedy, match, got 'rrs'"):
         expected_acceptance(p, q, 2, "greedy", "rrs")
+
+
+@pytest.mark.parametrize("sampler", ["without_replacement", "greedy"])
+def test_as_many_drafts_as_the_draft_can_give_are_allowed_and_one_more_is_not(sampler):
+    p, q = distributions(5, 0)
+    q = q.index_fill(0, torch.tensor([1, 3]), 0)
+    assert acceptance_upper_bound(p, q, 3, sampler) <= 1
+    with pytest.raises(ValueError, match="n must be at most the 3 tokens that q can give, got 4"):
+        acceptance_upper_bound(p, q, 4, sampler)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_each_tokens_chance_to_be_drawn_is_that_of_enumeration(n):
+    q = torch.tensor([0.6, 0.2, 0.1, 0.06, 0.03, 0.01], dtype=torch.float64)
+    expected = torch.zeros(6, dtype=torch.float64)
+    for tokens in itertools.permutations(range(6), n):
+        chance, left = 1.0, 1.0
+        for token in tokens:
+            chance, left = chance * float(q[token]) / left, left - float(q[token])
+        expected[list(tokens)] += chance
+    torch.testing.assert_close(bounds._Races(q, n).included(), expected, atol=1e-6, rtol=0)

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from draftdiff.llm.decoder import cache_argument
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm.kept_cache import KeptCache, KeptLayer, end_sliding_layer
+from tests.llm.rounding import assert_rounded
 from tests.llm.tiny_models import prompt, tiny_model
 
 
@@ -86,7 +87,7 @@ def test_several_tokens_at_once_are_as_one_by_one_and_rejected_ones_leave_no_tra
     expected = torch.cat([model(new[:, i : i + 1], **{name: single}).logits for i in range(3)], dim=1)
 
     at_once = model(new, **{name: copy.deepcopy(cache)}).logits  # the host's own mask and positions
-    torch.testing.assert_close(at_once, expected, rtol=0, atol=1e-4)
+    assert_rounded(at_once, expected, model, ids)
 
     def masks(tokens):
         """By layer type: all that is there, and causal among the new."""
@@ -103,7 +104,7 @@ def test_several_tokens_at_once_are_as_one_by_one_and_rejected_ones_leave_no_tra
     cache.crop(-2)
     assert cache.get_seq_length() == 13 and next(iter(cache.kept_layers.values())).physical_length == 8
     rest = model(new[:, 1:], attention_mask=masks(2), position_ids=where[:, 1:], **{name: cache}).logits
-    torch.testing.assert_close(rest, expected[:, 1:], rtol=0, atol=1e-4)
+    assert_rounded(rest, expected[:, 1:], model, ids)
 
 
 def test_a_sliding_layer_ends_as_the_host_would_have_left_it():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftdiff.llm.metrics import acceptance_rate, block_efficiency, bytes_per_forward, mbsu
+from draftdiff.llm.metrics import acceptance_rate, bytes_per_forward, mbsu
 from tests.llm.tiny_models import tiny_model
 
 
@@ -11,13 +11,7 @@ def test_acceptance_is_one_minus_the_total_variation():
     torch.testing.assert_close(acceptance_rate(p, q), 1 - (p - q).abs().sum(-1) / 2)
 
 
-def test_block_efficiency_counts_the_targets_own_token():
-    assert block_efficiency(0.0, 4) == 1
-    assert block_efficiency(1.0, 4) == 5
-    assert block_efficiency(0.5, 2) == pytest.approx(1.75)
-
-
-def test_a_free_draft_gains_its_block_efficiency():
+def test_a_free_draft_gains_all_its_tokens_per_forward():
     assert mbsu(3.0, 0.0, 5) == 3.0
     assert mbsu(3.0, 0.1, 5) == pytest.approx(2.0)
 

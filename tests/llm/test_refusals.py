@@ -12,8 +12,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import Chain, KBest, ModelDrafter, Sampled, report, speculative
-from draftdiff.llm.decoder import cache_argument
 from tests.llm.generation import both
 from tests.llm.tiny_models import VOCABULARY, prompt, tiny_model
 

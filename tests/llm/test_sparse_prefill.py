@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import KeptCache, SparsePrefill, SpecKVConfig, speckv
-from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.observe import observing
 from draftdiff.llm.sparse_prefill import vertical_slash_attention
 from tests.llm.attention import attend, causal

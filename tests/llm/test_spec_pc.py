@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import SpecKVConfig, SpecPCConfig, speckv, speckv_pc, specpc
-from draftdiff.llm.decoder import cache_argument
 from draftdiff.llm.spec_pc import counted_layers, observed, select_tokens
 from tests.llm.tiny_models import FAMILIES, prompt, tiny_model
 

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList
 
 from draftdiff.llm.decoder import TreeDecoder
+from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import Tree
 
 
-@dataclass
+@dataclass(frozen=True)
 class Context:
     """The state of a generation before a round. Lists have one entry per row of the batch.
 
     target: the target model with its cache; the last token of each row is not in it yet.
-    ids: tokens so far with their padding, int64 [1, tokens], views that grow.  padding: how many of them are padding.
+    padding: how many tokens of a row are padding.
+    processors, sampling: how logits become a row's next token, as far as drafts may know; see `processors.for_drafts`.
+    ids: tokens so far with their padding, int64 [1, tokens], views that grow.
     room: most drafted tokens that may still be accepted, -1 for a finished row.
-    processors, sampling: how the target's logits become a row's next token.
     trees, paths: last round's proposals and which of their nodes were accepted; empty in the first round.
     hidden: if the drafter reads hidden states, the target's last ones [accepted + 1, width] of the token that was fed
     first and the accepted nodes of last round; None in the first round.
     """
 
     target: TreeDecoder
-    ids: list[Tensor]
     padding: list[int]
-    room: list[int]
     processors: list[LogitsProcessorList]
     sampling: bool
+    ids: list[Tensor]
+    room: list[int]
     trees: list[Tree] = field(default_factory=list)
     paths: list[list[int]] = field(default_factory=list)
     hidden: list[Tensor] | None = None
+
+    def next_round(
+        self,
+        ids: list[Tensor],
+        room: list[int],
+        trees: list[Tree],
+        paths: list[list[int]],
+        hidden: list[Tensor] | None = None,
+    ) -> Context:
+        """The state after a round, in whose trees these paths were accepted."""
+        return replace(self, ids=ids, room=room, trees=trees, paths=paths, hidden=hidden)
 
     def distribution(self, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
         """What the processors make of logits [n, vocabulary] after the row's tokens and n equally long suffixes.
@@ -53,11 +66,12 @@ class Drafter(Protocol):
     """Proposes tokens. A generation starts with `begin` and ends with `end`, also by an exception.
 
     reads_hidden_states: the target then returns them (`Context.hidden`).  forwards: draft forwards of this generation.
-    cost: bytes that a draft forward reads over those of a target forward, 0 for a drafter without a model.
+    last_report: what the last generation did, which sets it; None before the first.
     """
 
     reads_hidden_states: bool
     forwards: int
+    last_report: Report | None
 
     def begin(self, context: Context) -> None:
         """Prepare for a new generation. Raises ValueError if it cannot draft for this target."""
@@ -69,30 +83,4 @@ class Drafter(Protocol):
         """Let go of what only this generation needed, such as a cache."""
 
     def cost(self, target: Any) -> float:
-        """Bytes of weights that one draft forward reads over those of a target forward."""
-
-
-def vocabulary_size(model: Any) -> int:
-    """Rows of the model's output."""
-    return int(model.config.get_text_config().vocab_size)
-
-
-def check_vocabulary_sizes(target: PreTrainedModel, draft: PreTrainedModel) -> int:
-    """The target's vocabulary size. Raises ValueError unless draft and target share a vocabulary.
-
-    Sizes may differ by padding: both multiples of 64 less than 1,024 apart, as among the sizes of one family.
-    """
-    a, b = vocabulary_size(target), vocabulary_size(draft)
-    if a != b and (a % 64 or b % 64 or abs(a - b) >= 1024):
-        raise ValueError(
-            f"the draft's vocabulary of {b} tokens is not the target's of {a}: they need the same tokenizer"
-        )
-    return a
-
-
-def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> int:
-    """As `check_vocabulary_sizes`, and raises ValueError unless both are on one device."""
-    size = check_vocabulary_sizes(target, draft)
-    if target.device != draft.device:
-        raise ValueError(f"the draft is on {draft.device}, the target on {target.device}: they need the same device")
-    return size
+        """Bytes of weights that one draft forward reads over those of a target forward, 0 without a model."""

@@ -6,11 +6,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from draftdiff.files import replacing
+from draftdiff.llm.checks import require, vocabulary_size
 
 _SHIFT = 32
 _MASK = (1 << _SHIFT) - 1
@@ -36,10 +38,10 @@ class NGramTable:
         window: int = 16,
         ceiling: float = 3.0,
     ) -> None:
-        if successors < 1 or max_pairs < 1 or window < 3:
-            raise ValueError(
-                f"successors and max_pairs must be at least 1 and window 3, got {successors}, {max_pairs}, {window}"
-            )
+        require(
+            successors >= 1 and max_pairs >= 1 and window >= 3,
+            f"successors and max_pairs must be at least 1 and window 3, got {successors}, {max_pairs}, {window}",
+        )
         self.successors, self.max_pairs = successors, max_pairs
         self.rate, self.window, self.ceiling = rate, window, ceiling
         frequent = _most_frequent(corpus, max_pairs, successors)
@@ -105,6 +107,14 @@ class NGramTable:
             table._pairs[key] = _heaviest(found, table.successors)
         table.largest = table._largest()
         return table
+
+
+def check_table(table: NGramTable, model: Any) -> None:
+    """Raise ValueError for a table of a larger vocabulary than the model's."""
+    size = vocabulary_size(model)
+    require(
+        table.largest < size, f"the n-gram table holds token {table.largest}, the target has {size}: another tokenizer?"
+    )
 
 
 def _heaviest(found: dict[int, float], successors: int) -> dict[int, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from draftdiff.llm.drafters.base import check_vocabulary_sizes, vocabulary_size
+from draftdiff.llm.checks import check_vocabulary_sizes, vocabulary_size
 from draftdiff.llm.metrics import acceptance_rate
 from draftdiff.llm.train.data import DistillationSet, collate
 from draftdiff.llm.train.modes import in_eval_mode

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from draftdiff.llm.drafters.base import check_vocabulary_sizes
+from draftdiff.llm.checks import check_vocabulary_sizes
 from draftdiff.llm.train.data import collate
 from draftdiff.llm.train.losses import Loss, ce, named_loss
 

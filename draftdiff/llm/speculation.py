@@ -6,7 +6,6 @@ as long as they follow a branch. The output is the target's own: token by token 
 
 from __future__ import annotations
 
-import inspect
 import time
 from typing import Any
 
@@ -16,29 +15,17 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from draftdiff.hosts.transformers import generate_output, given_to_generate, padding_token
+from draftdiff.hosts.transformers_quirks import QUIRKS, learned_positions, quirk, unknown_arguments
+from draftdiff.llm.checks import require
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Drafter
-from draftdiff.llm.processors import usable
+from draftdiff.llm.processors import for_drafts, usable
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree
 from draftdiff.llm.verify import draw, reject
 
 _STEP = 256  # tokens that the text grows by at least
-# What generate hands over besides the cache that the loop makes itself or does without.
-_IGNORED = {
-    "attention_mask",
-    "position_ids",
-    "logits_to_keep",
-    "use_cache",
-    "cache_position",
-    "cache",
-    "past_key_values",
-}
-
-# Models that always read one way, though their config has is_decoder=False.
-_DECODERS = {"gpt_neox", "gpt_neox_japanese"}
-# Settings that would have chosen another way of decoding.
-_OTHER_WAYS = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def speculative(
@@ -53,25 +40,33 @@ def speculative(
     """Decode with drafts; called by `generate`, which takes `drafter=` and all of its own arguments as usual.
 
     Logits processors, stopping criteria, streamers, left-padded batches and caches that hold part of the prompt work as
-    without drafts. Processors see drafted tokens too and must keep no state; rows of a batch are padded once they end,
-    and its cache, which has gaps, is not returned. generate does not hand its tokenizer on: instead of `stop_strings`
-    give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
+    without drafts. The host's own processors see drafted tokens too; others once each token, in order, so that those of
+    one row may keep state. Rows of a batch are padded once they end, and its cache, which has gaps, is not returned.
+    generate does not hand its tokenizer on: instead of `stop_strings` give
+    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
     beams, encoder-decoder models, caches that cannot be rolled back, attention or hidden-state outputs, position_ids of
     one's own, a prompt without the tokens that the cache holds. `draftdiff.llm.report(drafter)` tells what it did.
     """
     if drafter is None or isinstance(drafter, type) or not hasattr(drafter, "propose"):
         got = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
         raise ValueError(f"speculative needs drafter=..., for example ModelDrafter(draft_model), got {got}")
-    _check(model, input_ids, generation_config, model_kwargs)
-    if _hidden_argument(model, "assistant_model") is not None:
-        raise ValueError("speculative takes a drafter in place of an assistant_model, got both")
-    streamer = _hidden_argument(model, "streamer")
-    if streamer is not None and len(input_ids) > 1:
-        raise ValueError(f"speculative streams one row only, got a streamer and a batch of {len(input_ids)}")
-    processors = usable(logits_processor, len(input_ids))
+    rows = len(input_ids)
+    _check_model(model)
+    _check_config(generation_config, rows)
+    unknown = unknown_arguments(model, model_kwargs)
+    require(not unknown, f"speculative takes token ids only, got {', '.join(unknown)}")
+    require(input_ids.shape[1] > 0, "the prompt is empty: speculative needs at least one token")
+    require(model_kwargs.get("use_cache", True), "speculative needs a cache, got use_cache=False")
+    _check_positions(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+    require(
+        given_to_generate(model, "assistant_model") is None,
+        "speculative takes a drafter in place of an assistant_model, got both",
+    )
+    streamer = given_to_generate(model, "streamer")
+    require(streamer is None or rows == 1, f"speculative streams one row only, got a streamer and a batch of {rows}")
+    processors = usable(logits_processor, rows)
     ids = input_ids.to(model.device)  # generate takes them from the CPU too
-    generation = _Generation(model, ids, processors, stopping_criteria, generation_config, drafter)
-    generation.streamer = streamer
+    generation = _Generation(model, ids, processors, stopping_criteria, generation_config, drafter, streamer)
     with torch.no_grad():
         result = generation.run(model_kwargs)
     if isinstance(result, Tensor):
@@ -80,56 +75,49 @@ def speculative(
     return result
 
 
-def _hidden_argument(model: PreTrainedModel, name: str) -> Any:
-    """What was given to generate, which passes it to methods of its own but not to a callable (5.8 to 5.24)."""
-    frame = inspect.currentframe()
-    while frame is not None and (frame.f_code.co_name != "generate" or frame.f_locals.get("self") is not model):
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get(name)
+def _check_model(model: PreTrainedModel) -> None:
+    name, config = type(model).__name__, model.config
+    require(not config.is_encoder_decoder, f"speculative takes decoder-only models, got {name}")
+    one_way = getattr(config, "is_decoder", None) is not False or quirk("model", config.model_type, "reads one way")
+    require(bool(one_way), f"{name} reads text both ways: set is_decoder=True in its config")
 
 
-def _check(model: PreTrainedModel, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"speculative takes decoder-only models, got {type(model).__name__}")
-    if getattr(model.config, "is_decoder", None) is False and model.config.model_type not in _DECODERS:
-        raise ValueError(f"{type(model).__name__} reads text both ways: set is_decoder=True in its config")
-    unknown = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
-    if unknown:
-        raise ValueError(f"speculative takes token ids only, got {', '.join(sorted(unknown))}")
-    if ids.shape[1] == 0:
-        raise ValueError("the prompt is empty: speculative needs at least one token")
-    others = [name for name in _OTHER_WAYS if getattr(config, name, None)]
-    if others:
-        raise ValueError(f"speculative is a way of decoding of its own, got {', '.join(others)}, too")
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"speculative decodes without beams, got num_beams={config.num_beams}")
-    if not kwargs.get("use_cache", True):
-        raise ValueError("speculative needs a cache, got use_cache=False")
+def _check_config(config: GenerationConfig, rows: int) -> None:
+    settings = [row.name for row in QUIRKS if row.of == "setting" and getattr(config, row.name, None)]
+    require(not settings, f"speculative is a way of decoding of its own, got {', '.join(settings)}, too")
+    require((config.num_beams or 1) == 1, f"speculative decodes without beams, got num_beams={config.num_beams}")
     for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name):
-            raise ValueError(f"speculative cannot return {name.removeprefix('output_')}, got {name}=True")
-    if (config.output_scores or config.output_logits) and len(ids) > 1:
-        raise ValueError(f"speculative returns scores and logits of one row only, got a batch of {len(ids)}")
-    if len(ids) > 1 and config._pad_token_tensor is None:
-        raise ValueError("rows of a batch end at different lengths: set pad_token_id in the generation config")
-    _check_positions(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        require(not getattr(config, name), f"speculative cannot return {name.removeprefix('output_')}, got {name}=True")
+    require(
+        rows == 1 or not (config.output_scores or config.output_logits),
+        f"speculative returns scores and logits of one row only, got a batch of {rows}",
+    )
+    require(
+        rows == 1 or padding_token(config) is not None,
+        "rows of a batch end at different lengths: set pad_token_id in the generation config",
+    )
 
 
 def _check_positions(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
     """Only whole prompts, padded on the left, with positions that follow from the mask."""
     # generate drops a mask without padding, but makes positions of its length before.
     known = positions if mask is None else mask
-    if known is not None and known.shape[-1] != ids.shape[1]:
-        raise ValueError(
-            f"speculative needs the whole prompt, also what the cache holds: got {ids.shape[1]} tokens and a mask of "
-            f"{known.shape[-1]}"
-        )
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise ValueError("the padding must be on the left, and each row must have a token: the mask ends with a 0")
+    length = ids.shape[1] if known is None else known.shape[-1]
+    require(
+        length == ids.shape[1],
+        f"speculative needs the whole prompt, also what the cache holds: got {ids.shape[1]} tokens and a mask of "
+        f"{length}",
+    )
+    require(
+        mask is None or bool(mask[:, -1].all()),
+        "the padding must be on the left, and each row must have a token: the mask ends with a 0",
+    )
     if positions is not None and positions.ndim == 2:
         real = torch.ones_like(ids) if mask is None else mask.long()
-        if not bool(((positions == real.cumsum(-1) - 1) | (real == 0)).all()):
-            raise ValueError("speculative counts positions by the attention mask, got other position_ids")
+        require(
+            bool(((positions == real.cumsum(-1) - 1) | (real == 0)).all()),
+            "speculative counts positions by the attention mask, got other position_ids",
+        )
 
 
 class _Generation:
@@ -143,8 +131,10 @@ class _Generation:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
         drafter: Drafter,
+        streamer: Any,
     ) -> None:
-        self.model, self.processors, self.config, self.drafter = model, processors, config, drafter
+        self.model, self.processors, self.config = model, processors, config
+        self.drafter, self.streamer = drafter, streamer
         self.sampling = bool(config.do_sample)
         self.limit = criteria.max_length or config.max_length
         # The two that nearly every generation has need no tensors.
@@ -154,7 +144,8 @@ class _Generation:
         self.buffer = ids.clone()
         self.lengths = [ids.shape[1]] * len(ids)
         self.done = [ids.shape[1] >= self.limit] * len(ids)
-        self.streamer: Any = None
+        self.padding = [0] * len(ids)
+        self.positions = learned_positions(model)
         self.scores: tuple[Tensor, ...] = ()
         self.logits: tuple[Tensor, ...] = ()
         self.report = Report()
@@ -166,32 +157,42 @@ class _Generation:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         mask = None if mask is None else mask.to(prompt.device)
         hidden = drafter.reads_hidden_states
-        target = TreeDecoder(self.model, prompt, mask, cache, chunk=self.config.prefill_chunk_size, hidden=hidden)
-        padding = [0] * len(prompt) if mask is None else (mask == 0).sum(-1).tolist()
-        context = Context(target, [], padding, [], self.processors, self.sampling)
-        self._refresh(context)
+        target = TreeDecoder.prefill(
+            self.model, prompt, mask, cache, chunk=self.config.prefill_chunk_size, hidden=hidden
+        )
+        if mask is not None:
+            self.padding = (mask == 0).sum(-1).tolist()
+        processors = [for_drafts(of_row) for of_row in self.processors]
+        context = Context(target, self.padding, processors, self.sampling, self._ids(), self._room())
         report.cost = drafter.cost(self.model)
         drafter.begin(context)
         try:
             report.prompt_seconds = time.perf_counter() - start
             prompt_forwards = target.forwards
             while not all(self.done):
-                self._round(context)
+                context = self._round(context)
             report.target_forwards, report.replays = target.forwards - prompt_forwards, target.replays
             report.draft_forwards = drafter.forwards
             report.seconds = time.perf_counter() - start
         finally:
             drafter.end()
-        drafter.last_report = report  # type: ignore[attr-defined]
+        drafter.last_report = report
         if self.streamer is not None:
             self.streamer.end()
         return self._result(target.cache)
 
-    def _refresh(self, context: Context) -> None:
-        context.ids = [self.buffer[row : row + 1, :length] for row, length in enumerate(self.lengths)]
-        context.room = [-1 if done else self.limit - length - 1 for done, length in zip(self.done, self.lengths)]
+    def _ids(self) -> list[Tensor]:
+        return [self.buffer[row : row + 1, :length] for row, length in enumerate(self.lengths)]
 
-    def _round(self, context: Context) -> None:
+    def _room(self) -> list[int]:
+        """Most drafts that may be accepted: the text and a table of positions must not be outrun. -1 when done."""
+        room = [self.limit - length - 1 for length in self.lengths]
+        if self.positions is not None:
+            left = [self.positions - (length - padding) for length, padding in zip(self.lengths, self.padding)]
+            room = [max(min(pair), 0) for pair in zip(room, left)]
+        return [-1 if done else most for done, most in zip(self.done, room)]
+
+    def _round(self, context: Context) -> Context:
         start = time.perf_counter()
         trees = self.drafter.propose(context)
         drafted = time.perf_counter()
@@ -207,15 +208,15 @@ class _Generation:
         ]
         fed = [[] if path is None else [0, *(node + 1 for node in path)] for path in paths]
         context.target.keep(fed)
-        context.trees, context.paths = trees, [path or [] for path in paths]
+        hidden = None
         if self.drafter.reads_hidden_states:
-            context.hidden = [output.hidden_states[-1][row, kept] for row, kept in enumerate(fed)]
-        self._refresh(context)
+            hidden = [output.hidden_states[-1][row, kept] for row, kept in enumerate(fed)]
         for row in live:
             self.report.rounds += 1
             self.report.drafted += len(trees[row].tokens)
         self.report.draft_seconds += drafted - start
         self.report.target_seconds += seen - drafted
+        return context.next_round(self._ids(), self._room(), trees, [path or [] for path in paths], hidden)
 
     def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
         """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""
@@ -279,10 +280,8 @@ class _Generation:
         sequences = self.buffer[:, :longest].contiguous()
         for row, length in enumerate(self.lengths):
             if length < longest:
-                sequences[row, length:] = self.config._pad_token_tensor
+                sequences[row, length:] = padding_token(self.config)  # type: ignore[assignment]
         if not self.config.return_dict_in_generate:
             return sequences
-        extra = {"scores": self.scores or None, "logits": self.logits or None}
-        name = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
         kept = cache if len(self.lengths) == 1 else None
-        return GenerateDecoderOnlyOutput(sequences=sequences, **extra, **{name: kept})  # type: ignore[arg-type]
+        return generate_output(sequences, kept, scores=self.scores or None, logits=self.logits or None)

@@ -1,0 +1,127 @@
+"""How a tree of drafts grows: a chain, the likeliest paths, or a sampled tree.
+
+Chains are speculative decoding (arXiv 2211.17192); trees of the likeliest continuations grow where the draft itself is
+confident, as in EAGLE-2 (arXiv 2406.16858); sampled trees are SpecInfer's (arXiv 2305.09781) with the samplers of arXiv
+2502.18779. A branch ends early where the draft's probability of its whole path falls below `confidence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from draftdiff.llm.checks import require
+from draftdiff.llm.tree import ROOT, Draws, Tree
+from draftdiff.llm.verify import check_verifier, sample
+
+# The draft's distributions after nodes of each row's tree, [nodes, vocabulary] for each row.
+Expand = Callable[[list[list[int]]], list[Tensor]]
+
+
+class Shape(Protocol):
+    """How a tree grows from the draft's distributions."""
+
+    def grow(self, trees: list[Tree], roots: list[Tensor], room: list[int], sampling: bool, expand: Expand) -> None:
+        """Add nodes to the trees. roots: distributions [1, vocabulary] after the last accepted tokens."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A tree whose nodes have `branching[depth]` children each, sampled when the target samples, else the likeliest.
+
+    sampler, verifier: keys of `verify.VERIFIERS`.  confidence: least probability of a path that is drafted further.
+    """
+
+    branching: tuple[int, ...] = (4, 2, 1, 1)
+    sampler: str = "without_replacement"
+    verifier: str = "rrs"
+    confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_verifier(self.sampler, self.verifier)
+        require(min(self.branching, default=0) >= 1, f"branching must be positive numbers, got {self.branching}")
+        require(0 <= self.confidence < 1, f"confidence must be in [0, 1), got {self.confidence}")
+
+    @classmethod
+    def chain(cls, length: int = 5, confidence: float = 0.0) -> Sampled:
+        """A chain of up to `length` tokens."""
+        require(length >= 1, f"length must be at least 1, got {length}")
+        return cls((1,) * length, "with_replacement", "rrs", confidence)
+
+    def grow(self, trees: list[Tree], roots: list[Tensor], room: list[int], sampling: bool, expand: Expand) -> None:
+        """Level by level."""
+        frontier = [[(ROOT, 1.0)] if left > 0 else [] for left in room]
+        found = roots
+        for depth, count in enumerate(self.branching):
+            if depth:
+                if not any(frontier):
+                    break
+                found = expand([[node for node, _ in nodes] for nodes in frontier])
+            for row, tree in enumerate(trees):
+                grown: list[tuple[int, float]] = []
+                for (node, chance), q in zip(frontier[row], found[row]):
+                    tokens = sample(q, count, self.sampler) if sampling else _likeliest(q, count)
+                    if sampling:
+                        tree.draws[node] = Draws(q, tokens, self.sampler, self.verifier)
+                    grown += [(tree.add(node, token), chance * float(q[token])) for token in dict.fromkeys(tokens)]
+                more = depth + 1 < room[row]
+                frontier[row] = [(node, chance) for node, chance in grown if more and chance >= self.confidence]
+
+
+def _likeliest(q: Tensor, count: int) -> list[int]:
+    """Fewer where q has fewer tokens of positive chance."""
+    best = q.topk(min(count, len(q)))
+    return [token for token, chance in zip(best.indices.tolist(), best.values.tolist()) if chance > 0]
+
+
+Chain = Sampled.chain
+
+
+@dataclass(frozen=True)
+class KBest:
+    """A tree of the draft's likeliest paths: each level expands the best `width` nodes, `nodes` are proposed in all."""
+
+    depth: int = 5
+    width: int = 6
+    nodes: int = 48
+    confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.depth >= 1, f"depth must be at least 1, got {self.depth}")
+        require(self.width >= 1, f"width must be at least 1, got {self.width}")
+        least = self.width * max(self.depth - 1, 1)
+        require(self.nodes >= least, f"nodes must be at least width * (depth - 1) = {least}, got {self.nodes}")
+        require(0 <= self.confidence < 1, f"confidence must be in [0, 1), got {self.confidence}")
+
+    def grow(self, trees: list[Tree], roots: list[Tensor], room: list[int], sampling: bool, expand: Expand) -> None:
+        """Level by level, then the best of what was seen but not expanded."""
+        frontier = [[(ROOT, 1.0)] if left > 0 else [] for left in room]
+        spare: list[list[tuple[float, int, int]]] = [[] for _ in trees]  # (chance of the path, parent, token)
+        found = roots
+        for depth in range(self.depth):
+            if depth:
+                if not any(frontier):
+                    break
+                found = expand([[node for node, _ in nodes] for nodes in frontier])
+            for row, tree in enumerate(trees):
+                if not frontier[row]:
+                    continue
+                best = found[row].topk(min(self.width, found[row].shape[1]))
+                seen = [
+                    (chance * q, node, token)
+                    for (node, chance), some, tokens in zip(frontier[row], best.values.tolist(), best.indices.tolist())
+                    for q, token in zip(some, tokens)
+                    if q > 0
+                ]
+                seen.sort(reverse=True)
+                last = depth + 1 == min(self.depth, room[row])
+                chosen = [] if last else [one for one in seen[: self.width] if one[0] >= self.confidence]
+                spare[row] += seen[len(chosen) :]
+                frontier[row] = [(tree.add(node, token), chance) for chance, node, token in chosen]
+        for row, tree in enumerate(trees):
+            spare[row].sort(reverse=True)
+            for _, node, token in spare[row][: self.nodes - len(tree.tokens)]:
+                tree.add(node, token)
