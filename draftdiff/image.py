@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftdiff.core.budget import check_cache_budget
 from draftdiff.devices import DTYPES, find_device, one_line
 from draftdiff.generate import DTYPE_ARGUMENT, quiet_diffusers
 from draftdiff.media import to_uint8
@@ -20,6 +19,7 @@ from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.collaborative import check_draft_scales, check_pair
+from draftdiff.var.scale_kv import check_cache_budget
 from draftdiff.var.transformer_var import VARTransformer2DModel
 
 EMBEDDED = "mini-image"

@@ -32,11 +32,11 @@ from bench_common import RESULTS, device_slug, draw_beside, median_and_spread, t
 from bench_var_models import MODELS, BenchModel, build, subjects
 
 from draftdiff.compare.html import Column, megabytes, text_table, with_spread
-from draftdiff.core.budget import check_cache_budget
 from draftdiff.devices import DTYPES, device_name
 from draftdiff.image import PLAIN, ImageModel, Setting, settings_of
 from draftdiff.measure import count_flops, peak_memory
 from draftdiff.media import check_writable
+from draftdiff.var.scale_kv import check_cache_budget
 
 EXAMPLES = """examples:
   python samples/bench_var.py                                  all models, at a size that this device has time for

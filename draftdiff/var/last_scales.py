@@ -14,8 +14,9 @@ from torch import Tensor
 
 from draftdiff.core.draft import Tail, draft_map, pool
 from draftdiff.core.grid import LatentGrid, choose_tile, tiling_for
-from draftdiff.core.select import BlockMask, select_draft
+from draftdiff.core.select import select_draft
 from draftdiff.kernels.block_sparse import block_sparse_attention
+from draftdiff.kernels.problem import Problem
 
 BLOCK_SIZE = 64
 
@@ -63,6 +64,5 @@ def attend_scale(
     keep[:, :, : tiling.video_tiles] = True
     keep[:, :, : tiling.video_tiles, : tiling.video_tiles] = kept
     tail = Tail(k_mean, pool(v, tiling))
-    out = block_sparse_attention(q, k, v, BlockMask(keep), tiling=tiling, tail=tail, scale=scale)
-    assert isinstance(out, Tensor)
+    out = block_sparse_attention(Problem(q, k, v, keep, tiling, tail=tail, scale=scale))
     return out[:, history:].transpose(1, 2)

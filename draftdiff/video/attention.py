@@ -5,7 +5,6 @@ DraftAttention (arXiv 2505.14708) on any grid, with per-row budgets and a pooled
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from draftdiff.core import quality
-from draftdiff.core.draft import Tail, draft_map
+from draftdiff.core.draft import Tail, draft_map, softmax_scale
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import block_sparse_attention
 from draftdiff.kernels.drafting import pool, select
+from draftdiff.kernels.problem import Problem
 from draftdiff.video.config import DraftAttentionConfig
 
 STATS = ("density", "drafted_mass")
@@ -90,7 +90,7 @@ def attend(
         raise ValueError(f"q has {q.shape[1]} tokens, fewer than the {grid.tokens} of the grid {grid}")
     tile, block_size = config.tile_for(grid)
     tiling = tiling_for(grid, tile, block_size, text, lead, q.device)
-    scale = scale or 1 / math.sqrt(q.shape[-1])
+    scale = softmax_scale(scale, q.shape[-1])
 
     with clock.part("draft"):
         q_mean, k_mean = pool(q, tiling), pool(k, tiling)
@@ -100,13 +100,11 @@ def attend(
         tail = Tail(k_mean, pool(v, tiling)) if config.tail else None
     with clock.part("select"):
         keep = select(config.selection, probabilities, density, row_floor=config.row_floor)
-        mask = with_text(keep, tiling)
-        stats = torch.stack([quality.density(mask, tiling).mean(), quality.drafted_mass(probabilities, keep).mean()])
+        every = with_text(keep, tiling)
+        stats = torch.stack([quality.density(every, tiling).mean(), quality.drafted_mass(probabilities, keep).mean()])
     with clock.part("kernel"):
-        out = block_sparse_attention(
-            q, k, v, mask, tiling=tiling, text_mask=text_mask, tail=tail, scale=scale, backend=config.backend
-        )
-    assert isinstance(out, Tensor)
+        problem = Problem(q, k, v, every, tiling, text_mask, tail, scale)
+        out = block_sparse_attention(problem, backend=config.backend)
     return out, stats
 
 

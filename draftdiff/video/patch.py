@@ -122,13 +122,12 @@ def _attend(
         )
     else:
         state.backend = resolve(config.backend, query.device, query.dtype, query.shape[-1])
-        if config.min_tokens is None and config.selection != "full":
-            call = (state.backend, query.device, query.dtype, query.shape[-1], state.block_size)
-            if layer.share >= dense_wins_above(*call):
-                layer.stats.fill_(1.0)
-                assert state.clock is not None
-                with state.clock.part("dense attention"):
-                    return dense()
+        worthwhile = config.min_tokens is not None or config.selection == "full"
+        if not worthwhile and layer.share >= dense_wins_above(state.backend, query.device.type):
+            layer.stats.fill_(1.0)
+            assert state.clock is not None
+            with state.clock.part("dense attention"):
+                return dense()
         out, stats = attend(
             query,
             key,
