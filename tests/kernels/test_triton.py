@@ -11,11 +11,13 @@ from draftdiff.core.draft import draft_map, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import select_draft
 from draftdiff.kernels import triton_backend, triton_configs, triton_draft
+from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tables_for
 from tests.kernels.cases import KERNEL_CASES, KernelCase, assert_attends, make
 
 RAGGED_TEXT = KernelCase("ragged boxes, text around", (2, 12, 20), (1, 8, 16), 128, 40, lead=5, padded=True, heads=1)
 RAGGED_CASE = KernelCase("ragged in every axis", (3, 7, 9), (2, 4, 8), 64, batch=1, heads=1)
+ONE_TILE = KernelCase("one tile", (1, 8, 8), (1, 8, 8), 64, batch=1)
 SMALL_BOXES = KernelCase("bricks of 64, text last", (3, 6, 12), (2, 4, 8), 64, text=40, heads=1)
 
 
@@ -136,6 +138,24 @@ def test_selection_equals_cores(row_floor, density):
     assert int((keep != expected).sum()) <= 2
     assert bool((keep.sum((-1, -2)) <= (share * TILES**2).clamp(min=TILES)).all())
     assert bool(keep.diagonal(dim1=-2, dim2=-1).all())
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        ("PassManager::run failed", DoesNotCompile),  # the compiler's words, Triton 3.4 to 3.9
+        ("CUDA error: an illegal memory access", RuntimeError),
+    ],
+)
+def test_only_a_failure_of_the_compiler_rules_a_configuration_out(monkeypatch, failure, raised):
+    def fail(*_args, **_options):
+        raise RuntimeError(failure)
+
+    monkeypatch.setattr(triton_backend.triton_attention, "forward", {(2,): fail})
+    call = triton_backend.Call.prepare(make(ONE_TILE, 64, torch.float16, False), want_lse=False)
+    with pytest.raises(raised, match=failure) as error:
+        call.launch(triton_configs.Config(64, 4, 2))
+    assert error.type is raised
 
 
 def test_a_tuned_choice_is_measured_once_and_kept(monkeypatch, tmp_path):
