@@ -177,6 +177,30 @@ def _pooled(
 
 
 @triton.jit
+def _queries(q_ptr, position, q_token, D: tl.constexpr, D_PAD: tl.constexpr):
+    """The queries at these positions of one head, 0 where there is none (-1)."""
+    dim = tl.arange(0, D_PAD)
+    there = (position >= 0)[:, None] & (dim < D)[None, :]
+    return tl.load(q_ptr + position.to(tl.int64)[:, None] * q_token + dim[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def _nothing(ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """The state before the first key."""
+    return tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
+def _resume(out_ptr, lse_ptr, at, filled, D: tl.constexpr, D_PAD: tl.constexpr):
+    """The state that `whole_tiles` left as output and log-sum-exp of the rows `at`."""
+    dim = tl.arange(0, D_PAD)
+    there = filled[:, None] & (dim < D)[None, :]
+    acc = tl.load(out_ptr + at[:, None] * D + dim[None, :], mask=there, other=0.0).to(tl.float32)
+    row_max = tl.load(lse_ptr + at, mask=filled, other=float("-inf")) * LOG2E
+    return acc, row_max, tl.where(row_max == float("-inf"), 0.0, 1.0)
+
+
+@triton.jit
 def _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, tokens, D: tl.constexpr, LSE: tl.constexpr):
     acc, row_max, row_sum = state
     # Read again (volatile, so that it is): kept through the loops, the positions would cost registers.
@@ -196,36 +220,12 @@ def _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, token
 
 @triton.jit
 def forward(
-    q_ptr,
-    k,
-    v,
-    k_text,
-    v_text,
-    k_pool,
-    v_pool,
-    out_ptr,
-    lse_ptr,
-    tables,
-    lists,
-    scale_log2,
-    shape,
-    video,
-    strides,
-    layout,
-    KEYS: tl.constexpr,
-    TILE: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BOX: tl.constexpr,
-    PART: tl.constexpr,
-    ACCESS: tl.constexpr,
-    RESUME: tl.constexpr,
-    TEXT: tl.constexpr,
-    TAIL: tl.constexpr,
-    LSE: tl.constexpr,
-    WIDEN: tl.constexpr,
-    MASKED_STAGES: tl.constexpr,
-):
+    q_ptr, k, v, k_text, v_text, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, scale_log2,
+    shape, video, strides, layout,
+    KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr,
+    ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr,
+    WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr,
+):  # fmt: skip
     """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows go on from
     the output and log-sum-exp that `whole_tiles` left.
 
@@ -247,16 +247,10 @@ def forward(
     row = bh * tiles + tile_q
 
     position = tl.load(query_slots_ptr + tile_q * TILE + tl.arange(0, TILE))
-    dim = tl.arange(0, D_PAD)
-    there = (position >= 0)[:, None] & (dim < D)[None, :]
-    offsets = position.to(tl.int64)[:, None] * q_at[1] + dim[None, :]
-    q = tl.load(q_ptr + b * q_at[0] + h * q_at[2] + offsets, mask=there, other=0.0)
+    q = _queries(q_ptr + b * q_at[0] + h * q_at[2], position, q_at[1], D, D_PAD)
     if WIDEN:
         q = q.to(tl.float32)
-
-    acc = tl.zeros([TILE, D_PAD], tl.float32)
-    row_max = tl.full([TILE], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE], tl.float32)
+    state = _nothing(TILE, D_PAD)
 
     PARTS: tl.constexpr = TILE // KEYS
     list_ptr += row.to(tl.int64) * (tiles + 1)  # one more, for the entry that is fetched ahead
@@ -267,10 +261,7 @@ def forward(
         if tile_q < video_tiles:
             begin = whole * PARTS
             at = (b * tokens + position.to(tl.int64)) * heads + h
-            acc = tl.load(out_ptr + at[:, None] * D + dim[None, :], mask=there, other=0.0).to(tl.float32)
-            row_max = tl.load(lse_ptr + at, mask=position >= 0, other=float("-inf")) * LOG2E
-            row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
-    state = (acc, row_max, row_sum)
+            state = _resume(out_ptr, lse_ptr, at, position >= 0, D, D_PAD)
     if ACCESS == "descriptors":
         outer = (b * layout[0] + h * layout[1]).to(tl.int32)
         inner = (h * layout[2]).to(tl.int32)
@@ -316,24 +307,9 @@ def forward(
 
 @triton.jit
 def whole_tiles(
-    q_tiles_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    query_slots_ptr,
-    lists,
-    scale_log2,
-    batch,
-    shape,
-    video,
-    strides,
-    TILE: tl.constexpr,
-    D: tl.constexpr,
-    BOX: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    q_tiles_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, query_slots_ptr, lists, scale_log2, batch, shape, video, strides,
+    TILE: tl.constexpr, D: tl.constexpr, BOX: tl.constexpr, SPECIALIZE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """The loop over whole video tiles alone, with the loads in a warp group of their own (warp specialisation).
 
     Triton's pass takes one loop, fed by descriptors made in the kernel, and can split queries among warp groups only if
@@ -371,9 +347,7 @@ def whole_tiles(
         if WIDEN:
             q = q.to(tl.float32)
 
-        acc = tl.zeros([TILE, D], tl.float32)
-        row_max = tl.full([TILE], float("-inf"), tl.float32)
-        row_sum = tl.zeros([TILE], tl.float32)
+        acc, row_max, row_sum = _nothing(TILE, D)
         no_bias = tl.zeros([TILE], tl.float32)
         list_ptr += row.to(tl.int64) * (tiles + 1)
         for i in tl.range(0, tl.load(counts_ptr + row * 3), warp_specialize=SPECIALIZE):

@@ -199,7 +199,7 @@ class Call:
         except (OutOfResources, PTXASError, CompilationError) as error:
             raise DoesNotCompile(str(error)) from error
         except RuntimeError as error:
-            if not str(error).startswith("PassManager::run failed"):
+            if not str(error).startswith("PassManager::run failed"):  # the words of Triton 3.4 to 3.9
                 raise
             raise DoesNotCompile(str(error)) from error
         return out, lse if self.want_lse else None

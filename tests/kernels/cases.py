@@ -40,6 +40,7 @@ KERNEL_CASES = [
     KernelCase("everything kept", (3, 9, 8), (1, 8, 8), 64, density=1.0, text=5),
     KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True),
 ]
+SMALL = KernelCase("few ragged tiles, text last with padding", (2, 5, 9), (2, 4, 8), 64, text=77, padded=True)
 
 
 def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool) -> Problem:

@@ -6,19 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from draftdiff.core.draft import Tail
-from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels.block_sparse import (
     BACKENDS,
-    backend_module,
     block_sparse_attention,
     block_sparse_attention_lse,
     preferred_on,
     resolve,
     unavailable,
 )
-from draftdiff.kernels.problem import Problem
-from tests.kernels.cases import KERNEL_CASES, KernelCase, assert_attends, make
+from tests.kernels.cases import KERNEL_CASES, SMALL, assert_attends, make
 from tests.oracle import attention_of, attention_row
 
 CPU = torch.device("cpu")
@@ -26,7 +22,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 cases = pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.name)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 PADDED = KERNEL_CASES[3]
-SMALL = KernelCase("few ragged tiles, text last with padding", (2, 5, 9), (2, 4, 8), 64, text=77, padded=True)
 
 
 @pytest.fixture
@@ -151,93 +146,6 @@ def test_a_surrounding_autocast_changes_nothing(run, dtype):
         found = run(problem)
         assert torch.is_autocast_enabled("cpu")
     assert all(torch.equal(*pair) for pair in zip(found, expected))
-
-
-GRADED = ["reference", "torch"]  # and flex, to which PyTorch gives a backward pass on a GPU only
-
-
-def test_the_backends_with_gradients_are_those_of_plain_torch():
-    assert [name for name in BACKENDS if backend_module(name).differentiable] == [*GRADED, "flex"]
-
-
-def dense_gradients(problem, weight, lse_weight):
-    """Gradients to q, k, v and the tail's means, of attention written out densely in the precision of its tensors."""
-    tiling = problem.tiling
-    own = torch.empty(tiling.tokens, dtype=torch.long)
-    for tile, slots in enumerate(tiling.slots):
-        own[slots[slots >= 0]] = tile
-    leaves = [x.double().detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    means = [x.double().detach().requires_grad_() for x in (problem.tail.k_mean, problem.tail.v_mean)]
-    q, k, v = (x.transpose(1, 2) for x in leaves)
-    scores = q @ torch.cat([k, means[0]], 2).mT / math.sqrt(q.shape[-1])
-    read = problem.keep[:, :, own][..., own].clone()
-    text = torch.tensor([t for t in range(tiling.tokens) if t >= tiling.grid.tokens])
-    read[..., text] &= problem.text_mask[:, None, None]
-    video = tiling.video_tiles
-    read = torch.cat([read, ~problem.keep[:, :, own, :video]], -1)
-    weights = torch.cat([torch.ones(tiling.tokens), tiling.counts[:video]]).double().log()
-    scores = (scores + weights).masked_fill(~read, -math.inf)
-    out, lse = scores.softmax(-1) @ torch.cat([v, means[1]], 2), scores.logsumexp(-1)
-    total = (out.transpose(1, 2) * weight).sum() + (lse.transpose(1, 2) * lse_weight).sum()
-    return torch.autograd.grad(total, leaves + means)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", GRADED)
-def test_gradients_reach_q_k_v_and_the_tail(run, dtype):
-    problem = make(SMALL, 16, dtype, True)
-    weight, lse_weight = torch.randn(problem.q.shape), torch.randn(problem.q.shape[:3])
-    expected = dense_gradients(problem, weight, lse_weight)
-    leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    means = [x.detach().requires_grad_() for x in (problem.tail.k_mean, problem.tail.v_mean)]
-    out, lse = run(replace(problem, **dict(zip("qkv", leaves)), tail=Tail(*means)))
-    found = torch.autograd.grad((out * weight).sum() + (lse * lse_weight).sum(), leaves + means)
-    for got, want in zip(found, expected):
-        # Summed over hundreds of terms of the gradient's own size.
-        bound = 16 * torch.finfo(dtype).eps * want.abs().amax()
-        assert float((got.double() - want).abs().max()) <= bound
-
-
-@pytest.mark.parametrize("backend", GRADED)
-def test_rows_that_read_nothing_have_no_gradient_and_spoil_none(run):
-    problem = make(KERNEL_CASES[-1], 16, torch.float32, False)
-    leaves = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    out, _ = run(problem)
-    gradients = torch.autograd.grad(out.square().sum(), leaves)
-    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
-    assert not gradients[0][:, problem.tiling.slots[1]].any()
-
-
-def tiny(**changes):
-    q = torch.zeros(1, 64, 2, 16)
-    tiling = tiling_for(LatentGrid(1, 8, 8), (1, 8, 8), 64)
-    parts = {"q": q, "k": q, "v": q, "keep": torch.ones(1, 2, 1, 1, dtype=torch.bool), "tiling": tiling}
-    return Problem(**{**parts, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"q": torch.zeros(64, 2, 16)}, r"q must be \[batch, tokens, heads, head_dim\], got \(64, 2, 16\)"),
-        ({"k": torch.zeros(1, 64, 2, 8)}, r"q, k and v must have one shape, got \(1, 64, 2, 16\), \(1, 64, 2, 8\), "),
-        (
-            {"v": torch.zeros(1, 64, 2, 16).half()},
-            r"must have one floating dtype, got torch.float32, .*, torch.float16",
-        ),
-        (dict.fromkeys("qkv", torch.zeros(1, 64, 2, 16, dtype=torch.int32)), "one floating dtype, got torch.int32"),
-        (dict.fromkeys("qkv", torch.zeros(1, 65, 2, 16)), "q has 65 tokens, the grid 1x8x8 with 0 text tokens has 64"),
-        ({"keep": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, r"keep must be torch.bool \(1, 2, 1, 1\), got torch.bool"),
-        ({"keep": torch.ones(1, 2, 1, 1)}, r"keep must be torch.bool \(1, 2, 1, 1\), got torch.float32 \(1, 2, 1, 1\)"),
-        ({"text_mask": torch.ones(1, 3, dtype=torch.bool)}, r"text_mask must be torch.bool \(1, 0\), got .* \(1, 3\)"),
-        ({"text_mask": torch.ones(1, 0, dtype=torch.int64)}, r"text_mask must be torch.bool .*, got torch.int64"),
-        ({"tail": Tail(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 2, 16))}, r"tail.v_mean must be .*\(1, 2, 2, 16\)"),
-        ({"tail": Tail(*torch.zeros(2, 1, 2, 1, 16).half())}, "tail.k_mean must be torch.float32 .*got torch.float16"),
-    ],
-)
-def test_parts_that_do_not_fit_are_named_in_one_line(changes, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        tiny(**changes)
-    assert "\n" not in str(refused.value)
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones():
