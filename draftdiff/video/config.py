@@ -25,7 +25,7 @@ class DraftAttentionConfig:
     dense_steps: first denoising steps that stay dense, a number of steps (int) or a share of them (float in [0, 1]).
     dense_layers: attention layers that stay dense: the first n (int), or these indices (tuple).
     min_tokens: calls with fewer video tokens are left alone; None is 1,024 on a CPU and 8,192 on other devices, and
-        also leaves alone layers whose density is so high that dense attention is faster here, as measured on first use.
+        also leaves alone layers whose density is so high that dense attention is faster (kernels.crossover).
     backend: "auto" or a name of `draftdiff.kernels.block_sparse.BACKENDS`.
 
     Raises ValueError that names the value for anything else.
