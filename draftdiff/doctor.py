@@ -10,8 +10,8 @@ import torch
 
 from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.select import BlockMask
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, resolve, unavailable
+from draftdiff.kernels.problem import Problem
 from draftdiff.models.devices import device_name, devices, versions
 from draftdiff.models.loading import quiet_diffusers
 
@@ -64,13 +64,11 @@ def try_backend(name: str, device: torch.device) -> str:
     tiling = tiling_for(LatentGrid(3, 8, 10), (1, 8, 8), 64, text=5, device=device)
     q, k, v = torch.randn(3, 1, tiling.tokens, 2, 64, generator=generator).to(device, dtype)
     keep = torch.rand(1, 2, tiling.tiles, tiling.tiles, generator=generator) < 0.5
-    mask = BlockMask((keep | torch.eye(tiling.tiles, dtype=torch.bool)).to(device))
-    tail = Tail(pool(k, tiling), pool(v, tiling))
+    keep = (keep | torch.eye(tiling.tiles, dtype=torch.bool)).to(device)
+    problem = Problem(q, k, v, keep, tiling, tail=Tail(pool(k, tiling), pool(v, tiling)))
 
     def run(backend: str) -> torch.Tensor:
-        out = block_sparse_attention(q, k, v, mask, tiling=tiling, tail=tail, backend=backend)
-        assert isinstance(out, torch.Tensor)
-        return out.float()
+        return block_sparse_attention(problem, backend=backend).float()
 
     try:
         with warnings.catch_warnings():

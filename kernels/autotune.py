@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from draftdiff.kernels.cpu import cache_folder
+from draftdiff.kernels.cache import cache_folder, new_file
 
 Config = TypeVar("Config")
 _ROUNDS = 3
@@ -83,11 +82,8 @@ def _known(device: torch.device) -> dict[str, str]:
 
 
 def _save(device: torch.device, known: dict[str, str]) -> None:
-    path = _file(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(known, file, indent=1)
-    os.replace(file.name, path)
+    with new_file(_file(device)) as draft:
+        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
 
 @contextmanager

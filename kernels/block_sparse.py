@@ -1,35 +1,64 @@
-"""Block-sparse attention over tiles: one function, its checks, and the registry of backends behind it.
-
-A backend is a module of this folder with two functions: `unavailable(device, dtype, head_dim)`, the reason why it
-cannot serve such a call or None, and `run(q, k, v, mask, tiling, text_mask, tail, scale, want_lse) -> (out, lse)`,
-with lse None unless it was wanted.
-"""
+"""Block-sparse attention over tiles: one function, and the table of the backends behind it."""
 
 from __future__ import annotations
 
-import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from draftdiff.core.draft import Tail
-from draftdiff.core.grid import Tiling
-from draftdiff.core.select import BlockMask
-
-_MODULES = {"reference": "reference", "torch": "gather", "cpu": "cpu", "flex": "flex", "triton": "triton_sparse"}
-BACKENDS = tuple(_MODULES)
-_PREFERRED = {"cuda": ("triton", "flex", "torch"), "cpu": ("cpu", "torch")}
+from draftdiff.kernels.problem import Problem
 
 
-def backend_module(name: str) -> ModuleType:
+class Backend(Protocol):
+    """A module of this folder.  differentiable: whether gradients reach q, k, v and the tail."""
+
+    differentiable: bool
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why it cannot serve such a call, or None if it can."""
+
+    def run(self, problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Output and log-sum-exp of `block_sparse_attention_lse`, the latter None unless it is wanted."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """module: in this folder, named after its backend where that would not hide a package of the same name.
+    preferred_on: types of device, None for every one."""
+
+    module: str
+    preferred_on: tuple[str, ...] | None = ()
+
+
+# A later row is preferred to an earlier one.
+TABLE = {
+    "reference": Row("reference"),
+    "torch": Row("torch_backend", None),
+    "cpu": Row("cpu", ("cpu",)),
+    "flex": Row("flex", ("cuda",)),
+    "triton": Row("triton_backend", ("cuda",)),
+}
+BACKENDS = tuple(TABLE)
+
+
+def preferred_on(device: torch.device) -> list[str]:
+    """The backends that are worth trying on a device, best first; never none."""
+    return [
+        name for name, row in reversed(TABLE.items()) if row.preferred_on is None or device.type in row.preferred_on
+    ]
+
+
+def backend_module(name: str) -> Backend:
     """The module of a backend. Raises ValueError for a name that is not in BACKENDS."""
-    if name not in _MODULES:
+    if name not in TABLE:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
-    return import_module(f"draftdiff.kernels.{_MODULES[name]}")
+    return cast(Backend, import_module(f"draftdiff.kernels.{TABLE[name].module}"))
 
 
 def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -47,7 +76,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
             raise ValueError(f"backend {name!r} cannot run here: {reason}")
         return name
     refused: list[str] = []
-    for candidate in _PREFERRED.get(device.type, ("torch",)):
+    for candidate in preferred_on(device):
         reason = unavailable(candidate, device, dtype, head_dim)
         if reason is None:
             if refused:
@@ -57,40 +86,32 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     raise ValueError(f"no backend serves {device}, {dtype}, head_dim {head_dim}: {'; '.join(refused)}")
 
 
-def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    *,
-    tiling: Tiling,
-    text_mask: Tensor | None = None,
-    tail: Tail | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over the kept tiles, exact, and over the skipped ones through the tail.
+def block_sparse_attention(problem: Problem, *, backend: str = "auto") -> Tensor:
+    """The output of a problem, like q and in the same order, contiguous.
 
-    q, k, v: [batch, tokens, heads, head_dim] in the model's order, fp32, bf16 or fp16.
-    mask: kept tiles, [batch, heads, tiles, tiles].  text_mask: bool [batch, text], False for padding, which none reads.
-    tail: pooled keys and values of the video tiles, or None to drop what is skipped.  scale: 1/sqrt(head_dim) if None.
-    Returns out like q in the same order, contiguous; with return_lse also the natural log-sum-exp, fp32
-    [batch, tokens, heads].
-    A row with no key at all gives 0. Raises ValueError for shapes that do not fit the tiling.
+    A row with no key at all gives 0; a NaN that a row reads makes its output NaN.
+    Raises ValueError for a backend that is unknown or cannot serve.
     """
-    batch, tokens, heads, head_dim = q.shape
-    if k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(f"q, k and v must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if tokens != tiling.tokens:
-        raise ValueError(
-            f"q has {tokens} tokens, the grid {tiling.grid} with {tiling.text} text tokens has {tiling.tokens}"
-        )
-    if mask.keep.shape != (batch, heads, tiling.tiles, tiling.tiles):
-        raise ValueError(f"mask must be {(batch, heads, tiling.tiles, tiling.tiles)}, got {tuple(mask.keep.shape)}")
-    if text_mask is not None and text_mask.shape != (batch, tiling.text):
-        raise ValueError(f"text_mask must be {(batch, tiling.text)}, got {tuple(text_mask.shape)}")
-    name = resolve(backend, q.device, q.dtype, head_dim)
-    scale = scale or 1 / math.sqrt(head_dim)
-    out, lse = backend_module(name).run(q, k, v, mask, tiling, text_mask, tail, scale, return_lse)
-    return (out, lse) if return_lse else out
+    return _run(problem, backend, want_lse=False)[0]
+
+
+def block_sparse_attention_lse(problem: Problem, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """As `block_sparse_attention`, and the natural log-sum-exp of each row, fp32 [batch, tokens, heads], -inf where a
+    row has no key."""
+    out, lse = _run(problem, backend, want_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def _run(problem: Problem, backend: str, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    q = problem.q
+    name = resolve(backend, q.device, q.dtype, q.shape[-1])
+    with _no_autocast(q.device.type):
+        return backend_module(name).run(problem, want_lse)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A kernel's dtypes are its own; a surrounding autocast would change some of its products."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -30,6 +30,9 @@ constexpr int PANEL = 2 * LANES;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
+// Inlined into the walk, these loops lose registers to it: 4 % of the whole.
+#define ON_ITS_OWN __attribute__((noinline))
+
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float VecAt4 __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
@@ -55,7 +58,7 @@ inline Vec exp2_vec(Vec x) {
 
 // c[m x n] (+)= a[m x k] b[k x n]; m a multiple of ROWS, n of PANEL.
 template <bool ADD>
-void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long m, long n, long k) {
+ON_ITS_OWN void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long m, long n, long k) {
     for (long j = 0; j < n; j += PANEL) {
         for (long i = 0; i < m; i += ROWS) {
             Vec left[ROWS], right[ROWS];
@@ -100,150 +103,189 @@ struct Strides {
     int64_t batch, token, head;
 };
 
-}  // namespace
-
+// One call. Fields in the order of _Call in cpu.py.
+//
 // q, k, v: fp32 [batch, tokens, heads, dim], dim contiguous, other strides given. out: contiguous, same shape.
 // lse: [batch, tokens, heads] or null. slots: [tiles, block], -1 where empty. readable: [batch, tiles, block] bytes,
 // batch stride given. keep: [batch, heads, tiles, tiles] bytes. k_mean, v_mean: [batch, heads, video, dim] or null;
-// log2_tokens: [video]. dim a multiple of PANEL (see draftdiff_panel), block of 64.
+// log2_tokens: [video]. dim a multiple of PANEL (see draftdiff_panel), block 64 or 128.
+struct Call {
+    const float *q, *k, *v;
+    float *out, *lse;
+    const int64_t* slots;
+    const uint8_t *readable, *keep;
+    const float *k_mean, *v_mean, *log2_tokens;
+    Strides q_at, k_at, v_at;
+    int64_t readable_batch, batch, tokens, heads, dim, tiles, video, block;
+    float scale;
+    int32_t threads;
+
+    int64_t packed_tiles() const { return tiles + (k_mean ? (video + block - 1) / block : 0); }
+    int64_t tile_size() const { return block * dim; }
+    // Key tiles that are scored before one pass of the softmax.
+    int64_t tiles_of_strip() const { return std::max<int64_t>(1, 256 / block); }
+};
+
+// A thread's own memory. rows: of keys while packing. queries, acc: [block, dim]. scores: [block, strip].
+// bias: [strip]. row_max, row_sum: [block]. walk: the key tiles of a query tile.
+struct Scratch {
+    std::vector<const float*> rows;
+    std::vector<float> queries, acc, scores, bias, row_max, row_sum;
+    std::vector<int64_t> walk;
+
+    explicit Scratch(const Call& c)
+        : rows(c.block), queries(c.tile_size()), acc(c.tile_size()), scores(c.block * c.tiles_of_strip() * c.block),
+          bias(c.tiles_of_strip() * c.block), row_max(c.block), row_sum(c.block) {}
+};
+
+// A key tile of one head: keys transposed [dim, block], values [block, dim]; what no query reads is zero. Pooled keys and
+// values follow the tokens' tiles as some more tiles.
+void pack(const Call& c, int64_t bh, int64_t tile, float* keys, float* values, std::vector<const float*>& rows) {
+    const int64_t b = bh / c.heads, h = bh % c.heads;
+    for (int64_t s = 0; s < c.block; s++) {
+        const float* value = nullptr;
+        rows[s] = nullptr;
+        if (tile < c.tiles) {
+            if (c.readable[b * c.readable_batch + tile * c.block + s]) {
+                const int64_t token = c.slots[tile * c.block + s];
+                rows[s] = c.k + b * c.k_at.batch + token * c.k_at.token + h * c.k_at.head;
+                value = c.v + b * c.v_at.batch + token * c.v_at.token + h * c.v_at.head;
+            }
+        } else if (const int64_t mean = (tile - c.tiles) * c.block + s; mean < c.video) {
+            rows[s] = c.k_mean + (bh * c.video + mean) * c.dim;
+            value = c.v_mean + (bh * c.video + mean) * c.dim;
+        }
+        if (value) std::memcpy(values + s * c.dim, value, c.dim * sizeof(float));
+        else std::fill(values + s * c.dim, values + (s + 1) * c.dim, 0.f);
+    }
+    // A few columns at a time: all of them would fall into the same few sets of the cache.
+    for (int64_t first = 0; first < c.dim; first += LANES)
+        for (int64_t s = 0; s < c.block; s++)
+            for (int64_t d = first; d < first + LANES; d++) keys[d * c.block + s] = rows[s] ? rows[s][d] : 0.f;
+}
+
+// What is added to the scores of a key tile, in base 2: -inf for what may not be read, for pooled keys their weight.
+void key_bias(const Call& c, int64_t b, const uint8_t* kept, int64_t tile, float* bias) {
+    if (tile < c.tiles) {
+        const uint8_t* may = c.readable + b * c.readable_batch + tile * c.block;
+        for (int64_t s = 0; s < c.block; s++) bias[s] = may[s] ? 0.f : NEGATIVE_INFINITY;
+        return;
+    }
+    for (int64_t s = 0; s < c.block; s++) {
+        const int64_t mean = (tile - c.tiles) * c.block + s;
+        bias[s] = mean < c.video && !kept[mean] ? c.log2_tokens[mean] : NEGATIVE_INFINITY;
+    }
+}
+
+// Takes one row of `width` scores into its running softmax: weights in their place, what was summed before rescaled.
+ON_ITS_OWN void softmax_strip(float* __restrict scores, const float* __restrict bias, int64_t width,
+                          float* __restrict acc, int64_t dim, float* __restrict row_max, float* __restrict row_sum) {
+    Vec top = splat(NEGATIVE_INFINITY);
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Vec x = load(scores + i) + load(bias + i);
+        store(scores + i, x);
+        top = top > x ? top : x;
+    }
+    float new_max = *row_max;
+    for (int l = 0; l < LANES; l++) new_max = std::max(new_max, top[l]);
+    // -inf where nothing was read so far, or nothing but NaN, which must come through.
+    const float shift = new_max == NEGATIVE_INFINITY ? 0.f : new_max;
+    Vec sum{};
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Vec x = load(scores + i) - shift;
+        // exp2_vec stops at 2^-126: exact zero for what may not be read.
+        const Vec p = x < -126.f ? Vec{} : exp2_vec(x);
+        sum += p;
+        store(scores + i, p);
+    }
+    const float rescale = std::exp2(*row_max - shift);
+    if (rescale != 1.f)
+        for (int64_t d = 0; d < dim; d += LANES) store(acc + d, load(acc + d) * rescale);
+    float total = *row_sum * rescale;
+    for (int l = 0; l < LANES; l++) total += sum[l];
+    *row_sum = total;
+    *row_max = new_max;
+}
+
+// Output and log-sum-exp of one query tile of one head. keys, values: all packed tiles of that head.
+void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, const float* values, Scratch& own) {
+    const int64_t b = bh / c.heads, h = bh % c.heads, dim = c.dim, block = c.block, size = c.tile_size();
+    const int64_t most = c.tiles_of_strip(), strip = most * block;
+    const int64_t* slots = c.slots + tile * block;
+    float *queries = own.queries.data(), *acc = own.acc.data(), *scores = own.scores.data(), *bias = own.bias.data();
+    float *row_max = own.row_max.data(), *row_sum = own.row_sum.data();
+    int64_t filled = 0;
+    while (filled < block && slots[filled] >= 0) filled++;
+    const int64_t m = (filled + ROWS - 1) / ROWS * ROWS;
+    for (int64_t r = 0; r < m; r++) {
+        const float* from = c.q + b * c.q_at.batch + slots[r < filled ? r : 0] * c.q_at.token + h * c.q_at.head;
+        for (int64_t d = 0; d < dim; d++) queries[r * dim + d] = from[d] * c.scale * LOG2E;
+    }
+    std::fill(acc, acc + m * dim, 0.f);
+    std::fill(row_max, row_max + block, NEGATIVE_INFINITY);
+    std::fill(row_sum, row_sum + block, 0.f);
+
+    const uint8_t* kept = c.keep + (bh * c.tiles + tile) * c.tiles;
+    own.walk.clear();
+    for (int64_t j = 0; j < c.packed_tiles(); j++)
+        if (j >= c.tiles || kept[j]) own.walk.push_back(j);
+
+    for (int64_t start = 0; start < int64_t(own.walk.size()); start += most) {
+        const int64_t n = std::min<int64_t>(most, own.walk.size() - start);
+        const int64_t* walk = own.walk.data() + start;
+        for (int64_t i = 0; i < n; i++) {
+            multiply<false>(queries, dim, keys + walk[i] * size, block, scores + i * block, strip, m, block, dim);
+            key_bias(c, b, kept, walk[i], bias + i * block);
+        }
+        for (int64_t r = 0; r < m; r++)
+            softmax_strip(scores + r * strip, bias, n * block, acc + r * dim, dim, row_max + r, row_sum + r);
+        for (int64_t i = 0; i < n; i++)
+            multiply<true>(scores + i * block, strip, values + walk[i] * size, dim, acc, dim, m, dim, block);
+    }
+    for (int64_t r = 0; r < filled; r++) {
+        const int64_t to = (b * c.tokens + slots[r]) * c.heads + h;
+        const float sum = row_sum[r];
+        const float share = sum == 0.f ? 0.f : 1.f / sum;
+        for (int64_t d = 0; d < dim; d++) c.out[to * dim + d] = acc[r * dim + d] * share;
+        if (c.lse) c.lse[to] = sum == 0.f ? NEGATIVE_INFINITY : (row_max[r] + std::log2(sum)) * LN2;
+    }
+}
+
+}  // namespace
+
+// What a head_dim must be a multiple of.
 extern "C" int draftdiff_panel() { return PANEL; }
 
 // Returns 0, or 1 if there is no memory for the packed keys and values.
-extern "C" int draftdiff_block_sparse(
-    const float* q, const float* k, const float* v, float* out, float* lse, const int64_t* slots,
-    const uint8_t* readable, int64_t readable_batch, const uint8_t* keep, const float* k_mean, const float* v_mean,
-    const float* log2_tokens, const int64_t* strides, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-    int64_t tiles, int64_t video, int64_t block, float scale, int threads) {
-    const Strides sq{strides[0], strides[1], strides[2]}, sk{strides[3], strides[4], strides[5]},
-        sv{strides[6], strides[7], strides[8]};
-    const int64_t tail_tiles = k_mean ? (video + block - 1) / block : 0;
-    const int64_t packed = tiles + tail_tiles, size = block * dim, all_heads = batch * heads;
-    const int64_t strip = std::max<int64_t>(1, 256 / block) * block;
+extern "C" int draftdiff_block_sparse(const Call* call) {
+    const Call& c = *call;
+    const int64_t all_heads = c.batch * c.heads, packed = c.packed_tiles(), size = c.tile_size();
     const Buffer keys = allocate(all_heads * packed * size), values = allocate(all_heads * packed * size);
     if (!keys || !values) return 1;
-    std::vector<int32_t> cost(all_heads * tiles);
-    std::vector<int64_t> queue(all_heads * tiles);
+    std::vector<int32_t> cost(all_heads * c.tiles);
+    std::vector<int64_t> queue(all_heads * c.tiles);
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(c.threads)
     {
-        // Keys transposed, values as they are, tile by tile; what no query reads is zero.
-        std::vector<const float*> key_rows(block);
+        Scratch own(c);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < all_heads * packed; item++) {
-            const int64_t bh = item / packed, tile = item % packed, b = bh / heads, h = bh % heads;
-            float *kt = keys.get() + item * size, *vt = values.get() + item * size;
-            for (int64_t s = 0; s < block; s++) {
-                const float* value = nullptr;
-                key_rows[s] = nullptr;
-                if (tile < tiles) {
-                    const int64_t token = slots[tile * block + s];
-                    if (token >= 0) {
-                        key_rows[s] = k + b * sk.batch + token * sk.token + h * sk.head;
-                        value = v + b * sv.batch + token * sv.token + h * sv.head;
-                    }
-                } else if (const int64_t mean = (tile - tiles) * block + s; mean < video) {
-                    key_rows[s] = k_mean + (bh * video + mean) * dim;
-                    value = v_mean + (bh * video + mean) * dim;
-                }
-                if (value) std::memcpy(vt + s * dim, value, dim * sizeof(float));
-                else std::fill(vt + s * dim, vt + (s + 1) * dim, 0.f);
-            }
-            // A few columns at a time: all of them would fall into the same few sets of the cache.
-            for (int64_t first = 0; first < dim; first += LANES)
-                for (int64_t s = 0; s < block; s++)
-                    for (int64_t d = first; d < first + LANES; d++)
-                        kt[d * block + s] = key_rows[s] ? key_rows[s][d] : 0.f;
-            if (tile < tiles) {
-                const uint8_t* row = keep + (bh * tiles + tile) * tiles;
-                cost[bh * tiles + tile] = static_cast<int32_t>(std::count(row, row + tiles, 1));
-                queue[bh * tiles + tile] = bh * tiles + tile;
+            const int64_t bh = item / packed, tile = item % packed, row = bh * c.tiles + tile;
+            pack(c, bh, tile, keys.get() + item * size, values.get() + item * size, own.rows);
+            if (tile < c.tiles) {
+                const uint8_t* kept = c.keep + row * c.tiles;
+                cost[row] = static_cast<int32_t>(std::count(kept, kept + c.tiles, 1));
+                queue[row] = row;
             }
         }
         // Longest rows first: the last ones to be handed out are short.
 #pragma omp single
         std::stable_sort(queue.begin(), queue.end(), [&](int64_t x, int64_t y) { return cost[x] > cost[y]; });
 
-        std::vector<float> queries(size), acc(size), scores(block * strip), biases(strip), row_max(block), row_sum(block);
-        std::vector<int64_t> walk;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t turn = 0; turn < all_heads * tiles; turn++) {
-            const int64_t row = queue[turn], bh = row / tiles, tile = row % tiles, b = bh / heads, h = bh % heads;
-            const int64_t* own = slots + tile * block;
-            int64_t filled = 0;
-            while (filled < block && own[filled] >= 0) filled++;
-            const int64_t m = (filled + ROWS - 1) / ROWS * ROWS;
-            for (int64_t r = 0; r < m; r++) {
-                const float* from = q + b * sq.batch + (r < filled ? own[r] : own[0]) * sq.token + h * sq.head;
-                for (int64_t d = 0; d < dim; d++) queries[r * dim + d] = from[d] * scale * LOG2E;
-            }
-            std::fill(acc.begin(), acc.begin() + m * dim, 0.f);
-            std::fill(row_max.begin(), row_max.end(), NEGATIVE_INFINITY);
-            std::fill(row_sum.begin(), row_sum.end(), 0.f);
-
-            const uint8_t* kept = keep + row * tiles;
-            walk.clear();
-            for (int64_t j = 0; j < tiles; j++)
-                if (kept[j]) walk.push_back(j);
-            for (int64_t j = tiles; j < packed; j++) walk.push_back(j);
-
-            for (size_t start = 0; start < walk.size(); start += strip / block) {
-                const int64_t n = std::min<int64_t>(strip / block, walk.size() - start), width = n * block;
-                for (int64_t i = 0; i < n; i++) {
-                    const int64_t j = walk[start + i];
-                    multiply<false>(queries.data(), dim, keys.get() + (bh * packed + j) * size, block,
-                                    scores.data() + i * block, strip, m, block, dim);
-                    float* bias = biases.data() + i * block;
-                    if (j < tiles) {
-                        const uint8_t* may = readable + b * readable_batch + j * block;
-                        for (int64_t s = 0; s < block; s++) bias[s] = may[s] ? 0.f : NEGATIVE_INFINITY;
-                    } else {
-                        for (int64_t s = 0; s < block; s++) {
-                            const int64_t mean = (j - tiles) * block + s;
-                            bias[s] = mean < video && !kept[mean] ? log2_tokens[mean] : NEGATIVE_INFINITY;
-                        }
-                    }
-                }
-                for (int64_t r = 0; r < m; r++) {
-                    float* s = scores.data() + r * strip;
-                    Vec top = splat(NEGATIVE_INFINITY);
-                    for (int64_t c = 0; c < width; c += LANES) {
-                        const Vec x = load(s + c) + load(biases.data() + c);
-                        store(s + c, x);
-                        top = top > x ? top : x;
-                    }
-                    float new_max = row_max[r];
-                    for (int l = 0; l < LANES; l++) new_max = std::max(new_max, top[l]);
-                    if (new_max == NEGATIVE_INFINITY) {
-                        std::fill(s, s + width, 0.f);
-                        continue;
-                    }
-                    Vec sum{};
-                    for (int64_t c = 0; c < width; c += LANES) {
-                        const Vec x = load(s + c) - new_max;
-                        // exp2_vec stops at 2^-126: exact zero for what may not be read.
-                        const Vec p = x < -126.f ? Vec{} : exp2_vec(x);
-                        sum += p;
-                        store(s + c, p);
-                    }
-                    const float rescale = std::exp2(row_max[r] - new_max);
-                    if (rescale != 1.f) {
-                        float* a = acc.data() + r * dim;
-                        for (int64_t d = 0; d < dim; d += LANES) store(a + d, load(a + d) * rescale);
-                    }
-                    row_sum[r] *= rescale;
-                    for (int l = 0; l < LANES; l++) row_sum[r] += sum[l];
-                    row_max[r] = new_max;
-                }
-                for (int64_t i = 0; i < n; i++)
-                    multiply<true>(scores.data() + i * block, strip, values.get() + (bh * packed + walk[start + i]) * size,
-                                   dim, acc.data(), dim, m, dim, block);
-            }
-            for (int64_t r = 0; r < filled; r++) {
-                const int64_t to = (b * tokens + own[r]) * heads + h;
-                const float share = row_sum[r] > 0.f ? 1.f / row_sum[r] : 0.f;
-                for (int64_t d = 0; d < dim; d++) out[to * dim + d] = acc[r * dim + d] * share;
-                if (lse) lse[to] = row_sum[r] > 0.f ? (row_max[r] + std::log2(row_sum[r])) * LN2 : NEGATIVE_INFINITY;
-            }
+        for (int64_t turn = 0; turn < all_heads * c.tiles; turn++) {
+            const int64_t bh = queue[turn] / c.tiles, first = bh * packed * size;
+            query_tile(c, bh, queue[turn] % c.tiles, keys.get() + first, values.get() + first, own);
         }
     }
     return 0;

@@ -1,6 +1,7 @@
 """The `cpu` backend: a C++ kernel (cpu.cpp), compiled once into the user's cache and called through ctypes.
 
-Calls release the interpreter lock and use torch's own OpenMP threads.
+Calls release the interpreter lock and use torch's own OpenMP threads. The environment variable DRAFTDIFF_CPU_MARCH
+chooses another instruction set than this processor's, as the compiler's -march names it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from draftdiff.core.draft import Tail
-from draftdiff.core.grid import Tiling
-from draftdiff.core.select import BlockMask
+from draftdiff.kernels.cache import cache_folder, new_file
+from draftdiff.kernels.problem import Problem
 
+differentiable = False
 SOURCE = Path(__file__).with_name("cpu.cpp")
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp"]
+_FLAGS = ("-std=c++17", "-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -40,86 +40,104 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
-@lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     """The compiled kernel. Raises OSError with the reason where it cannot be had."""
+    return _load(os.environ.get("DRAFTDIFF_CPU_MARCH") or "native")
+
+
+@lru_cache(maxsize=4)
+def _load(march: str) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("needs a C++ compiler (g++ or clang++), none was found")
-    path = cache_folder() / f"cpu-{_fingerprint(compiler)}.so"
+    flags = (f"-march={march}", *_FLAGS)
+    path = cache_folder() / f"cpu-{_fingerprint(compiler, flags)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        _compile(compiler, flags, path)
     return ctypes.CDLL(str(path))
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftdiff"
-
-
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     """Changes with the source, the flags, the compiler and the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     cpuinfo = Path("/proc/cpuinfo")
-    flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.exists() else []
-    processor = flags[0] if flags else platform.machine() + platform.processor()
-    parts = [SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, processor.encode()]
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line for line in lines if line.startswith("flags")), platform.machine() + platform.processor())
+    parts = [SOURCE.read_bytes(), " ".join(flags).encode(), version, processor.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     logging.getLogger("draftdiff").warning("compiling the CPU kernel, once, into %s", path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        product, built = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+    with new_file(path) as built:
+        product = built.with_suffix(".o")
         # Linked without an OpenMP of its own: the symbols are found in the one that torch has loaded, so that two
         # thread pools do not fight for the cores.
         for command in (
-            [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(product)],
+            [compiler, *flags, "-c", str(SOURCE), "-o", str(product)],
             [compiler, "-shared", str(product), "-o", str(built)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
                 raise OSError(f"could not be compiled with {compiler}: {reason}")
-        os.replace(built, path)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    tiling: Tiling,
-    text_mask: Tensor | None,
-    tail: Tail | None,
-    scale: float,
-    want_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    batch, tokens, heads, head_dim = q.shape
-    wide = [x.float() for x in (q, k, v)]
-    wide = [x if x.stride(-1) == 1 else x.contiguous() for x in wide]
+class _Strides(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("batch", "token", "head"))
+
+
+class _Call(ctypes.Structure):
+    """`Call` of cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "slots", "readable", "keep")),
+        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "log2_tokens")),
+        *((name, _Strides) for name in ("q_at", "k_at", "v_at")),
+        *((name, ctypes.c_int64) for name in ("readable_batch", "batch", "tokens", "heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("tiles", "video_tiles", "block_size")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    tiling, tail = problem.tiling, problem.tail
+    batch, tokens, heads, head_dim = problem.q.shape
+    wide = [x.float() for x in (problem.q, problem.k, problem.v)]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in wide)
     out = torch.empty((batch, tokens, heads, head_dim))
     lse = torch.empty((batch, tokens, heads)) if want_lse else None
-    readable = tiling.readable(text_mask).contiguous()
-    keep = mask.keep.contiguous()
-    log2_tokens = tiling.counts[: tiling.video_tiles].log2()
-    means = (tail.k_mean.contiguous(), tail.v_mean.contiguous()) if tail is not None else (None, None)
-    strides = (ctypes.c_int64 * 9)(*(x.stride(axis) for x in wide for axis in (0, 1, 2)))
-
-    def pointer(x: Tensor | None) -> ctypes.c_void_p:
-        return ctypes.c_void_p(x.data_ptr() if x is not None else None)
-
-    no_memory = _library().draftdiff_block_sparse(
-        *map(pointer, (*wide, out, lse, tiling.slots, readable)),
-        ctypes.c_int64(readable.stride(0) if len(readable) > 1 else 0),
-        *map(pointer, (keep, *means, log2_tokens)),
-        strides,
-        *map(ctypes.c_int64, (batch, tokens, heads, head_dim, tiling.tiles, tiling.video_tiles, tiling.block_size)),
-        ctypes.c_float(scale),
-        ctypes.c_int(torch.get_num_threads()),
+    readable = problem.readable.contiguous()
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "lse": lse,
+        "slots": tiling.slots,
+        "readable": readable,
+        "keep": problem.keep.contiguous(),
+        "k_mean": None if tail is None else tail.k_mean.contiguous(),
+        "v_mean": None if tail is None else tail.v_mean.contiguous(),
+        "log2_tokens": tiling.counts[: tiling.video_tiles].log2(),
+    }
+    call = _Call(
+        **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
+        **{f"{name}_at": _Strides(*x.stride()[:3]) for name, x in zip("qkv", (q, k, v))},
+        readable_batch=readable.stride(0) if len(readable) > 1 else 0,
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        tiles=tiling.tiles,
+        video_tiles=tiling.video_tiles,
+        block_size=tiling.block_size,
+        scale=problem.factor,
+        threads=torch.get_num_threads(),
     )
-    if no_memory:
+    if _library().draftdiff_block_sparse(ctypes.byref(call)):
         raise MemoryError(
             f"no memory for packed keys and values of {batch} x {tokens} tokens, {heads} heads of {head_dim}"
         )
-    return out.to(q.dtype), lse
+    return out.to(problem.q.dtype), lse

@@ -1,8 +1,6 @@
-"""Pooling and selection for a device: on a GPU in few fused launches (`triton_draft`), elsewhere as `core` does it."""
+"""Pooling and selection where `triton` serves: in few fused launches (`triton_draft`); elsewhere as `core` does it."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -10,15 +8,16 @@ from torch import Tensor
 from draftdiff.core import draft
 from draftdiff.core import select as rules
 from draftdiff.core.grid import Tiling
+from draftdiff.kernels.block_sparse import preferred_on, unavailable
 
 
 def _fused(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return "triton" in preferred_on(device) and unavailable("triton", device, torch.float32, 64) is None
 
 
 def pool(x: Tensor, tiling: Tiling) -> Tensor:
     """`core.draft.pool`."""
-    if not _fused(x.device):
+    if not _fused(x.device) or (torch.is_grad_enabled() and x.requires_grad):  # one launch keeps nothing for gradients
         return draft.pool(x, tiling)
     from draftdiff.kernels import triton_draft
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from draftdiff.core.draft import Tail
-from draftdiff.core.grid import Tiling
-from draftdiff.core.select import BlockMask
-from draftdiff.kernels.gather import from_tiles, to_tiles
+from draftdiff.core.select import tile_lists
+from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.torch_backend import from_tiles, to_tiles
+
+differentiable = True
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -34,32 +35,21 @@ def _attention(compiled: bool) -> Any:
     return torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    tiling: Tiling,
-    text_mask: Tensor | None,
-    tail: Tail | None,
-    scale: float,
-    want_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    batch = q.shape[0]
+def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    q, tiling, keep, tail = problem.q, problem.tiling, problem.keep, problem.tail
     block, tiles, video = tiling.block_size, tiling.tiles, tiling.video_tiles
-    q_tiles, k_tiles, v_tiles = (to_tiles(x, tiling).flatten(2, 3) for x in (q, k, v))
+    q_tiles, k_tiles, v_tiles = (to_tiles(x, tiling).flatten(2, 3) for x in (q, problem.k, problem.v))
 
-    readable = tiling.readable(text_mask).expand(batch, -1, -1)
-    keep, tile_keys = mask.keep, tiles * block
+    readable, tile_keys = problem.readable.expand(q.shape[0], -1, -1), tiles * block
     whole = readable.all(-1)[:, None, None]
     readable = readable.flatten(1)
     full, partial = keep & whole, keep & ~whole
     log_counts = torch.zeros(1, device=q.device)
     if tail is not None:
         extra = -video % block
-        k_tiles = torch.cat([k_tiles, F.pad(tail.k_mean, (0, 0, 0, extra)).to(k.dtype)], dim=2)
-        v_tiles = torch.cat([v_tiles, F.pad(tail.v_mean, (0, 0, 0, extra)).to(v.dtype)], dim=2)
-        log_counts = F.pad(tiling.counts[:video].log(), (0, extra))
+        k_tiles = torch.cat([k_tiles, F.pad(tail.k_mean, (0, 0, 0, extra)).to(q.dtype)], dim=2)
+        v_tiles = torch.cat([v_tiles, F.pad(tail.v_mean, (0, 0, 0, extra)).to(q.dtype)], dim=2)
+        log_counts = F.pad(problem.log_counts, (0, extra))
         tail_blocks = (video + extra) // block
         full = F.pad(full, (0, tail_blocks))
         partial = F.pad(partial, (0, tail_blocks), value=True)
@@ -75,10 +65,9 @@ def run(
         pooled = key - tile_keys
         return torch.where(pooled < 0, score, score + log_counts[pooled.clamp(min=0)])
 
-    partial_lists, full_lists = BlockMask(partial).lists(), BlockMask(full).lists()
     block_mask = flex.BlockMask.from_kv_blocks(
-        *partial_lists,
-        *full_lists,
+        *tile_lists(partial),
+        *tile_lists(full),
         BLOCK_SIZE=block,
         mask_mod=is_read,
         seq_lengths=(q_tiles.shape[2], k_tiles.shape[2]),
@@ -89,7 +78,7 @@ def run(
         v_tiles,
         score_mod=weigh if tail is not None else None,
         block_mask=block_mask,
-        scale=scale,
+        scale=problem.factor,
         return_aux=flex.AuxRequest(lse=True),
     )
     split = (tiles, block)

@@ -1,6 +1,6 @@
-"""From a block mask to what the `triton` backend walks: lists of key tiles per query tile, built on the device.
+"""From what is kept to what the `triton` backend walks: lists of key tiles per query tile, built on the device.
 
-No value of the mask is ever read by the host, so a call can be captured in a CUDA graph.
+No value of it is ever read by the host, so a call can be captured in a CUDA graph.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
-from draftdiff.core.select import BlockMask
 
 WHOLE, RAGGED, TEXT = range(3)
 _MOST_TOKENS = 1023  # per axis, so that a corner packs into 32 bits
@@ -36,8 +35,8 @@ class TileTables:
 
     box: tile as a power-of-two box (frames, rows, columns) of block_size tokens, None if it is not one.
     slots [tiles, block_size] int32: model position of each slot, -1 for none; a box in raster order, holes included.
-    kinds [tiles] int32: WHOLE, RAGGED or TEXT.  entries [tiles] int32: what stands in the lists for a tile, its packed
-    corner or its number.  corners [video_tiles] int32.  starts [tiles] int32: first position of a text tile.
+    kinds [tiles] int32: WHOLE, RAGGED or TEXT.  corners [video_tiles] int32: first
+    token of a tile's box, packed.  starts [tiles] int32: first position of a text tile.
     log2_tokens [video_tiles] fp32.
     """
 
@@ -133,17 +132,17 @@ def _compact(
         tl.store(tail_bias_ptr + row * video_tiles + tile, tl.where(keep, float("-inf"), bias), mask=video)
 
 
-def list_tiles(mask: BlockMask, tiling: Tiling, *, entries: Tensor, tail: bool) -> TileLists:
-    """Lists of a mask [batch, heads, tiles, tiles]. entries [tiles] int32: what stands for each tile."""
-    batch, heads, tiles, _ = mask.keep.shape
-    tables, rows, device = tables_for(tiling), batch * heads * tiles, mask.keep.device
+def list_tiles(keep: Tensor, tiling: Tiling, *, entries: Tensor, tail: bool) -> TileLists:
+    """Lists of keep, bool [batch, heads, tiles, tiles]. entries [tiles] int32: what stands for each tile."""
+    batch, heads, tiles, _ = keep.shape
+    tables, rows, device = tables_for(tiling), batch * heads * tiles, keep.device
     counts = torch.empty((rows, 3), dtype=torch.int32, device=device)
     lists = torch.empty((rows, tiles + 1), dtype=torch.int32, device=device)
     tail_bias = torch.empty((rows, tiling.video_tiles) if tail else (1,), dtype=torch.float32, device=device)
     size = triton.next_power_of_2(tiles)
     with on_device_of(counts):
         _compact[(rows,)](
-            mask.keep.contiguous().view(torch.uint8),
+            keep.contiguous().view(torch.uint8),
             tables.kinds,
             entries,
             tables.log2_tokens,

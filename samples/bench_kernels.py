@@ -30,6 +30,7 @@ from draftdiff.core.grid import LatentGrid, choose_tile, tiling_for
 from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
 from draftdiff.kernels.drafting import pool, select
+from draftdiff.kernels.problem import Problem
 from draftdiff.models.devices import device_name
 from samples.bench_common import RESULTS, device_slug, median_and_spread, timed, versions, write_result
 from samples.bench_peers import DENSE, SPARSE, Absent, Inputs, Prepare, reference_rows
@@ -104,14 +105,8 @@ def ours(backend: str, tail: Tail | None) -> Prepare:
         if backend == "triton" and inputs.q.device.type != "cuda":
             raise Absent("interpreted on a CPU: not timed")
 
-        def run() -> Tensor:
-            out = block_sparse_attention(
-                inputs.q, inputs.k, inputs.v, inputs.mask, tiling=inputs.tiling, tail=tail, backend=backend
-            )
-            assert isinstance(out, Tensor)
-            return out
-
-        return run, lambda out: out
+        problem = Problem(inputs.q, inputs.k, inputs.v, inputs.keep, inputs.tiling, tail=tail)
+        return lambda: block_sparse_attention(problem, backend=backend), lambda out: out
 
     return prepare
 
@@ -154,7 +149,7 @@ def bench(case_name: str, case: Case, gemm: float, options: argparse.Namespace, 
     dense_flops = 4 * torch.Size(case.grid).numel() ** 2 * case.heads * case.head_dim
     for density in options.densities:
         inputs, tail, _ = make_inputs(case, device, dtype, density)
-        kept = float(inputs.mask.keep.float().mul(inputs.tiling.counts).sum(-1).mul(inputs.tiling.counts).sum())
+        kept = float(inputs.keep.float().mul(inputs.tiling.counts).sum(-1).mul(inputs.tiling.counts).sum())
         flops = 4.0 * kept * case.head_dim
         candidates: list[tuple[str, Prepare, Tail | None, bool]]
         candidates = [(name, prepare, None, True) for name, prepare in DENSE.items()]

@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from draftdiff.core.grid import Tiling
-from draftdiff.core.select import BlockMask
-from draftdiff.kernels.gather import from_tiles, to_tiles
+from draftdiff.core.select import tile_lists
+from draftdiff.kernels.torch_backend import from_tiles, to_tiles
 
 Attention = Callable[[], Tensor]  # timed; returns what `restore` turns into [batch, tokens, heads, head_dim]
 
@@ -42,7 +42,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: BlockMask
+    keep: Tensor
     tiling: Tiling
 
     @property
@@ -128,10 +128,10 @@ def flex(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
 
     _needs_gpu(inputs)
     q, k, v = _in_tile_order(inputs)
-    tiling, keep = inputs.tiling, inputs.mask.keep
+    tiling, keep = inputs.tiling, inputs.keep
     readable = (tiling.slots >= 0).flatten()
     whole = (tiling.slots >= 0).all(-1)
-    partial, full = (BlockMask(keep & which).lists() for which in (~whole, whole))
+    partial, full = (tile_lists(keep & which) for which in (~whole, whole))
     block_mask = FlexMask.from_kv_blocks(
         *partial,
         *full,
@@ -152,7 +152,7 @@ def flashinfer(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     sizes = tiling.counts.to(torch.int32).expand(heads, -1).contiguous()
     wrapper = package.VariableBlockSparseAttentionWrapper(torch.empty(256 * 2**20, dtype=torch.uint8, device=q.device))
     wrapper.plan(
-        block_mask_map=inputs.mask.keep[0],
+        block_mask_map=inputs.keep[0],
         block_row_sz=sizes,
         block_col_sz=sizes,
         num_qo_heads=heads,
@@ -175,8 +175,8 @@ def vsa(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     parts = inputs.tiling.block_size // 64
     first = torch.arange(parts, device=q.device) * 64
     sizes = (inputs.tiling.counts[:, None] - first).clamp(0, 64).flatten().to(torch.int32)
-    keep = inputs.mask.keep.repeat_interleave(parts, 2).repeat_interleave(parts, 3) & (sizes > 0)
-    counts, indices = BlockMask(keep).lists()
+    keep = inputs.keep.repeat_interleave(parts, 2).repeat_interleave(parts, 3) & (sizes > 0)
+    counts, indices = tile_lists(keep)
     forward = kernel.triton_block_sparse_attn_forward
     return lambda: forward(q, k, v, indices, counts, sizes)[0], _from_tile_order(inputs)
 
@@ -189,7 +189,7 @@ def flash4_sparse(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]
     if not inputs.is_even:
         raise Absent("whole blocks only; this grid has ragged tiles")
     q, k, v = (x.transpose(1, 2).contiguous() for x in _in_tile_order(inputs))
-    counts, indices = inputs.mask.lists()
+    counts, indices = tile_lists(inputs.keep)
     tensors = sparsity.BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(counts),
         mask_block_idx=torch.zeros_like(indices),
@@ -222,9 +222,7 @@ def sparsevideo(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     restore = _from_tile_order(inputs)
 
     def run() -> Tensor:
-        return attention(
-            q, k, v, ends, ends, ones, None, inputs.mask.keep, tokens, tokens, 0.0, softmax_scale=inputs.scale
-        )
+        return attention(q, k, v, ends, ends, ones, None, inputs.keep, tokens, tokens, 0.0, softmax_scale=inputs.scale)
 
     return run, lambda out: restore(out[None].transpose(1, 2))
 
@@ -257,7 +255,7 @@ def reference_rows(inputs: Inputs, rows: Tensor, heads: Tensor, tail: Any, dense
     scores = q @ k.transpose(-1, -2) * inputs.scale
     if dense:
         return (scores.softmax(-1) @ v).transpose(0, 1)
-    keep = inputs.mask.keep[0, heads][:, tile_of[rows]]
+    keep = inputs.keep[0, heads][:, tile_of[rows]]
     scores = scores.masked_fill(~keep[..., tile_of], -math.inf)
     if tail is not None:
         pooled = q @ tail.k_mean[0, heads].transpose(-1, -2) * inputs.scale

@@ -33,10 +33,10 @@ from bench_var_models import MODELS, BenchModel, build, subjects
 
 from draftdiff.compare.measure import count_flops, peak_memory
 from draftdiff.compare.table import Column, megabytes, text_table, with_spread
-from draftdiff.core.budget import check_cache_budget
 from draftdiff.files import check_writable
 from draftdiff.models.devices import DTYPES, device_name
 from draftdiff.models.image import PLAIN, ImageModel, Setting, settings_of
+from draftdiff.var.scale_kv import check_cache_budget
 
 EXAMPLES = """examples:
   python samples/bench_var.py                                  all models, at a size that this device has time for

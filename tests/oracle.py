@@ -1,13 +1,15 @@
-"""The one oracle of the tests: attention of single queries written out from its definition, in fp64."""
+"""The one oracle of the tests: attention written out from its definition in fp64, and what rounding may add."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
+from draftdiff.kernels.problem import Problem
 
 
 def attention_row(
@@ -39,3 +41,75 @@ def attention_row(
         return torch.zeros_like(q[row]), torch.tensor(-math.inf, dtype=torch.float64)
     scores = torch.stack(logits) / math.sqrt(q.shape[-1]) + torch.tensor(weights, dtype=torch.float64).log()
     return scores.softmax(0) @ torch.stack(values), scores.logsumexp(0)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """fp64 output [batch, heads, rows, head_dim] and log-sum-exp [batch, heads, rows] of attention, and how far from
+    them a kernel may end that multiplies and sums in fp32 and rounds inputs, weights and output to its dtype."""
+
+    out: Tensor
+    lse: Tensor
+    out_bound: Tensor
+    lse_bound: Tensor
+
+    def check(self, out: Tensor, lse: Tensor | None = None) -> None:
+        """Raise AssertionError, with the worst excess, unless out and lse are within the bounds."""
+        found = [("output", out, self.out, self.out_bound)]
+        if lse is not None:
+            found.append(("log-sum-exp", lse, self.lse, self.lse_bound))
+        for name, got, want, bound in found:
+            assert got.shape == want.shape
+            error = (got.double() - want).abs().where(got.double() != want, 0.0)  # equal infinities differ by nothing
+            excess = float((error / bound).nan_to_num(math.inf).max())
+            assert excess <= 1, f"{name}: an error is {excess:.3g} times what rounding allows"
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dtype: torch.dtype, rounded: int = 0, times: float = 4
+) -> Expected:
+    """Softmax attention of q [batch, heads, rows, head_dim] over k, v [batch, heads, keys, head_dim] in fp64.
+
+    bias: [batch, heads, rows, keys], -inf for what is not read; a row that reads nothing gives 0.
+    rounded: number of keys, the last ones, whose k and v the kernel rounds to its dtype first.
+    The bounds are first-order rounding errors of these very numbers, `times` over. An error e of the scores moves the
+    output by at most e times the spread of the values under the weights.
+    """
+    q, k, v, bias = (x.double() for x in (q, k, v, bias))
+    scores = q @ k.mT * scale + bias
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.softmax(-1).masked_fill(empty, 0.0)
+    out, lse = weights @ v, scores.logsumexp(-1)
+
+    single, own = (torch.finfo(kind).eps / 2 for kind in (torch.float32, dtype))
+    sizes = (q.abs() @ k.mT.abs() * abs(scale)).where(bias > -math.inf, 0.0)
+    of_scores = 4 * single * (sizes.amax(-1) + bias.where(bias > -math.inf, 0.0).abs().amax(-1))
+    if rounded:
+        of_scores = of_scores + own * sizes[..., -rounded:].amax(-1)
+    spread = (weights @ v**2 - out**2).clamp(min=0).sqrt()
+    of_out = of_scores[..., None] * spread + (own + 4 * single) * (weights @ v.abs())
+    tiny = torch.finfo(dtype).tiny
+    return Expected(out, lse, times * of_out + tiny, times * (of_scores + 4 * single * (1 + lse.abs())))
+
+
+def attention_of(problem: Problem) -> Expected:
+    """A problem's attention, in the layout of `attention`."""
+    tiling, keep = problem.tiling, problem.keep
+    own = torch.empty(tiling.tokens, dtype=torch.long)
+    for tile, slots in enumerate(tiling.slots):
+        own[slots[slots >= 0]] = tile
+    read = keep[:, :, own][..., own].clone()
+    if problem.text_mask is not None:
+        text = [t for t in range(tiling.tokens) if not tiling.lead <= t < tiling.lead + tiling.grid.tokens]
+        read[..., text] &= problem.text_mask[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    bias = torch.zeros(read.shape).masked_fill(~read, -math.inf)
+    pooled = 0
+    if problem.tail is not None:
+        pooled = tiling.video_tiles
+        k, v = torch.cat([k.float(), problem.tail.k_mean], 2), torch.cat([v.float(), problem.tail.v_mean], 2)
+        counts = torch.tensor([float((slots >= 0).sum()) for slots in tiling.slots[:pooled]])
+        skipped = counts.log().expand(*keep.shape[:3], -1).masked_fill(keep[..., :pooled], -math.inf)
+        bias = torch.cat([bias, skipped[:, :, own]], -1)
+    scale = 1 / math.sqrt(q.shape[-1]) if problem.scale is None else problem.scale
+    return attention(q, k, v, bias, scale, problem.q.dtype, rounded=pooled)

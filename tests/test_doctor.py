@@ -8,7 +8,7 @@ import torch
 
 from draftdiff.cli import main
 from draftdiff.doctor import examine, is_healthy, to_text, try_backend
-from draftdiff.kernels import gather
+from draftdiff.kernels import torch_backend
 from draftdiff.kernels.block_sparse import BACKENDS
 from draftdiff.video.layouts import supported_models
 
@@ -65,25 +65,25 @@ def test_a_backend_that_fails_is_broken_with_its_reason(monkeypatch):
     def fail(*_args):
         raise RuntimeError("no compiler\nin sight")
 
-    monkeypatch.setattr(gather, "run", fail)
+    monkeypatch.setattr(torch_backend, "run", fail)
     assert try_backend("torch", CPU) == "broken: RuntimeError: no compiler in sight"
 
 
 def test_a_backend_that_is_wrong_is_broken(monkeypatch, findings):
-    stock = gather.run
+    stock = torch_backend.run
 
     def wrong(*args):
         out, lse = stock(*args)
         return out * 1.1, lse
 
-    monkeypatch.setattr(gather, "run", wrong)
+    monkeypatch.setattr(torch_backend, "run", wrong)
     assert try_backend("torch", CPU).startswith("broken: differs from the reference by")
     states = {"cpu": {**findings["backends"]["cpu"], "torch": try_backend("torch", CPU)}}
     assert not is_healthy({**findings, "backends": states})
 
 
 def test_a_backend_without_its_machine_is_unavailable_but_not_broken(monkeypatch, findings):
-    monkeypatch.setattr("draftdiff.kernels.triton_sparse._INTERPRETED", False)
+    monkeypatch.setattr("draftdiff.kernels.triton_backend._INTERPRETED", False)
     state = try_backend("triton", CPU)
     assert state.startswith("unavailable: needs")
     assert is_healthy({**findings, "backends": {"cpu": {"triton": state}}})

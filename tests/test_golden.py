@@ -68,7 +68,7 @@ def test_the_masks_are_the_originals(case):
         name = str(sparsity).replace(".", "p")
         keep = select_upstream(probabilities, torch.full((q.shape[2],), 1 - sparsity, dtype=torch.float64))
         assert torch.equal(keep, tensors[f"keep_mask_{name}"].view_as(keep))
-        block_mask = with_text(keep, tiling).keep
+        block_mask = with_text(keep, tiling)
         # One copy per sequence: an item's tokens, then its padding text.
         sequences = tensors[f"block_mask_{name}"].unflatten(0, (len(block_mask), -1))
         assert torch.equal(block_mask[:, None].expand_as(sequences), sequences)

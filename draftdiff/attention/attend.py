@@ -6,7 +6,6 @@ DraftAttention (arXiv 2505.14708) on any grid, with per-row budgets and a pooled
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from draftdiff.attention.rule import Rule, unpack
 from draftdiff.core import quality
-from draftdiff.core.draft import Tail, draft_map
+from draftdiff.core.draft import Tail, draft_map, softmax_scale
 from draftdiff.core.grid import LatentGrid, Tiling, tiling_for
 from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import block_sparse_attention
 from draftdiff.kernels.drafting import pool, select
+from draftdiff.kernels.problem import Problem
 
 STATS = ("density", "drafted_mass")
 
@@ -54,7 +54,7 @@ def attend(
     absent = k.shape[1] - q.shape[1]
     if absent and (absent != text or lead != text):
         raise ValueError(f"q has {q.shape[1]} tokens, needs the grid's {grid.tokens} or all {k.shape[1]} of k")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = softmax_scale(scale, q.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
         if absent:
             q = torch.cat([q.new_zeros(q.shape[0], absent, *q.shape[2:]), q], dim=1)
@@ -83,15 +83,13 @@ def _attend(
         tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
     with part("select"):
         keep = select(rule.selection, probabilities, density, row_floor=rule.row_floor)
-        mask = with_text(keep, tiling)
+        every = with_text(keep, tiling)
         if absent:  # tiles without queries read nothing
-            mask.keep[:, :, tiling.video_tiles :] = False
-        stats = torch.stack([quality.density(mask, tiling).mean(), quality.drafted_mass(probabilities, keep).mean()])
+            every[:, :, tiling.video_tiles :] = False
+        stats = torch.stack([quality.density(every, tiling).mean(), quality.drafted_mass(probabilities, keep).mean()])
     with part("kernel"):
-        out = block_sparse_attention(
-            q, k, v, mask, tiling=tiling, text_mask=text_mask, tail=tail, scale=scale, backend=rule.backend
-        )
-    assert isinstance(out, Tensor)
+        problem = Problem(q, k, v, every, tiling, text_mask, tail, scale)
+        out = block_sparse_attention(problem, backend=rule.backend)
     return out, stats
 
 

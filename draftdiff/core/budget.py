@@ -1,8 +1,8 @@
-"""How many key tiles may be read or keys kept: a mean share, spread over steps, layers, heads and scales."""
+"""How many key tiles may be read: a mean share, spread over steps, layers and heads."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,62 +59,3 @@ class Budget:
         if tensor.shape != shape:
             raise ValueError(f"budget weights {name} must have shape {shape} for this model, got {tuple(tensor.shape)}")
         return tensor
-
-
-def check_cache_budget(budget: float) -> float:
-    """Return a budget if it is a share in (0, 1], else raise ValueError naming it."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise ValueError(f"budget must be above 0 and at most 1, got {budget!r}")
-    return float(budget)
-
-
-def full_split(limit: int, mean: int, layers: int, drafters: int, floor: int) -> tuple[int, int]:
-    """Keys of a drafter and of a refiner layer: drafters keep nearly all they have, refiners share the rest.
-
-    The rule that gives both published tables of ScaleKV: the largest drafter capacity, at most `limit`, that leaves the
-    refiners the same whole number each, at least `floor`, with `mean` keys per layer over all of them.
-    """
-    refiners = layers - drafters
-    if not drafters or not refiners:
-        return mean, mean
-    for capacity in range(limit, mean, -1):
-        refiner, rest = divmod(mean * layers - drafters * capacity, refiners)
-        if rest == 0 and refiner >= floor:
-            return capacity, refiner
-    return mean, mean
-
-
-def scale_capacities(
-    tokens: Sequence[int],
-    mean: int,
-    layers: int,
-    drafters: Sequence[Collection[int]],
-    *,
-    floor: int,
-    decay: tuple[int, float] | None = None,
-) -> list[list[int] | None]:
-    """Keys that each layer may keep after each scale but the last, None where all fit into the mean.
-
-    tokens: of each scale.  mean: keys per layer, over all layers.  drafters: for each scale the layers that look widely
-    while it is generated; what they may keep is decided after the scale before.  floor: least keys of a refiner.
-    decay: (start, step) to shrink refiners linearly instead of by `full_split`, to start - step * k at the k-th cut
-    (ScaleKV, arXiv 2505.19602, section 3.3); drafters share what that leaves.
-    """
-    rows: list[list[int] | None] = []
-    held, cuts = 0, 0
-    for scale, new in enumerate(tokens[:-1]):
-        held += new
-        if sum(tokens[: scale + 1]) <= mean:
-            rows.append(None)
-            continue
-        drafting = set(drafters[scale + 1])
-        refiners = layers - len(drafting)
-        if decay is None or not drafting:
-            drafter, refiner = full_split(held, mean, layers, len(drafting), floor)
-        else:
-            start, step = decay
-            refiner = min(max(round(start - step * cuts), floor), mean)
-            drafter = min((mean * layers - refiners * refiner) // len(drafting), held)
-        rows.append([drafter if layer in drafting else refiner for layer in range(layers)])
-        held, cuts = drafter, cuts + 1
-    return rows

@@ -33,6 +33,11 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
     return rearrange(sums, "b f h w n d -> b n (f h w) d") / tiling.counts[: tiling.video_tiles, None]
 
 
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores: scale, which may be 0, or 1/sqrt(head_dim) if None."""
+    return 1 / math.sqrt(head_dim) if scale is None else scale
+
+
 def draft_map(q_mean: Tensor, k_mean: Tensor, *, scale: float | None = None, counts: Tensor | None = None) -> Tensor:
     """Low-resolution attention map: row-wise softmax of pooled scores (arXiv 2505.14708, Eq. 3).
 
@@ -40,7 +45,7 @@ def draft_map(q_mean: Tensor, k_mean: Tensor, *, scale: float | None = None, cou
     counts [tiles]: if given, a tile weighs as many keys as it has, so that a ragged tile is not overrated.
     Returns fp32 [batch, heads, tiles, tiles].
     """
-    scores = q_mean @ k_mean.transpose(-1, -2) * (scale or 1 / math.sqrt(q_mean.shape[-1]))
+    scores = q_mean @ k_mean.transpose(-1, -2) * softmax_scale(scale, q_mean.shape[-1])
     if counts is not None:
         scores += counts.log()
     return scores.softmax(dim=-1)

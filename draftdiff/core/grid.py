@@ -153,7 +153,7 @@ def tiling_for(
 def choose_tile(grid: LatentGrid, block_size: int) -> tuple[int, int, int]:
     """The box of exactly block_size tokens that wastes the fewest slots on this grid and keeps its tokens close.
 
-    Cost is slots per real token, times a weak penalty for long thin boxes: at equal waste a compact brick has the
+    Cost is the number of slots, times a weak penalty for long thin boxes: at equal waste a compact brick has the
     more alike tokens, hence the truer draft. Boxes are powers of two, so that a kernel can read one as a unit.
     """
     sizes = [2**i for i in range(block_size.bit_length())]
@@ -163,7 +163,6 @@ def choose_tile(grid: LatentGrid, block_size: int) -> tuple[int, int, int]:
         slots = math.prod(math.ceil(n / b) * b for n, b in zip(grid.shape, box))
         # A frame of latents spans several video frames, so a step in time is a longer way than a step in space.
         surface = box[1] * box[2] + 2 * box[0] * (box[1] + box[2])
-        compact = surface / block_size ** (2 / 3)
-        return slots / grid.tokens * compact**0.25
+        return slots * surface**0.25
 
     return min(boxes, key=lambda box: (cost(box), box))

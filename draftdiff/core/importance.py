@@ -6,11 +6,11 @@ arXiv 2506.08373): score keys by attention from chosen queries, smooth over neig
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from draftdiff.core.draft import softmax_scale
 
 POOLINGS = ("max", "average")
 REDUCTIONS = ("sum", "mean", "max")
@@ -39,7 +39,7 @@ def attention_mass(
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = softmax_scale(scale, query.shape[-1])
     groups = query.unflatten(1, (key.shape[1], -1))
     scores = (groups.flatten(2, 3) @ key.transpose(-1, -2)).float() * scale
     if softcap is not None:

@@ -7,59 +7,54 @@ mass is least covered.  `upstream`: one threshold over the whole map of a head, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
 
-SELECTIONS = ("draft", "upstream", "full")
 _BISECTIONS = 16  # resolves a covered mass to 2**-16, far below what one tile carries
 
 
-@dataclass(frozen=True)
-class BlockMask:
-    """Which key tiles each query tile reads: keep, bool [batch, heads, tiles, tiles], text tiles last."""
+def tile_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept key tiles of each query tile, in ascending order.
 
-    keep: Tensor
-
-    def lists(self) -> tuple[Tensor, Tensor]:
-        """Per query tile the kept key tiles in ascending order.
-
-        Returns counts int32 [batch, heads, tiles] and indices int32 [batch, heads, tiles, tiles]; entries past the
-        count are the skipped tiles, also ascending.
-        """
-        counts = self.keep.sum(-1, dtype=torch.int32)
-        indices = torch.argsort(self.keep.to(torch.uint8), dim=-1, descending=True, stable=True).to(torch.int32)
-        return counts, indices
+    keep: bool [batch, heads, tiles, key tiles].  Returns counts int32 [batch, heads, tiles] and indices int32 like
+    keep; entries past the count are the skipped tiles, also ascending.
+    """
+    counts = keep.sum(-1, dtype=torch.int32)
+    indices = torch.argsort(keep.to(torch.uint8), dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts, indices
 
 
-def with_text(keep: Tensor, tiling: Tiling) -> BlockMask:
-    """A block mask over all tiles from the video tiles' keep [batch, heads, video_tiles, video_tiles]: text tiles read
-    everything and are read by all."""
+def with_text(keep: Tensor, tiling: Tiling) -> Tensor:
+    """keep over all tiles, bool [batch, heads, tiles, tiles], from that of the video tiles: text tiles, the last ones,
+    read everything and are read by all."""
     video = tiling.video_tiles
     if tiling.tiles == video:
-        return BlockMask(keep)
+        return keep
     full = keep.new_ones(*keep.shape[:2], tiling.tiles, tiling.tiles)
     full[:, :, :video, :video] = keep
-    return BlockMask(full)
+    return full
 
 
 def select_draft(probabilities: Tensor, density: Tensor, *, row_floor: float = 0.5) -> Tensor:
     """Keep the best tiles of each row, under a budget per head.
 
-    probabilities: draft map [batch, heads, tiles, tiles].  density: kept share, float64 [heads].
-    row_floor: share of the budget that is dealt evenly to the rows (1: plain top-k, 0: plain top-p); each row keeps
-    its own tile in any case. The rest goes to rows until all have covered the same mass.
+    probabilities: draft map [batch, heads, tiles, tiles].  density: kept share, float64 [heads], on any device that
+    has fp64.  row_floor: share of the budget that is dealt evenly to the rows (1: plain top-k, 0: plain top-p); each
+    row keeps its own tile in any case. The rest goes to rows until all have covered the same mass.
     Returns bool [batch, heads, tiles, tiles], without an empty row: at most max(density * tiles, 1) per row on average,
     less where the tiles left carry no mass.
     """
     tiles = probabilities.shape[-1]
-    budget = (density.to(probabilities.device) * tiles**2).clamp(min=tiles)[:, None, None]
-    floor = (row_floor * budget / tiles).floor().clamp(min=1)
+    device = probabilities.device
+    # Reckoned where the density is: the map's device need not have fp64.
+    share = (density * tiles**2).clamp(min=tiles)[:, None, None]
+    budget, floor = share.long().to(device), (row_floor * share / tiles).long().clamp(min=1).to(device)
 
-    own = torch.eye(tiles, dtype=torch.bool, device=probabilities.device)
+    own = torch.eye(tiles, dtype=torch.bool, device=device)
     ranking = probabilities.masked_fill(own, 2.0).argsort(dim=-1, descending=True)
     ranked = probabilities.gather(-1, ranking)
     covered = ranked.cumsum(-1) - ranked
@@ -81,11 +76,11 @@ def select_upstream(probabilities: Tensor, density: Tensor) -> Tensor:
     """The original rule, ties and rounding included: per head, keep every entry of the map that is at least the k-th
     smallest, k = int((1 - density) * tiles**2). Rows may stay empty.
 
-    probabilities: draft map [batch, heads, tiles, tiles].  density: kept share, float64 [heads].
+    probabilities: draft map [batch, heads, tiles, tiles].  density: kept share, float64 [heads], on any device.
     Returns bool [batch, heads, tiles, tiles].
     """
     entries = probabilities.shape[-1] ** 2
-    k = ((1.0 - density.to(probabilities.device)) * entries).long()
+    k = ((1.0 - density) * entries).long().to(probabilities.device)
     ascending = probabilities.flatten(2).sort(dim=-1).values
     threshold = ascending.gather(-1, (k - 1).clamp(min=0).expand(ascending.shape[0], -1)[..., None])
     kept = probabilities >= threshold[..., None]
@@ -93,12 +88,17 @@ def select_upstream(probabilities: Tensor, density: Tensor) -> Tensor:
     return kept & (k < entries)[:, None, None]
 
 
+# By name: draft map, density and row_floor to what is kept.
+RULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "draft": lambda probabilities, density, row_floor: select_draft(probabilities, density, row_floor=row_floor),
+    "upstream": lambda probabilities, density, _: select_upstream(probabilities, density),
+    "full": lambda probabilities, *_: torch.ones_like(probabilities, dtype=torch.bool),
+}
+SELECTIONS = tuple(RULES)
+
+
 def select(rule: str, probabilities: Tensor, density: Tensor, *, row_floor: float = 0.5) -> Tensor:
-    """Apply a rule of SELECTIONS; see the functions above for shapes."""
-    if rule == "draft":
-        return select_draft(probabilities, density, row_floor=row_floor)
-    if rule == "upstream":
-        return select_upstream(probabilities, density)
-    if rule == "full":
-        return torch.ones_like(probabilities, dtype=torch.bool)
-    raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {rule!r}")
+    """Apply a rule of RULES; see the functions above for shapes. Raises ValueError for another name."""
+    if rule not in RULES:
+        raise ValueError(f"selection must be one of {', '.join(RULES)}, got {rule!r}")
+    return RULES[rule](probabilities, density, row_floor)

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.select import BlockMask
-from draftdiff.kernels.block_sparse import block_sparse_attention
+from draftdiff.kernels.block_sparse import block_sparse_attention_lse
+from draftdiff.kernels.problem import Problem
 from draftdiff.llm.observe import AttentionCall
 
 TILE = 64
@@ -102,9 +102,8 @@ def vertical_slash_attention(
     joint = [
         torch.cat(pair, dim=2).transpose(1, 2) for pair in ((query, nothing), (key, column_key), (value, column_value))
     ]
-    out, lse = block_sparse_attention(
-        joint[0], joint[1], joint[2], BlockMask(keep), tiling=tiling, scale=scale, backend=backend, return_lse=True
-    )
+    problem = Problem(*joint, keep=keep, tiling=tiling, scale=scale)
+    out, lse = block_sparse_attention_lse(problem, backend=backend)
     result = query.new_empty(batch, tokens, heads, value.shape[-1])
     for row in range(batch):
         for head in range(heads):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftdiff.core.budget import check_cache_budget
 from draftdiff.errors import UserError, user_errors
 from draftdiff.models.devices import DTYPE_ARGUMENT, find_device, find_dtype
 from draftdiff.models.frames import to_uint8
@@ -21,6 +20,7 @@ from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.collaborative import check_draft_scales, check_pair
+from draftdiff.var.scale_kv import check_cache_budget
 from draftdiff.var.transformer_var import VARTransformer2DModel
 
 EMBEDDED = "mini-image"

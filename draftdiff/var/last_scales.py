@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftdiff.core.draft import Tail, draft_map, pool
-from draftdiff.core.grid import LatentGrid, choose_tile, tiling_for
-from draftdiff.core.select import BlockMask, select_draft
-from draftdiff.kernels.block_sparse import block_sparse_attention
+from draftdiff.attention.attend import attend
+from draftdiff.attention.rule import Rule
+from draftdiff.core.devices import exact_dtype
+from draftdiff.core.grid import LatentGrid
 
-BLOCK_SIZE = 64
+RULE = Rule(block_size=64)
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,7 @@ def attend_scale(
     query: [batch, heads, tokens of the scale, head_dim].  key, value: [batch, heads, history + tokens, head_dim].
     scale: of the scores.  Returns the output like query.
     """
-    shape = LatentGrid(1, *grid)
-    history = key.shape[2] - shape.tokens
-    tiling = tiling_for(shape, choose_tile(shape, BLOCK_SIZE), BLOCK_SIZE, history, history, query.device)
-    # The rows of the history read nothing and cost nothing.
-    q = torch.cat([query.new_zeros(*query.shape[:2], history, query.shape[3]), query], dim=2)
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, key, value))
-    q_mean, k_mean = pool(q, tiling), pool(k, tiling)
-    probabilities = draft_map(q_mean, k_mean, scale=scale, counts=tiling.counts[: tiling.video_tiles])
-    kept = select_draft(probabilities, torch.full((q.shape[2],), density, dtype=torch.float64))
-    keep = kept.new_zeros(*kept.shape[:2], tiling.tiles, tiling.tiles)
-    keep[:, :, : tiling.video_tiles] = True
-    keep[:, :, : tiling.video_tiles, : tiling.video_tiles] = kept
-    tail = Tail(k_mean, pool(v, tiling))
-    out = block_sparse_attention(q, k, v, BlockMask(keep), tiling=tiling, tail=tail, scale=scale)
-    assert isinstance(out, Tensor)
-    return out[:, history:].transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    shares = torch.full((q.shape[2],), density, dtype=exact_dtype(q.device))
+    lead = k.shape[1] - q.shape[1]
+    return attend(q, k, v, shares, RULE, grid=LatentGrid(1, *grid), lead=lead, scale=scale)[0].transpose(1, 2)

@@ -27,6 +27,12 @@ def test_a_tile_weighs_as_many_keys_as_it_has():
     torch.testing.assert_close(probabilities[0, 0, 0], torch.tensor([64.0, 32.0]) / 96)
 
 
+def test_a_scale_of_zero_is_no_default():
+    q_mean, k_mean = torch.randn(2, 1, 1, 4, 16)
+    torch.testing.assert_close(draft_map(q_mean, k_mean, scale=0.0), torch.full((1, 1, 4, 4), 0.25))
+    assert torch.equal(draft_map(q_mean, k_mean), draft_map(q_mean, k_mean, scale=0.25))
+
+
 def test_on_tiles_of_equal_tokens_the_draft_map_is_the_true_attention():
     tiling = tiling_for(LatentGrid(2, 16, 16), (1, 8, 8), 64)
     centres = torch.randn(1, tiling.tiles, 2, 16)

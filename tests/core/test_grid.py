@@ -54,6 +54,11 @@ def test_the_chosen_tile_fills_a_block(grid, block_size):
     assert math.prod(choose_tile(LatentGrid(*grid), block_size)) == block_size
 
 
+@pytest.mark.parametrize(("block_size", "tile"), [(64, (2, 4, 8)), (128, (2, 8, 8))])
+def test_where_nothing_is_wasted_the_chosen_tile_is_a_compact_brick_that_is_short_in_time(block_size, tile):
+    assert choose_tile(LatentGrid(64, 64, 64), block_size) == tile
+
+
 def test_the_chosen_tile_wastes_less_than_the_papers_on_480p():
     grid = LatentGrid(21, 30, 52)
 
@@ -74,6 +79,12 @@ def test_the_chosen_tile_wastes_less_than_the_papers_on_480p():
 def test_a_tile_that_does_not_fit_is_named(tile, block_size, message):
     with pytest.raises(ValueError, match=message):
         tiling_for(LatentGrid(2, 8, 8), tile, block_size)
+
+
+@pytest.mark.parametrize("lead", [-1, 4])
+def test_no_more_text_stands_before_the_video_than_there_is(lead):
+    with pytest.raises(ValueError, match=f"lead must be between 0 and the 3 text tokens, got {lead}"):
+        tiling_for(LatentGrid(2, 8, 8), (1, 8, 8), 64, text=3, lead=lead)
 
 
 def test_an_empty_grid_is_refused():

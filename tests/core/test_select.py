@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.select import BlockMask, select, select_draft, select_upstream, with_text
+from draftdiff.core.select import RULES, SELECTIONS, select, select_draft, select_upstream, tile_lists, with_text
 
 
 def peaked_and_flat(tiles: int = 32) -> torch.Tensor:
@@ -82,6 +82,22 @@ def test_upstream_keeps_what_its_rule_says(sparsity):
             assert torch.equal(kept[b, h].flatten(), values >= threshold)
 
 
+def test_a_rule_is_found_by_its_name():
+    probabilities, density = peaked_and_flat(), density_of(0.3)
+    assert tuple(RULES) == SELECTIONS == ("draft", "upstream", "full")
+    for row_floor in (0.0, 1.0):
+        expected = select_draft(probabilities, density, row_floor=row_floor)
+        assert torch.equal(select("draft", probabilities, density, row_floor=row_floor), expected)
+    assert torch.equal(select("upstream", probabilities, density), select_upstream(probabilities, density))
+
+
+@pytest.mark.parametrize("rule", SELECTIONS)
+def test_the_device_of_the_map_need_not_have_fp64(rule):
+    """The density stays where it is: nothing but its counts goes to the map's device, here one without values."""
+    kept = select(rule, torch.empty(1, 3, 8, 8, device="meta"), density_of(0.3))
+    assert kept.is_meta and kept.dtype == torch.bool
+
+
 def test_full_keeps_everything():
     assert bool(select("full", peaked_and_flat(), density_of(0.1)).all())
 
@@ -94,7 +110,7 @@ def test_an_unknown_rule_is_named():
 def test_text_tiles_read_everything_and_are_read_by_all():
     tiling = tiling_for(LatentGrid(1, 8, 24), (1, 8, 8), 64, text=70)
     keep = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
-    mask = with_text(keep, tiling).keep[0, 0]
+    mask = with_text(keep, tiling)[0, 0]
     assert not mask[:3, :3].any()
     assert mask[3:].all()
     assert mask[:, 3:].all()
@@ -102,7 +118,7 @@ def test_text_tiles_read_everything_and_are_read_by_all():
 
 def test_lists_name_the_kept_tiles_in_order():
     keep = torch.tensor([[[[False, True, True], [False, False, False], [True, True, True]]]])
-    counts, indices = BlockMask(keep).lists()
+    counts, indices = tile_lists(keep)
     assert counts.tolist() == [[[2, 0, 3]]]
     assert indices[0, 0, 0, :2].tolist() == [1, 2]
     assert indices[0, 0, 2].tolist() == [0, 1, 2]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, Tiling, tiling_for
-from draftdiff.core.select import BlockMask, with_text
+from draftdiff.core.select import with_text
+from draftdiff.kernels.problem import Problem
+from tests.oracle import attention_of
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ KERNEL_CASES = [
     KernelCase("everything kept", (3, 9, 8), (1, 8, 8), 64, density=1.0, text=5),
     KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True),
 ]
+SMALL = KernelCase("few ragged tiles, text last with padding", (2, 5, 9), (2, 4, 8), 64, text=77, padded=True)
 
 
-def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool):
-    """q, k, v, mask, tiling, text_mask, tail of a case."""
+def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool) -> Problem:
+    """The problem of a case, always the same."""
     generator = torch.Generator().manual_seed(len(case.name) * 1000 + head_dim)
     tiling: Tiling = tiling_for(LatentGrid(*case.grid), case.tile, case.block_size, case.text, case.lead)
     shape = (case.batch, tiling.tokens, case.heads, head_dim)
@@ -53,10 +56,15 @@ def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool):
         keep |= torch.eye(v_tiles, dtype=torch.bool)
     else:
         keep[:, :, 1] = False
-    mask: BlockMask = with_text(keep, tiling)
     text_mask: Tensor | None = None
     if case.padded:
         valid = torch.tensor([case.text // 3, case.text - 1][: case.batch])
         text_mask = torch.arange(case.text) < valid[:, None]
     pooled = Tail(pool(k, tiling), pool(v, tiling)) if tail else None
-    return q, k, v, mask, tiling, text_mask, pooled
+    return Problem(q, k, v, with_text(keep, tiling), tiling, text_mask, pooled)
+
+
+def assert_attends(out: Tensor, lse: Tensor | None, problem: Problem) -> None:
+    """Hold what a kernel gives against the oracle."""
+    assert out.dtype == problem.q.dtype and out.is_contiguous()
+    attention_of(problem).check(out.transpose(1, 2), None if lse is None else lse.transpose(1, 2))

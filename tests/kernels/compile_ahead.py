@@ -28,9 +28,9 @@ from triton.runtime.jit import JITFunction
 
 from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.select import BlockMask
-from draftdiff.kernels import triton_configs, triton_draft, triton_sparse
+from draftdiff.kernels import triton_backend, triton_configs, triton_draft
 from draftdiff.kernels.autotune import DoesNotCompile
+from draftdiff.kernels.problem import Problem
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ACCESS = {80: "strided", 90: "hopper", 100: "blackwell"}
@@ -111,7 +111,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     access = ACCESS[capability]
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(triton_sparse, "_architecture", return_value=access),
+        mock.patch.object(triton_backend, "_architecture", return_value=access),
     ):
         for head_dim, block_size in ((128, 128), (64, 128), (96, 128), (128, 64), (64, 64)):
             tile = (1, 8, 16) if block_size == 128 else (2, 4, 8)
@@ -119,8 +119,9 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 tiling = tiling_for(LatentGrid(3, 20, 40), tile, block_size, text=77)
                 q, k, v = torch.zeros(3, 1, tiling.tokens, 2, head_dim, dtype=dtype)
                 means = torch.zeros(1, 2, tiling.video_tiles, head_dim)
-                mask = BlockMask(torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool))
-                call = triton_sparse.Call.prepare(q, k, v, mask, tiling, None, Tail(means, means), 0.1, True)
+                keep = torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool)
+                problem = Problem(q, k, v, keep, tiling, tail=Tail(means, means), scale=0.1)
+                call = triton_backend.Call.prepare(problem, want_lse=True)
                 assert call.access == access
                 for config in triton_configs.configs_for(access, dtype, head_dim, block_size):
                     compiled.clear()
@@ -135,7 +136,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
         q = torch.zeros(1, tiling.tokens, 2, 128, dtype=torch.bfloat16)
         triton_draft.pool(q, tiling)
         triton_draft.select_draft(torch.zeros(1, 2, 600, 600), torch.full((2,), 0.2, dtype=torch.float64))
-        triton_sparse.list_tiles(mask, tiling, entries=call.tables.kinds, tail=True)
+        triton_backend.list_tiles(keep, tiling, entries=call.tables.kinds, tail=True)
         found += [{"access": access, **machine_code(kernel)} for kernel in compiled]
     return found
 

@@ -1,77 +1,193 @@
-"""Every backend against the reference, and the reference against attention written out."""
+"""Every backend against attention in fp64, and that against attention written out; what is refused, and by whom."""
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.select import BlockMask
-from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, resolve, unavailable
-from tests.kernels.cases import KERNEL_CASES, make
-from tests.oracle import attention_row
+from draftdiff.kernels.block_sparse import (
+    BACKENDS,
+    block_sparse_attention,
+    block_sparse_attention_lse,
+    preferred_on,
+    resolve,
+    unavailable,
+)
+from tests.kernels.cases import KERNEL_CASES, SMALL, assert_attends, make
+from tests.oracle import attention_of, attention_row
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 cases = pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.name)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+PADDED = KERNEL_CASES[3]
+
+
+@pytest.fixture
+def run(request, backend):
+    """Output and log-sum-exp of a problem by the backend of the test; skips where it cannot serve."""
+    if backend == "triton":
+        request.getfixturevalue("triton_interpreter")
+
+    def call(problem):
+        reason = unavailable(backend, CPU, problem.q.dtype, problem.q.shape[-1])
+        if reason:
+            pytest.skip(f"{backend} {reason}")
+        return block_sparse_attention_lse(problem, backend=backend)
+
+    return call
 
 
 @cases
 @pytest.mark.parametrize("with_tail", [False, True], ids=["drop", "tail"])
-def test_reference_equals_attention_written_out(case, with_tail):
-    q, k, v, mask, tiling, text_mask, tail = make(case, 16, torch.float32, with_tail)
-    out, lse = block_sparse_attention(
-        q, k, v, mask, tiling=tiling, text_mask=text_mask, tail=tail, backend="reference", return_lse=True
-    )
-    for row in torch.linspace(0, tiling.tokens - 1, 9).long().tolist():
+def test_the_oracle_is_attention_written_out(case, with_tail):
+    problem = make(case, 16, torch.float32, with_tail)
+    expected = attention_of(problem)
+    for row in torch.linspace(0, problem.tiling.tokens - 1, 9).long().tolist():
         for b, h in ((0, 1), (1, 0)):
-            valid = None if text_mask is None else text_mask[b]
-            args = (q[b, :, h], k[b, :, h], v[b, :, h], mask.keep[b, h], tiling, row, with_tail, valid)
-            expected, expected_lse = attention_row(*args)
-            torch.testing.assert_close(out[b, row, h].double(), expected, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(lse[b, row, h].double(), expected_lse, atol=1e-5, rtol=1e-5)
+            valid = None if problem.text_mask is None else problem.text_mask[b]
+            q, k, v = (x[b, :, h] for x in (problem.q, problem.k, problem.v))
+            out, lse = attention_row(q, k, v, problem.keep[b, h], problem.tiling, row, with_tail, valid)
+            # The tail's means are fp32 in a problem, fp64 in the row.
+            tolerance = {"atol": 1e-5 if with_tail else 1e-12, "rtol": 0}
+            torch.testing.assert_close(expected.out[b, h, row], out, **tolerance)
+            torch.testing.assert_close(expected.lse[b, h, row], lse, **tolerance)
 
 
 # Every case in fp32 at head_dim 64; the hardest one in every type and size.
 SIZES = [(case, 64, torch.float32) for case in KERNEL_CASES]
-SIZES += [(KERNEL_CASES[3], d, t) for d in (64, 96, 128) for t in TOLERANCE if (d, t) != (64, torch.float32)]
+SIZES += [(PADDED, d, t) for d in (64, 96, 128) for t in DTYPES if (d, t) != (64, torch.float32)]
 
 
 @pytest.mark.parametrize(("case", "head_dim", "dtype"), SIZES, ids=lambda value: getattr(value, "name", str(value)))
 @pytest.mark.parametrize("with_tail", [False, True], ids=["drop", "tail"])
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-def test_backend_equals_the_reference(backend, head_dim, dtype, with_tail, case, request):
-    if backend == "triton":
-        request.getfixturevalue("triton_interpreter")
-    reason = unavailable(backend, torch.device("cpu"), dtype, head_dim)
-    if reason:
-        pytest.skip(f"{backend} {reason}")
-    q, k, v, mask, tiling, text_mask, tail = make(case, head_dim, dtype, with_tail)
-    call = {"tiling": tiling, "text_mask": text_mask, "tail": tail, "return_lse": True}
-    expected, expected_lse = block_sparse_attention(q.float(), k.float(), v.float(), mask, backend="reference", **call)
-    out, lse = block_sparse_attention(q, k, v, mask, backend=backend, **call)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    torch.testing.assert_close(lse, expected_lse, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+@every_backend
+def test_it_is_attention_up_to_rounding(run, head_dim, dtype, with_tail, case):
+    problem = make(case, head_dim, dtype, with_tail)
+    assert_attends(*run(problem), problem)
 
 
-def test_a_full_mask_is_dense_attention():
-    q, k, v, mask, tiling, text_mask, _ = make(KERNEL_CASES[3], 64, torch.float32, False)
-    full = BlockMask(torch.ones_like(mask.keep))
-    keys = torch.cat([torch.ones(2, tiling.grid.tokens, dtype=torch.bool), text_mask], dim=1)[:, None, None]
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=keys).transpose(1, 2)
-    out = block_sparse_attention(q, k, v, full, tiling=tiling, text_mask=text_mask, backend="torch")
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+@every_backend
+def test_without_a_log_sum_exp_the_output_is_the_same(run, backend):
+    problem = make(SMALL, 64, torch.float32, True)
+    assert torch.equal(run(problem)[0], block_sparse_attention(problem, backend=backend))
 
 
-def test_shapes_that_do_not_fit_are_named():
-    tiling = tiling_for(LatentGrid(1, 8, 8), (1, 8, 8), 64)
-    q = torch.zeros(1, 65, 2, 16)
-    mask = BlockMask(torch.ones(1, 2, 1, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match="q has 65 tokens, the grid 1x8x8"):
-        block_sparse_attention(q, q, q, mask, tiling=tiling)
-    with pytest.raises(ValueError, match="mask must be"):
-        block_sparse_attention(q[:, :64, :1], q[:, :64, :1], q[:, :64, :1], mask, tiling=tiling)
+@pytest.mark.parametrize("scale", [0.0, -0.1, 30.0, 200.0])
+@every_backend
+def test_any_scale_is_honoured(run, scale):
+    problem = replace(make(SMALL, 64, torch.float32, True), scale=scale)
+    assert_attends(*run(problem), problem)
+
+
+@every_backend
+def test_a_row_that_may_read_nothing_gives_zero(run):
+    """One that keeps no tile, and one that keeps a tile of nothing but padding."""
+    problem = make(SMALL, 64, torch.float32, False)
+    text_mask = problem.text_mask.clone()
+    text_mask[0, 64:] = False  # the second tile of text
+    keep = problem.keep.clone()
+    keep[:, :, 1] = False
+    keep[:, :, 2] = False
+    keep[:, :, 2, -1] = True
+    problem = replace(problem, keep=keep, text_mask=text_mask)
+    out, lse = run(problem)
+    for tile, empty in ((1, (0, 1)), (2, (0,))):
+        tokens = problem.tiling.slots[tile]
+        for b in empty:
+            assert not out[b, tokens[tokens >= 0]].any()
+            assert bool((lse[b, tokens[tokens >= 0]] == -math.inf).all())
+    assert_attends(out, lse, problem)
+
+
+@every_backend
+def test_nothing_kept_at_all_gives_zeros(run):
+    problem = make(SMALL, 64, torch.float32, False)
+    out, lse = run(replace(problem, keep=torch.zeros_like(problem.keep)))
+    assert not out.any()
+    assert bool((lse == -math.inf).all())
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("with_tail", [False, True], ids=["drop", "tail"])
+@every_backend
+def test_a_nan_that_is_read_comes_through(run, where, with_tail):
+    problem = make(SMALL, 64, torch.float32, with_tail)
+    tiling, token = problem.tiling, 7
+    poisoned = getattr(problem, where).clone()
+    poisoned[0, token, 1] = math.nan
+    out, lse = run(replace(problem, **{where: poisoned}))
+    tile = int((tiling.slots == token).any(1).nonzero())
+    if where == "q":
+        rows = torch.tensor([token])
+    else:
+        readers = tiling.slots[problem.keep[0, 1, :, tile]]
+        rows = readers[readers >= 0]
+    assert bool(out[0, rows, 1].isnan().all())
+    assert where == "v" or bool(lse[0, rows, 1].isnan().all())
+    assert not bool(out[1].isnan().any()), "the other sample of the batch"
+    assert not bool(out[:, :, 0].isnan().any()), "the other head"
+
+
+@every_backend
+def test_every_query_may_be_nan(run):
+    problem = make(SMALL, 64, torch.float32, True)
+    out, lse = run(replace(problem, q=torch.full_like(problem.q, math.nan)))
+    assert bool(out.isnan().all()) and bool(lse.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_backend
+def test_a_surrounding_autocast_changes_nothing(run, dtype):
+    problem = make(SMALL, 64, dtype, True)
+    expected = run(problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(problem)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"backend must be one of auto, reference, torch.*got 'fast'"):
-        resolve("fast", torch.device("cpu"), torch.float32, 64)
+        resolve("fast", CPU, torch.float32, 64)
+
+
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "privateuseone", "meta", "xla", "mtia", "maia", "ipu", "vulkan")
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_every_type_of_device_has_a_backend(kind):
+    device = torch.device(kind)
+    assert preferred_on(device)[-1] == "torch"
+    if kind not in ("cpu", "cuda"):
+        assert preferred_on(device) == ["torch"]
+        assert resolve("auto", device, torch.float16, 64) == "torch"
+
+
+class NoDoubles(torch.utils._python_dispatch.TorchDispatchMode):
+    """As a device without fp64: whatever makes such a tensor fails."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in torch.utils._pytree.tree_leaves(out):
+            assert not (isinstance(made, torch.Tensor) and made.dtype == torch.float64), func
+        return out
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_no_fp64_is_made(run):
+    problem = make(SMALL, 64, torch.float32, True)
+    with NoDoubles():
+        run(problem)
+        with pytest.raises(AssertionError):
+            problem.q.double()
+
+
+def test_the_torch_backend_takes_any_device_in_its_stride(monkeypatch):
+    """It knows the CPU; every other type goes the way of a GPU, here a CPU that is called otherwise."""
+    from draftdiff.kernels import torch_backend
+
+    problem = make(SMALL, 64, torch.float32, True)
+    monkeypatch.setattr(torch_backend, "_is_cpu", lambda device: False)
+    assert_attends(*block_sparse_attention_lse(problem, backend="torch"), problem)

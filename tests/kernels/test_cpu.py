@@ -2,13 +2,15 @@
 
 import shutil
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from draftdiff.kernels import block_sparse, cpu
-from draftdiff.kernels.block_sparse import block_sparse_attention, resolve
-from tests.kernels.cases import KERNEL_CASES, make
+from draftdiff.kernels.block_sparse import block_sparse_attention, block_sparse_attention_lse, resolve
+from tests.kernels.cases import KERNEL_CASES, assert_attends, make
 
 HERE = (torch.device("cpu"), torch.float32, 64)
 
@@ -17,11 +19,12 @@ HERE = (torch.device("cpu"), torch.float32, 64)
 def fresh(monkeypatch, tmp_path):
     """A machine that has never built the kernel."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    cpu._library.cache_clear()
+    for name in ("CXX", "DRAFTDIFF_CPU_MARCH"):
+        monkeypatch.delenv(name, raising=False)
+    cpu._load.cache_clear()
     resolve.cache_clear()
     yield tmp_path / "draftdiff"
-    cpu._library.cache_clear()
+    cpu._load.cache_clear()
     resolve.cache_clear()
 
 
@@ -49,13 +52,42 @@ needs_compiler = pytest.mark.skipif(bool(cpu.unavailable(*HERE)), reason="no C++
 
 
 @needs_compiler
-def test_it_is_built_once_into_the_users_cache(fresh):
+def test_it_is_built_once_into_the_users_cache_and_says_so_once(fresh, caplog):
     assert block_sparse.unavailable("cpu", *HERE) is None
     (built,) = fresh.iterdir()
-    cpu._library.cache_clear()
+    said = f"compiling the CPU kernel, once, into {fresh}"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    cpu._load.cache_clear()
     time = built.stat().st_mtime_ns
     assert block_sparse.unavailable("cpu", *HERE) is None
     assert built.stat().st_mtime_ns == time
+    assert len(caplog.records) == 1
+
+
+def knows(march):
+    """Whether this processor knows the instruction set, as Linux tells."""
+    needs = {"x86-64-v2": {"sse4_2", "ssse3"}, "x86-64-v3": {"avx2", "fma", "bmi2"}}[march]
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and needs <= set(cpuinfo.read_text().split())
+
+
+@needs_compiler
+@pytest.mark.parametrize(("march", "panel"), [("x86-64-v2", 8), ("x86-64-v3", 16)])
+def test_a_lesser_instruction_set_can_be_chosen_and_is_right(fresh, monkeypatch, march, panel):
+    if not knows(march):
+        pytest.skip(f"this processor is not {march}")
+    assert block_sparse.unavailable("cpu", *HERE) is None
+    monkeypatch.setenv("DRAFTDIFF_CPU_MARCH", march)
+    assert cpu._library().draftdiff_panel() == panel
+    assert len(list(fresh.iterdir())) == 2, "one for each instruction set"
+    problem = make(KERNEL_CASES[3], 64, torch.float32, True)
+    assert_attends(*block_sparse_attention_lse(problem, backend="cpu"), problem)
+
+
+@needs_compiler
+def test_an_unknown_instruction_set_is_told_by_the_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("DRAFTDIFF_CPU_MARCH", "abacus")
+    assert "abacus" in (block_sparse.unavailable("cpu", *HERE) or "")
 
 
 @needs_compiler
@@ -65,30 +97,31 @@ def test_a_head_dim_it_cannot_pack_goes_to_the_torch_backend():
 
 @needs_compiler
 def test_one_thread_and_two_give_the_same():
-    q, k, v, mask, tiling, text_mask, tail = make(KERNEL_CASES[3], 64, torch.float32, True)
+    problem = make(KERNEL_CASES[3], 64, torch.float32, True)
     outs = []
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        outs.append(block_sparse_attention(q, k, v, mask, tiling=tiling, text_mask=text_mask, tail=tail, backend="cpu"))
+        outs.append(block_sparse_attention(problem, backend="cpu"))
     torch.set_num_threads(before)
     assert torch.equal(*outs)
 
 
 @needs_compiler
 def test_it_reads_strided_views_in_place():
-    q, k, v, mask, tiling, _, tail = make(KERNEL_CASES[1], 64, torch.float32, True)
-    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert not views[0].is_contiguous()
-    expected = block_sparse_attention(q, k, v, mask, tiling=tiling, tail=tail, backend="cpu")
-    assert torch.equal(block_sparse_attention(*views, mask, tiling=tiling, tail=tail, backend="cpu"), expected)
+    problem = make(KERNEL_CASES[1], 64, torch.float32, True)
+    views = {name: getattr(problem, name).transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    assert not views["q"].is_contiguous()
+    expected = block_sparse_attention(problem, backend="cpu")
+    assert torch.equal(block_sparse_attention(replace(problem, **views), backend="cpu"), expected)
 
 
 @needs_compiler
-@pytest.mark.parametrize("scale", [30.0, 200.0])
-def test_very_large_scores_neither_overflow_nor_leak(scale):
-    q, k, v, mask, tiling, text_mask, tail = make(KERNEL_CASES[3], 64, torch.float32, True)
-    call = {"tiling": tiling, "text_mask": text_mask, "tail": tail, "scale": scale}
-    expected = block_sparse_attention(q, k, v, mask, backend="reference", **call)
-    out = block_sparse_attention(q, k, v, mask, backend="cpu", **call)
-    torch.testing.assert_close(out, expected, atol=2e-3, rtol=1e-3)
+def test_what_stands_in_padding_is_never_read():
+    problem = make(KERNEL_CASES[3], 64, torch.float32, False)
+    expected = block_sparse_attention(problem, backend="cpu")
+    absent = problem.tiling.order[problem.tiling.grid.tokens :][~problem.text_mask[0]]
+    poisoned = {name: getattr(problem, name).clone() for name in "kv"}
+    for x in poisoned.values():
+        x[0, absent] = torch.nan
+    assert torch.equal(block_sparse_attention(replace(problem, **poisoned), backend="cpu"), expected)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.kernels import drafting, triton_draft, triton_lists, triton_sparse
+from draftdiff.kernels import drafting, triton_backend, triton_draft, triton_lists
 from draftdiff.video import attention
 from draftdiff.video.config import DraftAttentionConfig
 
@@ -31,7 +31,7 @@ def launched(monkeypatch):
     """The kernels launched, by name; nothing runs."""
     names: list[str] = []
     for module, name in (
-        (triton_sparse.triton_attention, "forward"),
+        (triton_backend.triton_attention, "forward"),
         (triton_lists, "_compact"),
         (triton_draft, "_pool"),
         (triton_draft, "_cover"),
@@ -39,10 +39,12 @@ def launched(monkeypatch):
     ):
         monkeypatch.setattr(module, name, Recorded(name, names))
     monkeypatch.setattr(drafting, "_fused", lambda device: True)
-    monkeypatch.setattr(triton_sparse, "TensorDescriptor", lambda *args: args)
-    monkeypatch.setattr(triton_sparse, "interleave", lambda x: triton_sparse.Interleave(1, x.stride(0), 128, 1, 0, 64))
+    monkeypatch.setattr(triton_backend, "TensorDescriptor", lambda *args: args)
+    monkeypatch.setattr(
+        triton_backend, "interleave", lambda x: triton_backend.Interleave(1, x.stride(0), 128, 1, 0, 64)
+    )
     yield names
-    for cached in (triton_lists.tables_for, triton_sparse.ragged_bias):
+    for cached in (triton_lists.tables_for, triton_backend.ragged_bias):
         cached.cache_clear()  # they hold tensors without values now
 
 

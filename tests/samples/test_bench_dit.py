@@ -112,9 +112,9 @@ def test_what_does_not_fit_in_memory_is_a_row_with_its_reason_and_the_rest_goes_
 
 
 def test_a_kernel_that_is_wrong_fails_the_benchmark(bench, tmp_path, capsys, monkeypatch):
-    from draftdiff.kernels import cpu, gather
+    from draftdiff.kernels import cpu, torch_backend
 
-    for module in (cpu, gather):
+    for module in (cpu, torch_backend):
         right = module.run
         monkeypatch.setattr(
             module, "run", lambda *call, right=right: tuple(x if x is None else 1.02 * x for x in right(*call))

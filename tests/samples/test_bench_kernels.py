@@ -67,7 +67,7 @@ def test_the_reference_of_sampled_rows_is_attention_written_out(with_tail):
     for i, row in enumerate(rows.tolist()):
         for j, head in enumerate(heads.tolist()):
             one = (x[0, :, head] for x in (inputs.q, inputs.k, inputs.v))
-            expected, _ = attention_row(*one, inputs.mask.keep[0, head], inputs.tiling, row, with_tail, None)
+            expected, _ = attention_row(*one, inputs.keep[0, head], inputs.tiling, row, with_tail, None)
             torch.testing.assert_close(found[i, j].double(), expected, atol=1e-5, rtol=1e-5)
 
 

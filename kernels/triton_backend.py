@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextvars
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftdiff.core.draft import Tail
 from draftdiff.core.grid import Tiling
-from draftdiff.core.select import BlockMask
+from draftdiff.kernels.problem import Problem
 from draftdiff.kernels.triton_configs import Config, configs_for
 
 try:
@@ -30,11 +28,11 @@ try:
 
     from draftdiff.kernels import triton_attention
     from draftdiff.kernels.autotune import DoesNotCompile, fastest
-    from draftdiff.kernels.triton_lists import WHOLE, TileTables, list_tiles, on_device_of, tables_for
+    from draftdiff.kernels.triton_lists import WHOLE, TileLists, TileTables, list_tiles, on_device_of, tables_for
 except ImportError:
     triton = None
 
-_TAIL_BLOCK = 64
+differentiable = False
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -104,32 +102,26 @@ def access_to(k: Tensor, v: Tensor, tables: TileTables) -> str:
     return _architecture(k.device) if alike and k.element_size() == 2 else "strided"
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    tiling: Tiling,
-    text_mask: Tensor | None,
-    tail: Tail | None,
-    scale: float,
-    want_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    call = Call.prepare(q, k, v, mask, tiling, text_mask, tail, scale, want_lse)
-    configs = configs_for(call.access, q.dtype, q.shape[-1], tiling.block_size)
+def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    call = Call.prepare(problem, want_lse)
+    q, block_size = call.q, problem.tiling.block_size
+    configs = configs_for(call.access, q.dtype, q.shape[-1], block_size)
     if not call.can_specialise:
         configs = [config for config in configs if config.specialised is None]
     with on_device_of(q):
         if _INTERPRETED or len(configs) == 1:
             return call.launch(configs[0])
-        parts = (triton.__version__, call.access, q.dtype, q.shape[-1], tiling.block_size, tail is not None)
+        parts = (triton.__version__, call.access, q.dtype, q.shape[-1], block_size, problem.tail is not None)
         return call.launch(fastest(" ".join(map(str, parts)), configs, call.launch, q.device))
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call, ready to be launched with any configuration."""
+    """One problem, ready to be launched with any configuration.
+
+    q, k, v: the problem's, head_dim contiguous.  key_slots int32 [batch or 1, tiles, block_size], -1 where none may be
+    read.  text_bias fp32 [batch or 1, text tiles, block_size].  pooled: means of k and v in their dtype.
+    """
 
     q: Tensor
     k: Tensor
@@ -137,7 +129,7 @@ class Call:
     tiling: Tiling
     tables: TileTables
     access: str
-    lists: Any
+    lists: TileLists
     key_slots: Tensor
     text_bias: Tensor
     pooled: tuple[Tensor, Tensor] | None
@@ -145,20 +137,11 @@ class Call:
     want_lse: bool
 
     @classmethod
-    def prepare(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: BlockMask,
-        tiling: Tiling,
-        text_mask: Tensor | None,
-        tail: Tail | None,
-        scale: float,
-        want_lse: bool,
-    ) -> Call:
+    def prepare(cls, problem: Problem, want_lse: bool) -> Call:
         """Everything that does not depend on the configuration."""
-        tables, video = tables_for(tiling), tiling.video_tiles
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
+        tiling, tail, video = problem.tiling, problem.tail, problem.tiling.video_tiles
+        tables = tables_for(tiling)
         access = access_to(k, v, tables)
         numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
         entries = numbers
@@ -168,28 +151,24 @@ class Call:
                 corners = torch.where(tables.kinds[:video] == WHOLE, corners, numbers[:video])
             entries = torch.cat([corners, numbers[video:]])
         key_slots = tables.slots[None]
-        if text_mask is not None:
-            text = tables.slots[video:].where(tiling.readable(text_mask)[:, video:], -1)
+        if problem.text_mask is not None:
+            text = tables.slots[video:].where(problem.readable[:, video:], -1)
             key_slots = torch.cat([tables.slots[:video].expand(len(text), -1, -1), text], dim=1)
         text_bias = torch.zeros(key_slots[:, video:].shape, dtype=torch.float32, device=q.device)
         text_bias.masked_fill_(key_slots[:, video:] < 0, float("-inf"))
-        pooled = None
-        if tail is not None:
-            pooled = (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous())
-        lists = list_tiles(mask, tiling, entries=entries, tail=tail is not None)
         return cls(
-            q,
-            k,
-            v,
-            tiling,
-            tables,
-            access,
-            lists,
-            key_slots,
-            text_bias,
-            pooled,
-            scale * math.log2(math.e),
-            want_lse,
+            q=q,
+            k=k,
+            v=v,
+            tiling=tiling,
+            tables=tables,
+            access=access,
+            lists=list_tiles(problem.keep, tiling, entries=entries, tail=tail is not None),
+            key_slots=key_slots,
+            text_bias=text_bias,
+            pooled=tail and (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous()),
+            scale_log2=problem.factor * math.log2(math.e),
+            want_lse=want_lse,
         )
 
     @property
@@ -198,13 +177,10 @@ class Call:
         return self.access == "hopper" and layout is not None and layout.inner_head > 0
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """What both kernels are compiled for."""
-        return {
-            "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
-            # The interpreter would multiply the bit patterns of bf16.
-            "WIDEN": _INTERPRETED and self.q.dtype == torch.bfloat16,
-        }
+    def shape(self) -> tuple[int, ...]:
+        """Sizes that both kernels take: heads, tokens, tiles, video tiles, lead."""
+        tiling = self.tiling
+        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles, tiling.lead
 
     def launch(self, config: Config) -> tuple[Tensor, Tensor | None]:
         """Run it. Raises DoesNotCompile if the GPU or the compiler cannot take the configuration."""
@@ -223,7 +199,7 @@ class Call:
         except (OutOfResources, PTXASError, CompilationError) as error:
             raise DoesNotCompile(str(error)) from error
         except RuntimeError as error:
-            if not str(error).startswith("PassManager::run failed"):
+            if not str(error).startswith("PassManager::run failed"):  # the words of Triton 3.4 to 3.9
                 raise
             raise DoesNotCompile(str(error)) from error
         return out, lse if self.want_lse else None
@@ -246,122 +222,93 @@ class Call:
                 pools.append(texts[-1])
             else:
                 flat = mean.flatten(0, 1)
-                block = [1, _TAIL_BLOCK, padded]
+                block = [1, triton_attention.TAIL_BLOCK.value, padded]
                 pools.append(TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block))
         return [*boxes, *texts, *pools]
 
     def _forward(self, config: Config, out: Tensor, lse: Tensor | None) -> None:
-        q, k, v, tiling, tables = self.q, self.k, self.v, self.tiling, self.tables
-        batch, tokens, heads, head_dim = q.shape
+        q, k, v, tables, lists = self.q, self.k, self.v, self.tables, self.lists
+        head_dim, block_size = q.shape[-1], self.tiling.block_size
         padded = max(16, triton.next_power_of_2(head_dim))
-        box = tables.box or (1, 1, tiling.block_size)
+        box = tables.box or (1, 1, block_size)
         part = split(box, config.keys)
         layout = interleave(k)
         described = self.access in ("hopper", "blackwell")
-        operands = [k, v, k, v, *(self.pooled or (k, v))]
-        if described:
-            operands = self._descriptors(part, config.keys, padded)
+        operands = self._descriptors(part, config.keys, padded) if described else [k, v, k, v, *(self.pooled or (k, v))]
+        biases = (ragged_bias(part, self.tiling.grid.shape, q.device), self.text_bias, lists.tail_bias)
+        of_tables = tuple(x.stride(0) if len(x) > 1 else 0 for x in (self.key_slots, self.text_bias))
         options = {"maxnreg": config.registers} if config.registers and not _INTERPRETED else {}
-        triton_attention.forward[(batch * heads * tiling.tiles,)](
+        triton_attention.forward[(lists.order.numel(),)](
             q,
-            k,
-            v,
             *operands,
             out,
             lse if lse is not None else tables.log2_tokens,
-            tables.slots,
-            self.key_slots,
-            tables.starts,
-            ragged_bias(part, tiling.grid.shape, q.device),
-            self.text_bias,
-            self.lists.tail_bias,
-            self.lists.order,
-            self.lists.counts,
-            self.lists.lists,
-            self.scale_log2,
-            heads,
-            tokens,
-            tiling.tiles,
-            tiling.video_tiles,
-            tiling.lead,
-            *tiling.grid.shape,
-            *(x.stride(axis) for x in (q, k, v) for axis in (0, 1, 2)),
-            *((layout.outer_batch, layout.outer_head, layout.inner_head) if layout else (0, 0, 0)),
-            self.key_slots.stride(0) if len(self.key_slots) > 1 else 0,
-            self.text_bias.stride(0) if len(self.text_bias) > 1 else 0,
-            BLOCK_M=tiling.block_size,
-            BLOCK_N=config.keys,
-            TILE=tiling.block_size,
+            tables=(tables.slots, self.key_slots, tables.starts, *biases),
+            lists=(lists.order, lists.counts, lists.lists),
+            scale_log2=self.scale_log2,
+            shape=self.shape,
+            video=self.tiling.grid.shape,
+            strides=(*(x.stride()[:3] for x in (q, k, v)), of_tables),
+            layout=(layout.outer_batch, layout.outer_head, layout.inner_head) if layout else (0, 0, 0),
+            KEYS=config.keys,
+            TILE=block_size,
             D=head_dim,
             D_PAD=padded,
-            BOX_H=box[1],
-            BOX_W=box[2],
-            PART_T=part[0],
-            PART_H=part[1],
-            PART_W=part[2],
-            DESCRIPTORS=described,
-            GATHER=self.access == "gather",
+            BOX=box,
+            PART=part,
+            ACCESS="descriptors" if described else self.access,
             RESUME=config.specialised is not None,
-            TEXT=tiling.text > 0,
+            TEXT=self.tiling.text > 0,
             TAIL=self.pooled is not None,
-            TAIL_BLOCK=_TAIL_BLOCK,
             LSE=self.want_lse,
+            WIDEN=_widened(q.dtype),
             MASKED_STAGES=config.masked_stages or config.stages,
             num_warps=config.warps,
             num_stages=config.stages,
-            **self.constants,
             **options,
         )
 
     def _whole_tiles(self, config: Config, out: Tensor, lse: Tensor) -> None:
-        q, k, v, tiling, tables = self.q, self.k, self.v, self.tiling, self.tables
-        batch, tokens, heads, head_dim = q.shape
-        assert tables.box is not None
+        q, k, v, tables, lists, box = self.q, self.k, self.v, self.tables, self.lists, self.tables.box
+        assert box is not None
         in_tile_order = q.index_select(1, tables.slots.clamp(min=0).flatten()).contiguous()
 
         def launch() -> None:
             if not _INTERPRETED:
                 triton.set_allocator(_scratch)
-            triton_attention.whole_tiles[(batch * heads * tiling.tiles,)](
+            triton_attention.whole_tiles[(lists.order.numel(),)](
                 in_tile_order,
                 k,
                 v,
                 out,
                 lse,
                 tables.slots,
-                self.lists.order,
-                self.lists.counts,
-                self.lists.lists,
-                self.scale_log2,
-                batch,
-                heads,
-                tokens,
-                tiling.tiles,
-                tiling.video_tiles,
-                tiling.lead,
-                *tiling.grid.shape,
-                *(x.stride(axis) for x in (k, v) for axis in (0, 1)),
-                TILE=tiling.block_size,
-                D=head_dim,
-                BOX_T=tables.box[0],  # type: ignore[index]
-                BOX_H=tables.box[1],  # type: ignore[index]
-                BOX_W=tables.box[2],  # type: ignore[index]
+                lists=(lists.order, lists.counts, lists.lists),
+                scale_log2=self.scale_log2,
+                batch=q.shape[0],
+                shape=self.shape,
+                video=self.tiling.grid.shape,
+                strides=(k.stride()[:2], v.stride()[:2]),
+                TILE=self.tiling.block_size,
+                D=q.shape[-1],
+                BOX=box,
                 SPECIALIZE=not _INTERPRETED,
+                WIDEN=_widened(q.dtype),
                 num_warps=4,
                 num_stages=config.specialised,
-                **self.constants,
             )
 
         # Descriptors made in a kernel need scratch memory; Triton keeps the allocator in a context variable.
-        _in_copy_of_context(launch)
+        contextvars.copy_context().run(launch)
+
+
+def _widened(dtype: torch.dtype) -> bool:
+    """Whether products are made in fp32: the interpreter would multiply the bit patterns of bf16."""
+    return _INTERPRETED and dtype == torch.bfloat16
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _in_copy_of_context(call: Callable[[], None]) -> None:
-    contextvars.copy_context().run(call)
 
 
 def split(box: tuple[int, int, int], keys: int) -> tuple[int, int, int]:

@@ -1,0 +1,90 @@
+"""One call of block-sparse attention: what is attended to, what is kept, and the checks that the parts fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftdiff.core.draft import Tail, softmax_scale
+from draftdiff.core.grid import Tiling
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Attention over the kept tiles, exact, and over the skipped ones through the tail.
+
+    q, k, v: [batch, tokens, heads, head_dim] of one floating dtype, in the model's order.
+    keep: bool [batch, heads, tiles, tiles], which key tiles each query tile reads, text tiles last.
+    text_mask: bool [batch, text], False for padding, which none reads; what stands in it must be finite.
+    tail: pooled keys and values of the video tiles, or None to drop what is skipped.
+    scale: of the scores, 1/sqrt(head_dim) if None.
+    Raises ValueError for parts that do not fit.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keep: Tensor
+    tiling: Tiling
+    text_mask: Tensor | None = None
+    tail: Tail | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        q, tiling = self.q, self.tiling
+        if q.dim() != 4:
+            raise ValueError(f"q must be [batch, tokens, heads, head_dim], got {tuple(q.shape)}")
+        same = (self.q, self.k, self.v)
+        if len({x.shape for x in same}) > 1:
+            raise ValueError(f"q, k and v must have one shape, got {', '.join(str(tuple(x.shape)) for x in same)}")
+        if len({x.dtype for x in same}) > 1 or not q.is_floating_point():
+            raise ValueError(f"q, k and v must have one floating dtype, got {', '.join(str(x.dtype) for x in same)}")
+        batch, tokens, heads, head_dim = q.shape
+        if tokens != tiling.tokens:
+            raise ValueError(
+                f"q has {tokens} tokens, the grid {tiling.grid} with {tiling.text} text tokens has {tiling.tokens}"
+            )
+        _check("keep", self.keep, (batch, heads, tiling.tiles, tiling.tiles), torch.bool)
+        if self.text_mask is not None:
+            _check("text_mask", self.text_mask, (batch, tiling.text), torch.bool)
+        if self.tail is not None:
+            for name in ("k_mean", "v_mean"):
+                pooled = (batch, heads, tiling.video_tiles, head_dim)
+                _check(f"tail.{name}", getattr(self.tail, name), pooled, torch.float32)
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied by."""
+        return softmax_scale(self.scale, self.q.shape[-1])
+
+    @property
+    def tile_of(self) -> Tensor:
+        """The tile of each token, int64 [tokens]."""
+        tiling = self.tiling
+        return torch.arange(tiling.tiles, device=tiling.device).repeat_interleave(tiling.counts)[tiling.restore]
+
+    @property
+    def readable(self) -> Tensor:
+        """Slots with a token that may be read as a key, bool [batch, tiles, block_size], batch 1 without text_mask."""
+        return self.tiling.readable(self.text_mask)
+
+    @property
+    def log_counts(self) -> Tensor:
+        """Natural logarithm of the tokens of each video tile, fp32 [video_tiles]: the weight of its mean."""
+        return self.tiling.counts[: self.tiling.video_tiles].log()
+
+    @property
+    def reads_nothing(self) -> Tensor:
+        """Query tiles that have no key at all, bool [batch, heads, tiles]: output 0, log-sum-exp -inf."""
+        read = self.keep & self.readable.any(-1)[:, None, None]
+        if self.tail is not None:  # a skipped video tile is read through its mean
+            video = self.tiling.video_tiles
+            read[..., :video] |= ~self.keep[..., :video]
+        return ~read.any(-1)
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if x.dtype != dtype or x.shape != shape:
+        raise ValueError(f"{name} must be {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")

@@ -1,0 +1,125 @@
+"""The `torch` backend: gather the kept tiles of a few query tiles, then two batched products. No compiler needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from draftdiff.core.grid import Tiling
+from draftdiff.core.select import tile_lists
+from draftdiff.kernels.problem import Problem
+
+differentiable = True
+# Score elements held at once: on a CPU what fits a core's share of the last-level cache, else a small part of memory.
+_CPU_SCORES, _SCORES = 1 << 19, 1 << 27
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None
+
+
+def _is_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def to_tiles(x: Tensor, tiling: Tiling) -> Tensor:
+    """[batch, tokens, heads, head_dim] in model order -> [batch, heads, tiles, block_size, head_dim]. Slots without a
+    token repeat some token and must be masked."""
+    return rearrange(x[:, tiling.slots.clamp(min=0)], "b t s h d -> b h t s d").contiguous()
+
+
+def from_tiles(x: Tensor, tiling: Tiling) -> Tensor:
+    """[batch, heads, tiles, block_size, head_dim] -> [batch, tokens, heads, head_dim] in model order."""
+    position = torch.empty_like(tiling.order)
+    filled = (tiling.slots >= 0).flatten().nonzero()[:, 0]
+    position[tiling.slots.flatten()[filled]] = filled
+    return rearrange(rearrange(x, "b h t s d -> b h (t s) d")[:, :, position], "b h n d -> b n h d").contiguous()
+
+
+def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    q, tiling = problem.q, problem.tiling
+    batch, _, heads, _ = q.shape
+    # Half-precision products are slow on CPUs, and their sums are not fp32 everywhere.
+    compute = torch.float32 if _is_cpu(q.device) else q.dtype
+    q_tiles, k_tiles, v_tiles = (to_tiles(x, tiling).to(compute) for x in (q, problem.k, problem.v))
+    q_tiles = q_tiles * problem.factor
+    counts, indices = tile_lists(problem.keep)
+    lengths, nothing = counts.cpu(), problem.reads_nothing.cpu()
+    bias = None
+    if problem.text_mask is not None or tiling.tokens < tiling.slots.numel():
+        hidden = ~problem.readable.expand(batch, -1, -1)
+        bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
+    most = (_CPU_SCORES if _is_cpu(q.device) else _SCORES) // tiling.block_size**2
+
+    out, lse = [], []
+    for b in range(batch):
+        for h in range(heads):
+            tiles = (q_tiles[b, h], k_tiles[b, h], v_tiles[b, h])
+            pooled = None if problem.tail is None else (problem.tail.k_mean[b, h], problem.tail.v_mean[b, h])
+            head = _Head(problem, *tiles, problem.keep[b, h], None if bias is None else bias[b], pooled)
+            out.append(torch.zeros_like(tiles[0]))
+            lse.append(torch.full(tiles[0].shape[:-1], float("-inf"), device=q.device))
+            longest_first = lengths[b, h].argsort(descending=True)
+            longest_first = longest_first[~nothing[b, h, longest_first]]
+            start = 0
+            while start < len(longest_first):
+                width = int(lengths[b, h, longest_first[start]])
+                rows = longest_first[start : start + max(1, most // max(1, width))]
+                start += len(rows)
+                uneven = int(lengths[b, h, rows[-1]]) < width
+                rows = rows.to(q.device)
+                kept = indices[b, h, rows, :width].long()
+                scores = head.scores(rows, kept, counts[b, h, rows] if uneven else None)
+                out[-1].index_copy_(0, rows, head.output(scores, kept))
+                if want_lse:
+                    lse[-1].index_copy_(0, rows, scores.logsumexp(-1))
+
+    def in_order(x: list[Tensor]) -> Tensor:
+        return from_tiles(torch.stack(x).unflatten(0, (batch, heads)), tiling)
+
+    return in_order(out).to(q.dtype), in_order([x[..., None] for x in lse])[..., 0] if want_lse else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """A head of a problem in tiles: q, scaled, k and v [tiles, block_size, head_dim], keep [tiles, tiles], bias
+    [tiles, block_size] of keys that may not be read, pooled keys and values [video_tiles, head_dim]."""
+
+    problem: Problem
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keep: Tensor
+    bias: Tensor | None
+    pooled: tuple[Tensor, Tensor] | None
+
+    def scores(self, rows: Tensor, kept: Tensor, counts: Tensor | None) -> Tensor:
+        """Scores of query tiles, fp32 [rows, block_size, width * block_size and the pooled keys].
+
+        kept [rows, width]: the key tiles of each, of which the first `counts` [rows] count, or all.
+        """
+        scores = torch.bmm(self.q[rows], self.k[kept].flatten(1, 2).transpose(1, 2)).float()
+        if self.bias is not None or counts is not None:
+            block = self.q.shape[1]
+            bias = self.bias[kept] if self.bias is not None else scores.new_zeros(*kept.shape, block)
+            if counts is not None:
+                beyond = torch.arange(kept.shape[1], device=kept.device) >= counts[:, None]
+                bias = bias.masked_fill(beyond[..., None], float("-inf"))
+            scores += bias.flatten(1)[:, None]
+        if self.pooled is not None:
+            tail = self.q[rows].float() @ self.pooled[0].T + self.problem.log_counts
+            read = self.keep[rows, : len(self.pooled[0])]
+            scores = torch.cat([scores, tail.masked_fill(read[:, None], float("-inf"))], dim=-1)
+        return scores
+
+    def output(self, scores: Tensor, kept: Tensor) -> Tensor:
+        """Softmax over the scores, and the values it weighs, [rows, block_size, head_dim]."""
+        weights = scores.softmax(-1)
+        reached = kept.shape[1] * self.v.shape[1]
+        out = torch.bmm(weights[..., :reached].to(self.v.dtype), self.v[kept].flatten(1, 2))
+        if self.pooled is not None:
+            out = out + (weights[..., reached:] @ self.pooled[1]).to(out.dtype)
+        return out
