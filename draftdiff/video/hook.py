@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from draftdiff.attention.attend import STATS, compute_dtype
 from draftdiff.core.devices import exact_dtype
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.kernels.crossover import dense_wins_above
@@ -292,12 +293,12 @@ class Hook:
         *stats, finite = torch.cat([call.stats.flatten(), call.finite[None]]).cpu()
         where = f"at step {forward.step}"
         if not finite:
-            raise ValueError(f"draftdiff: the latents given to {type(model).__name__} hold NaN or inf {where}")
+            raise UserError(f"draftdiff: the latents given to {type(model).__name__} hold NaN or inf {where}")
         forward.stats = torch.stack(stats).view(-1, len(STATS)) if stats else torch.empty(0, len(STATS))
         forward.ran = ~(forward.stats[:, 0] < 0)
         for index in forward.stats.isnan().any(1).nonzero()[:1].flatten().tolist():
             name = self.layers[forward.layers[index]].name
-            raise ValueError(f"draftdiff: query or key of {name} hold NaN {where}")
+            raise UserError(f"draftdiff: query or key of {name} hold NaN {where}")
 
     @contextmanager
     def _active(self, call: Call, tasks: list[Task]) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from draftdiff.attention.attend import attend, attend_op, compute_dtype, needs_gradient
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.video.config import DraftAttentionConfig
@@ -73,7 +74,7 @@ def _reason_for_dense(
     if processes > 1 and text > 0 and not layout.one_stream and (layout.text == "around" or text % processes):
         return "text that processes cannot share evenly"
     if processes > 1 and layer.hook.config.budget.heads:
-        raise ValueError("draftdiff: a budget per head cannot be used where processes share the heads (Ulysses)")
+        raise UserError("draftdiff: a budget per head cannot be used where processes share the heads (Ulysses)")
     if eager and host.is_watched():
         return "a torch function mode watches attention (perturbed-attention guidance does)"
     return None
@@ -154,14 +155,14 @@ def _transformers(target: Any) -> list[nn.Module]:
         layout_for(target)
         return [target]
     if not hasattr(target, "components"):
-        raise ValueError(f"expected a diffusers pipeline or transformer, got {type(target).__name__}")
+        raise UserError(f"expected a diffusers pipeline or transformer, got {type(target).__name__}")
     found = [
         component
         for component in target.components.values()
         if isinstance(component, nn.Module) and any(c.__name__ in LAYOUTS for c in type(_unwrap(component)).__mro__)
     ]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{type(target).__name__} has no supported transformer; supported transformers: {', '.join(LAYOUTS)}"
         )
     return found
@@ -211,5 +212,5 @@ def report(target: Any) -> Report:
     hooks = [(_unwrap(transformer), _hook_of(transformer)) for transformer in _transformers(target)]
     names = [(type(model).__name__, hook) for model, hook in hooks if hook is not None]
     if not names:
-        raise ValueError(f"draftdiff is not enabled on this {type(target).__name__}")
+        raise UserError(f"draftdiff is not enabled on this {type(target).__name__}")
     return Report([TransformerReport.of(name, [layer.name for layer in hook.layers], hook.log) for name, hook in names])
