@@ -102,6 +102,9 @@ class DraftAttentionConfig:
         """What a single attention call needs of this."""
         return Rule(**{f.name: getattr(self, f.name) for f in fields(Rule) if f.init})
 
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def is_dense_layer(self, index: int) -> bool:
         if isinstance(self.dense_layers, tuple):
             return index in self.dense_layers
