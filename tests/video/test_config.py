@@ -1,0 +1,121 @@
+"""What people pass for a config is taken where it is obvious, else refused in one line that names it."""
+
+import numpy as np
+import pytest
+
+import draftdiff
+from draftdiff import DraftAttentionConfig
+from draftdiff.attention.rule import Rule
+from draftdiff.core.budget import Budget
+from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, DraftAttentionConfig()),
+        (0.8, DraftAttentionConfig(sparsity=0.8)),
+        (0, DraftAttentionConfig(sparsity=0)),
+        (np.float32(0.5), DraftAttentionConfig(sparsity=0.5)),
+        (Budget(0.6, steps=(2.0, 1.0)), DraftAttentionConfig(Budget(0.6, steps=(2.0, 1.0)))),
+        ({"sparsity": 0.9, "tile": [1, 8, 8]}, DraftAttentionConfig(sparsity=0.9, tile=(1, 8, 8))),
+        (DraftAttentionConfig(tail=False), DraftAttentionConfig(tail=False)),
+    ],
+)
+def test_what_stands_for_a_config_is_taken(value, expected):
+    assert DraftAttentionConfig.of(value) == expected
+    draftdiff.disable(draftdiff.enable(tiny_wan(layers=2)(), value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"tile": [1, 8, 8]}, ("tile", (1, 8, 8))),
+        ({"dense_layers": [0, 1]}, ("dense_layers", (0, 1))),
+        ({"dense_steps": np.int64(3)}, ("dense_steps", 3)),
+        ({"min_tokens": np.int32(5)}, ("min_tokens", 5)),
+        ({"dense_above": 1}, ("dense_above", 1)),
+    ],
+)
+def test_lists_and_numbers_of_other_libraries_are_pythons(fields, expected):
+    name, value = expected
+    found = getattr(DraftAttentionConfig(**fields), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("0.8", "config must be a DraftAttentionConfig, a sparsity or a dict of"),
+        (True, "config must be a DraftAttentionConfig, a sparsity or a dict of"),
+        ([0.8], "config must be a DraftAttentionConfig, a sparsity or a dict of"),
+        (1.5, "sparsity must be at least 0 and below 1, got 1.5"),
+        (float("nan"), "sparsity must be at least 0 and below 1, got nan"),
+        ({"sparsety": 0.8}, "config has no field sparsety; fields are sparsity, selection"),
+    ],
+)
+def test_what_is_no_config_is_refused_by_enable_and_nothing_is_changed(value, message):
+    model = tiny_wan(layers=1)()
+    stock = model.blocks[0].attn1.processor
+    with pytest.raises(ValueError, match=message) as error:
+        draftdiff.enable(model, value)
+    assert "\n" not in str(error.value)
+    assert model.blocks[0].attn1.processor is stock
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": "0.8"}, "sparsity must be of type float, int, Budget, got '0.8'"),
+        ({"tail": 1}, "tail must be of type bool, got 1"),
+        ({"block_size": True}, "block_size must be of type int, None, got True"),
+        ({"dense_steps": None}, "dense_steps must be of type int, float, got None"),
+        ({"dense_steps": 1.5}, "dense_steps must be a number of steps"),
+        ({"dense_steps": -1}, "dense_steps must be a number of steps"),
+        ({"dense_layers": (0, -1)}, "dense_layers must be a number of layers or a tuple of layer indices"),
+        ({"dense_layers": (0, 1.5)}, "dense_layers must be a number of layers or a tuple of layer indices"),
+        ({"min_tokens": -1}, "min_tokens must be 0 or more, got -1"),
+        ({"dense_above": 1.1}, "dense_above must be between 0 and 1, got 1.1"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        DraftAttentionConfig(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
+    config = DraftAttentionConfig(0.5, tail=False, block_size=64, backend="torch")
+    assert config.rule == Rule(tail=False, block_size=64, backend="torch")
+    assert config.to_dict() == {
+        "sparsity": 0.5,
+        "selection": "draft",
+        "row_floor": 0.5,
+        "tail": False,
+        "tile": None,
+        "block_size": 64,
+        "dense_steps": 0.2,
+        "dense_layers": 1,
+        "min_tokens": None,
+        "backend": "torch",
+        "dense_above": None,
+    }
+
+
+def test_a_budget_for_another_model_is_refused_by_enable():
+    model = tiny_wan(layers=3)()
+    config = DraftAttentionConfig(Budget(0.5, layers=(1.0, 1.0)))
+    with pytest.raises(ValueError, match=r"budget weights layers must have shape \(3,\) for this model, got \(2,\)"):
+        draftdiff.enable(model, config)
+    assert "draft_layer" not in dir(model.blocks[0].attn1.processor)
+
+
+@pytest.mark.parametrize(("limit", "dense"), [(0.31, False), (0.3, True), (None, False)])
+def test_layers_at_least_as_dense_as_dense_above_are_dense(limit, dense):
+    case = MODEL_CASES[0]
+    model = case.build()
+    fields = {"sparsity": 0.7, "dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
+    draftdiff.enable(model, {**fields, "dense_above": limit})
+    output_of(model, case.inputs(model, case.grid, 1))
+    assert (draftdiff.report(model).transformers[0].sparse_steps == 0) == dense
