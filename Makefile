@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest test-slow lint clean
+.PHONY: demo test test-oldest test-slow mutate lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -21,14 +21,18 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# draftdiff.llm on the oldest transformers that it supports, beside the newest in the environment.
-OLDEST := .oldest-transformers
+# The oldest hosts that are supported (pyproject.toml), beside the newest in the environment.
+OLDEST := .oldest
 $(OLDEST): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST) "transformers[kernels]==5.8.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST) "transformers[kernels]==5.8.0" "diffusers==0.37.0"
 	touch $(OLDEST)
 
 test-oldest: $(READY) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/hosts/test_transformers.py tests/llm tests/pipelines/mini/test_llm.py tests/cli/test_llm.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/hosts tests/video tests/llm tests/pipelines tests/cli/test_llm.py -k "not compiled"
+
+# Plants mistakes in what changed since the last commit and counts those that the tests notice.
+mutate: $(READY)
+	$(BIN)/python tests/mutate.py $(FILES)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
