@@ -102,6 +102,19 @@ def test_without_a_scheduler_branches_of_one_timestep_count_once():
     assert steps_of(Run(), [999.0, 999.0, 800.0, 800.0, 600.0]) == [0, 0, 1, 1, 2]
 
 
+def test_branches_of_a_rising_schedule_are_no_move_back():
+    assert places(Run(), [0.0, 0.0, 400.0, 400.0, 900.0, 900.0], steps=3) == [
+        (0, step, 3) for step in range(3) for _ in range(2)
+    ]
+
+
+def test_a_scheduler_that_names_no_order_goes_one_entry_a_step():
+    class Plain:
+        timesteps = torch.tensor([900.0, 500.0, 100.0])
+
+    assert places(Run(), Plain.timesteps, Plain()) == [(0, step, 3) for step in range(3)]
+
+
 @pytest.mark.parametrize("timesteps", [[999, 500, 100], [0, 400, 900]], ids=["falling", "rising"])
 def test_without_a_scheduler_a_move_back_is_the_next_pass(timesteps):
     seen = places(Run(), timesteps * 2, steps=3)
