@@ -75,7 +75,7 @@ def rounded(run: Callable[[], Any], times: float = 4) -> Rounded:
         other = run()
     bounds = []
     for a, b in zip(tree_leaves(out), tree_leaves(other)):
-        largest = float(a.abs().max())
+        largest = float(a.detach().abs().max())
         bound = times * float((a.double() - b.double()).abs().max()) + torch.finfo(a.dtype).eps * largest
         assert bound < 1e-2 * largest or largest == 0, f"bound {bound:.3g} of numbers up to {largest:.3g} says nothing"
         bounds.append(bound)
