@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest test-slow mutate lint clean
+.PHONY: demo test test-portable test-oldest test-slow mutate lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -20,6 +20,16 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# What computes, again as lesser x86-64 processors do (this one must have AVX2): no bound may be tuned on one machine.
+# Triton's interpreter computes in numpy, which neither variable reaches.
+NUMERIC := tests/attention tests/core $(addprefix tests/kernels/test_,block_sparse.py cpu.py gradients.py problem.py) tests/test_golden.py tests/var \
+	$(addprefix tests/video/test_,families.py hook.py layouts.py patch.py pipeline.py)
+PORTABLE := $(BIN)/python -m pytest -n 2 --dist worksteal -q -k "not triton" $(NUMERIC)
+
+test-portable: $(READY)
+	ATEN_CPU_CAPABILITY=default DRAFTDIFF_CPU_MARCH=x86-64-v2 $(PORTABLE)
+	ATEN_CPU_CAPABILITY=avx2 DRAFTDIFF_CPU_MARCH=x86-64-v3 $(PORTABLE)
 
 # The oldest hosts that are supported (pyproject.toml), beside the newest in the environment.
 OLDEST := .oldest

@@ -75,7 +75,13 @@ class _Backend:
 
         if layer is None:
             return dense()
-        options = {"mask": attn_mask, "scale": scale, "dropout": dropout_p, "causal": is_causal, "gqa": enable_gqa}
+        options = {
+            "mask": _over_keys(attn_mask, query, key),
+            "scale": scale,
+            "dropout": dropout_p,
+            "causal": is_causal,
+            "gqa": enable_gqa,
+        }
         if _parallel_config is None or not layer.is_sparse:
             return self.attend(layer, query, key, value, options, 1, dense)
 
@@ -90,12 +96,18 @@ class _Backend:
             def dense() -> Tensor:
                 return dispatch_attention_fn(query, key, value, mask, *given[1:], backend=stock)
 
-            share = options | {"mask": mask}
+            share = options | {"mask": _over_keys(mask, query, key)}
             return self.attend(layer, query, key, value, share, parallel.ulysses_degree, dense)
 
         return _templated_context_parallel_attention(
             query, key, value, *given, False, forward_op=local, backward_op=None, _parallel_config=_parallel_config
         )
+
+
+def _over_keys(mask: Any, query: Tensor, key: Tensor) -> Any:
+    """A mask with the dispatcher's two forms of one over keys, [batch, keys] and [batch, 1, 1, keys], as the latter."""
+    flat = mask is not None and tuple(mask.shape) == (query.shape[0], key.shape[1])
+    return mask[:, None, None] if flat else mask
 
 
 def backend_for(owner: Any, attend: Attend) -> Any:

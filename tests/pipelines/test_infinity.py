@@ -6,8 +6,8 @@ import torch
 
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.var.schedules import SCHEDULES
+from tests.rounding import rounded
 from tests.var import tiny_infinity
-from tests.var.tiny import assert_same_but_for_rounding
 
 SMALL = {"size": "0.06M", "output_type": "latent"}
 
@@ -28,7 +28,7 @@ def test_every_output_type_is_the_same_picture(pipe):
     )
     assert pt.shape == (1, 3, 336, 224) and latents.shape == (1, 6, 21, 14) and pictures[0].size == (224, 336)
     np.testing.assert_allclose(array, pt.permute(0, 2, 3, 1).numpy(), atol=1e-6)
-    assert_same_but_for_rounding(pipe.vae.decode(latents).sample / 2 + 0.5, pt)
+    rounded(lambda: pipe.vae.decode(latents).sample / 2 + 0.5).check(pt)
 
 
 @pytest.mark.parametrize("ratio", SCHEDULES)
@@ -41,16 +41,15 @@ def test_a_batch_of_different_prompts_is_its_pictures_alone(pipe):
     prompts = ["a red circle", "the green square on the left"]
     together = pipe(prompts, generator=[seeded(1), seeded(2)], **SMALL).images
     for index, prompt in enumerate(prompts):
-        alone = pipe(prompt, generator=[seeded(index + 1)], **SMALL).images
-        assert_same_but_for_rounding(together[index : index + 1], alone)
+        alone = rounded(lambda: pipe(prompt, generator=[seeded(index + 1)], **SMALL).images)  # noqa: B023
+        alone.check(together[index : index + 1])
 
 
 def test_several_pictures_per_prompt_stand_next_to_each_other(pipe):
     generators = [seeded(n) for n in range(4)]
     prompts = ["a red circle", "a green square"]
     four = pipe(prompts, num_images_per_prompt=2, generator=generators, **SMALL).images
-    third = pipe(prompts[1], generator=[seeded(2)], **SMALL).images
-    assert_same_but_for_rounding(four[2:3], third)
+    rounded(lambda: pipe(prompts[1], generator=[seeded(2)], **SMALL).images).check(four[2:3])
 
 
 def test_prompts_and_their_embeddings_mean_the_same(pipe):
@@ -71,9 +70,8 @@ def test_prompts_and_their_embeddings_mean_the_same(pipe):
 
 
 def test_guidance_one_is_the_conditional_model_alone(pipe):
-    off = pipe("a red circle", guidance_scale=1, generator=seeded(), **SMALL).images
-    almost = pipe("a red circle", guidance_scale=1 + 1e-9, generator=seeded(), **SMALL).images
-    assert_same_but_for_rounding(off, almost)
+    almost = rounded(lambda: pipe("a red circle", guidance_scale=1 + 1e-9, generator=seeded(), **SMALL).images)
+    almost.check(pipe("a red circle", guidance_scale=1, generator=seeded(), **SMALL).images)
 
 
 def test_patchified_models_have_two_by_two_cells_per_token():

@@ -7,8 +7,8 @@ import torch
 
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.scheduler_var import VARScheduler
+from tests.rounding import rounded
 from tests.var import tiny
-from tests.var.tiny import assert_same_but_for_rounding
 
 NAMES = {0: "circle", 1: "square", 2: "triangle", 3: "star", 4: "cross"}
 
@@ -34,8 +34,7 @@ def test_every_output_type_is_the_same_picture(pipe):
     assert pt.shape == (1, 3, 16, 16) and latents.shape == (1, 4, 8, 8) and picture.size == (16, 16)
     np.testing.assert_allclose(array, pt.permute(0, 2, 3, 1).numpy(), atol=1e-6)
     assert np.abs(np.asarray(picture) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
-    decoded = pipe.vae.decode(latents).sample / 2 + 0.5
-    assert_same_but_for_rounding(decoded, pt)
+    rounded(lambda: pipe.vae.decode(latents).sample / 2 + 0.5).check(pt)
     assert isinstance(pipe([1], generator=seeded(), return_dict=False), tuple)
 
 
@@ -49,21 +48,19 @@ def test_names_and_numbers_of_classes_mean_the_same(pipe):
 def test_a_batch_with_a_generator_each_is_its_pictures_alone(pipe):
     batch = pipe([3, 1], generator=[seeded(5), seeded(6)], output_type="latent").images
     for index, (label, seed) in enumerate([(3, 5), (1, 6)]):
-        alone = pipe(label, generator=[seeded(seed)], output_type="latent").images
-        assert_same_but_for_rounding(batch[index : index + 1], alone)
+        alone = rounded(lambda: pipe(label, generator=[seeded(seed)], output_type="latent").images)  # noqa: B023
+        alone.check(batch[index : index + 1])
 
 
 def test_several_pictures_per_class_stand_next_to_each_other(pipe):
     generators = [seeded(n) for n in range(4)]
     four = pipe([3, 1], num_images_per_prompt=2, generator=generators, output_type="latent").images
-    third = pipe([1], generator=[seeded(2)], output_type="latent").images
-    assert_same_but_for_rounding(four[2:3], third)
+    rounded(lambda: pipe([1], generator=[seeded(2)], output_type="latent").images).check(four[2:3])
 
 
 def test_guidance_zero_is_the_conditional_model_alone(pipe):
-    none = pipe([1], guidance_scale=0, generator=seeded(), output_type="latent").images
-    almost = pipe([1], guidance_scale=1e-9, generator=seeded(), output_type="latent").images
-    assert_same_but_for_rounding(none, almost)
+    almost = rounded(lambda: pipe([1], guidance_scale=1e-9, generator=seeded(), output_type="latent").images)
+    almost.check(pipe([1], guidance_scale=0, generator=seeded(), output_type="latent").images)
 
 
 def test_the_doubled_batch_of_guidance_is_two_single_runs(pipe):
@@ -74,14 +71,18 @@ def test_the_doubled_batch_of_guidance_is_two_single_runs(pipe):
         seen.append((scale, tensors["latents"], tensors["logits"]))
 
     pipe([2], guidance_scale=3.0, generator=seeded(), callback_on_step_end=record, **call)
-    with torch.no_grad():
-        for scale, _, logits in seen[1:]:
-            scales = pipe.scheduler.scales
-            history = [pipe.scheduler.scale_model_input(seen[n][1], n + 1, scales) for n in range(scale)]
-            inputs = torch.cat(history, dim=1)
-            yes, no = (pipe.transformer(inputs, torch.tensor([label]), logits_from=scale).sample for label in (2, 5))
-            t = 3.0 * scale / 5
-            assert_same_but_for_rounding(logits, (1 + t) * yes - t * no)
+
+    @torch.no_grad()
+    def two_runs(scale):
+        scales = pipe.scheduler.scales
+        history = [pipe.scheduler.scale_model_input(seen[n][1], n + 1, scales) for n in range(scale)]
+        inputs = torch.cat(history, dim=1)
+        yes, no = (pipe.transformer(inputs, torch.tensor([label]), logits_from=scale).sample for label in (2, 5))
+        t = 3.0 * scale / 5
+        return (1 + t) * yes - t * no
+
+    for scale, _, logits in seen[1:]:
+        rounded(lambda: two_runs(scale)).check(logits)  # noqa: B023
 
 
 def test_without_labels_the_generator_chooses_the_classes(pipe):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from draftdiff.var.last_scales import LastScales, attend_scale
+from tests.oracle import attention
 from tests.var import tiny, tiny_infinity
-from tests.var.tiny import assert_same_but_for_rounding
 
 
 def inputs(history: int, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
@@ -20,8 +20,8 @@ def inputs(history: int, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("grid", [(16, 16), (9, 13)])
 def test_everything_kept_is_dense_attention(history, grid):
     q, k, v = inputs(history, grid)
-    expected = F.scaled_dot_product_attention(q, k, v, scale=0.3)
-    assert_same_but_for_rounding(attend_scale(q, k, v, grid, 1.0, 0.3), expected, roundings=32)
+    expected = attention(q, k, v, torch.zeros(q.shape[2], k.shape[2]), 0.3, torch.float32)
+    expected.check(attend_scale(q, k, v, grid, 1.0, 0.3))
 
 
 def test_less_is_nearer_to_dense_the_more_is_kept_and_the_history_is_never_lost():

@@ -7,8 +7,8 @@ from draftdiff.var.scale_kv import ScaleKVConfig, check_cache_budget, scale_capa
 from draftdiff.var.schedules import SCHEDULES, scales_for
 from draftdiff.var.selectivity import Selectivity
 from draftdiff.var.vq_model import PATCH_NUMS_256
+from tests.rounding import rounded
 from tests.var import tiny, tiny_infinity
-from tests.var.tiny import assert_same_but_for_rounding
 
 
 def seeded(seed=0):
@@ -88,8 +88,8 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(infinity):
     prompts = ["a red circle", "the green square"]
     both = infinity(prompts, generator=[seeded(1), seeded(2)], **call).images
     for index, prompt in enumerate(prompts):
-        alone = infinity(prompt, generator=[seeded(index + 1)], **call).images
-        assert_same_but_for_rounding(both[index : index + 1], alone)
+        alone = rounded(lambda: infinity(prompt, generator=[seeded(index + 1)], **call).images)  # noqa: B023
+        alone.check(both[index : index + 1])
 
 
 def test_wide_layers_keep_more_than_local_ones(infinity):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from draftdiff.var.cache import KVCache
 from draftdiff.var.layers import CosineAttention, Step
+from tests.rounding import rounded
 from tests.var import tiny
-from tests.var.tiny import assert_same_but_for_rounding
 
 
 def inputs_and_labels(batch=3):
@@ -23,13 +23,13 @@ def test_scales_through_a_cache_give_the_logits_of_one_forward(shared_adaln):
     model = tiny.transformer(shared_adaln=shared_adaln)
     inputs, labels = inputs_and_labels()
     with torch.no_grad():
-        whole = model(inputs, labels).sample
+        whole = rounded(lambda: model(inputs, labels).sample)
         cache, parts, start = KVCache(), [], 0
         for scale, side in enumerate(tiny.PATCH_NUMS):
             mine = inputs[:, start : start + side**2] if scale else None
             start += side**2 if scale else 0
             parts.append(model(mine, labels, first_scale=scale, cache=cache).sample)
-    assert_same_but_for_rounding(torch.cat(parts, dim=1), whole)
+    whole.check(torch.cat(parts, dim=1))
     assert cache.tokens() == inputs.shape[1] + 1
 
 
@@ -37,13 +37,16 @@ def test_attention_over_many_scales_is_the_masked_softmax_of_its_definition():
     layer = tiny.enliven(CosineAttention(24, 3), 0)
     layer.log_scale.data[0] = 5  # above the clamp
     x, lengths = torch.randn(2, 14, 24), [1, 4, 9]
-    q, k, v = layer.to_qkv(x).view(2, 14, 3, 3, 8).permute(2, 0, 3, 1, 4).double()
-    stretch = layer.log_scale.double().clamp(max=math.log(100)).exp()
-    scores = F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1) * stretch[:, None, None]
-    levels = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-    weights = scores.masked_fill(levels[:, None] < levels, -torch.inf).softmax(-1)
-    expected = layer.to_out((weights @ v).transpose(1, 2).flatten(2).float())
-    assert_same_but_for_rounding(layer(x, Step(lengths)), expected)
+
+    def definition():
+        q, k, v = layer.to_qkv(x).view(2, 14, 3, 3, 8).permute(2, 0, 3, 1, 4)
+        stretch = layer.log_scale.clamp(max=math.log(100)).exp()
+        scores = F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1) * stretch[:, None, None]
+        levels = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+        weights = scores.masked_fill(levels[:, None] < levels, -torch.inf).softmax(-1)
+        return layer.to_out((weights @ v).transpose(1, 2).flatten(2))
+
+    rounded(definition).check(layer(x, Step(lengths)))
 
 
 def test_no_logit_depends_on_a_later_scale():
@@ -61,9 +64,8 @@ def test_the_head_can_be_kept_to_the_last_scale():
     model = tiny.transformer()
     inputs, labels = inputs_and_labels()
     with torch.no_grad():
-        whole = model(inputs, labels).sample
-        last = model(inputs, labels, logits_from=len(tiny.PATCH_NUMS) - 1).sample
-    assert_same_but_for_rounding(last, whole[:, model.starts[-2] :])
+        whole = rounded(lambda: model(inputs, labels).sample[:, model.starts[-2] :])
+        whole.check(model(inputs, labels, logits_from=len(tiny.PATCH_NUMS) - 1).sample)
 
 
 def test_a_number_of_tokens_between_scales_is_an_error():
@@ -89,7 +91,7 @@ def test_gradient_checkpointing_changes_no_gradient():
             model.enable_gradient_checkpointing()
         model(inputs, labels).sample.square().mean().backward()
         gradients.append(model.blocks[0].attn.to_qkv.weight.grad.clone())
-    torch.testing.assert_close(*gradients)
+    assert torch.equal(*gradients)
 
 
 def test_a_cache_with_fp32_keys_costs_half_as_much_again_and_changes_nothing_in_half_precision():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from draftdiff.var.quantizer import MultiScaleQuantizer, resize_area
+from tests.rounding import rounded
 from tests.var import tiny
-from tests.var.tiny import assert_same_but_for_rounding
 
 
 def test_the_convolutions_are_shared_as_in_the_released_models():
@@ -18,9 +18,8 @@ def test_the_latents_of_all_scales_are_the_quantised_picture():
     picture = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         features = model.quant_conv(model.encoder(picture))
-        quantized = model.quantize(features)
-        by_scale = model.quantize.latents_by_scale(model.encode(picture))
-    assert_same_but_for_rounding(by_scale[-1], quantized.latents)
+        by_scale = rounded(lambda: model.quantize.latents_by_scale(model.encode(picture))[-1])
+        by_scale.check(model.quantize(features).latents)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -34,12 +33,14 @@ def test_each_scale_takes_the_nearest_code_of_what_is_left(cosine):
         codes = model.quantize.embedding.weight
         for scale, side in enumerate(tiny.PATCH_NUMS):
             left = resize_area(features - latents, side).flatten(2).transpose(1, 2)
-            if cosine:
-                distance = -torch.nn.functional.cosine_similarity(left[:, :, None], codes, dim=-1)
-            else:
-                distance = (left[:, :, None] - codes).square().sum(-1)
-            chosen = distance.gather(-1, indices[scale][..., None])[..., 0]
-            assert_same_but_for_rounding(chosen, distance.min(-1).values)
+
+            def distances(left=left):
+                if cosine:
+                    return -torch.nn.functional.cosine_similarity(left[:, :, None], codes, dim=-1)
+                return (left[:, :, None] - codes).square().sum(-1)
+
+            chosen = distances().gather(-1, indices[scale][..., None])[..., 0]
+            rounded(lambda: distances().min(-1).values).check(chosen)
             latents = latents + model.quantize.contribution(codes[indices[scale]], scale)
 
 

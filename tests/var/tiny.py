@@ -26,12 +26,6 @@ def enliven(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def assert_same_but_for_rounding(ours: torch.Tensor, expected: torch.Tensor, roundings: int = 16) -> None:
-    """For two orders of the same arithmetic: no further apart than so many roundings of the largest number."""
-    allowed = roundings * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-    torch.testing.assert_close(ours, expected, atol=allowed, rtol=0)
-
-
 def transformer(seed: int = 0, **changes) -> VARTransformer2DModel:
     settings = {
         "num_layers": 2,

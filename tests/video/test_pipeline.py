@@ -1,11 +1,14 @@
 """Whole pipelines: steps, CFG, two transformers, and what users combine us with."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from packaging.version import Version
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
+from tests.rounding import rounded
 from tests.video.model_cases import tiny_wan
 
 SPARSE = DraftAttentionConfig(sparsity=0.7, dense_steps=1, dense_layers=0, min_tokens=0)
@@ -141,16 +144,16 @@ def test_first_block_cache_skips_our_layers_and_the_report_says_so(pipe):
     from diffusers.hooks import FirstBlockCacheConfig
 
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
-    cached = run(pipe)
+    cached = rounded(lambda: run(pipe))
     draftdiff.enable(pipe, DraftAttentionConfig(selection="full", dense_steps=0, dense_layers=0, min_tokens=0))
-    torch.testing.assert_close(run(pipe), cached, atol=1e-4, rtol=1e-4)
+    cached.check(run(pipe))
     draftdiff.enable(pipe, SPARSE)
     run(pipe)
     density = draftdiff.report(pipe).transformers[0].density
     assert density[2:, 1:].isnan().all()
     assert not density[:, 0].isnan().any()
     draftdiff.disable(pipe)
-    assert torch.equal(run(pipe), cached)
+    assert torch.equal(run(pipe), cached.out)
     pipe.transformer.disable_cache()
 
 
@@ -159,21 +162,26 @@ def test_lora_changes_the_sparse_result_and_leaves_with_its_adapter(pipe, first)
     from peft import LoraConfig
 
     adapter = LoraConfig(r=4, lora_alpha=64, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-    plain = run(draftdiff.enable(pipe, SPARSE))
+    draftdiff.enable(pipe, SPARSE)
+    plain = rounded(lambda: run(pipe))
     if first == "lora":
         draftdiff.disable(pipe)
     pipe.transformer.add_adapter(adapter)
     if first == "lora":
         draftdiff.enable(pipe, SPARSE)
-    assert float((run(pipe) - plain).abs().max()) > 1e-3
-    full = DraftAttentionConfig(selection="full", dense_steps=0, dense_layers=0, min_tokens=0)
-    with_full = run(draftdiff.enable(pipe, full))
-    torch.testing.assert_close(run(draftdiff.disable(pipe)), with_full, atol=1e-4, rtol=1e-4)
+    assert float((run(pipe) - plain.out).abs().max()) > 1e-3
+    draftdiff.enable(pipe, DraftAttentionConfig(selection="full", dense_steps=0, dense_layers=0, min_tokens=0))
+    with_full = rounded(lambda: run(pipe))
+    with_full.check(run(draftdiff.disable(pipe)))
     draftdiff.enable(pipe, SPARSE)
     pipe.transformer.disable_adapters()
-    torch.testing.assert_close(run(pipe), plain)
+    plain.check(run(pipe))
 
 
+@pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.41") and not torch.accelerator.is_available(),
+    reason="group offload of diffusers before 0.41 needs an accelerator",
+)
 @pytest.mark.parametrize("first", ["draftdiff", "offload"])
 def test_group_offload_and_draft_attention_do_not_disturb_each_other(pipe, first, tmp_path):
     expected = run(draftdiff.enable(pipe, SPARSE))
@@ -187,9 +195,10 @@ def test_group_offload_and_draft_attention_do_not_disturb_each_other(pipe, first
 
 
 def test_fused_projections_give_the_same_result(pipe):
-    expected = run(draftdiff.enable(pipe, SPARSE))
+    draftdiff.enable(pipe, SPARSE)
+    expected = rounded(lambda: run(pipe))
     pipe.transformer.fuse_qkv_projections()
-    torch.testing.assert_close(run(pipe), expected, atol=1e-4, rtol=1e-4)
+    expected.check(run(pipe))
 
 
 @pytest.mark.parametrize("runs_between", [0, 1])
@@ -209,10 +218,11 @@ def test_a_backend_chosen_after_us_serves_the_dense_calls_and_stays(pipe):
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     active = _AttentionBackendRegistry.get_active_backend()[0]
-    expected = run(draftdiff.enable(pipe, SPARSE))
+    draftdiff.enable(pipe, SPARSE)
+    expected = rounded(lambda: run(pipe))
     try:
         pipe.transformer.set_attention_backend("_native_math")
-        torch.testing.assert_close(run(pipe), expected, atol=1e-4, rtol=1e-4)
+        expected.check(run(pipe))
         assert draftdiff.report(pipe).transformers[0].mean_density is not None
         draftdiff.disable(pipe)
         chosen = {block.attn1.processor._attention_backend for block in pipe.transformer.blocks}

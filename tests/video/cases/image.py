@@ -1,0 +1,73 @@
+"""Image models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+
+from tests.video.cases.base import (
+    CHANNELS,
+    HEAD_DIM,
+    HEADS,
+    ROPE_AXES,
+    TEXT,
+    TEXT_WIDTH,
+    Asked,
+    ModelCase,
+    packed,
+    tiny,
+)
+
+IMAGE = {
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "num_layers": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+    "axes_dims_rope": ROPE_AXES,
+}
+INPUTS: dict[str, Any] = {
+    "hidden_states": "B N C",
+    "encoder_hidden_states": f"B {TEXT} {TEXT_WIDTH}",
+    "timestep": lambda asked: asked.times(1e-3),
+}
+
+
+def flux_ids(height: int, width: int, image: int = 0) -> torch.Tensor:
+    ids = torch.cartesian_prod(torch.tensor([image]), torch.arange(height), torch.arange(width))
+    return ids.float()
+
+
+FLUX_INPUTS = INPUTS | {
+    "pooled_projections": "B 8",
+    "img_ids": lambda asked: flux_ids(*asked.grid[1:]),
+    "txt_ids": lambda _: torch.zeros(TEXT, 3),
+    "guidance": lambda asked: torch.full((asked.batch,), 3.5),
+}
+QWEN_INPUTS = INPUTS | {
+    "encoder_hidden_states_mask": Asked.text_mask,
+    "img_shapes": lambda asked: [[(1, *asked.grid[1:])]] * asked.batch,
+}
+
+IMAGE_CASES = [
+    ModelCase(
+        "flux",
+        tiny(FluxTransformer2DModel, **IMAGE, num_single_layers=2, pooled_projection_dim=8, guidance_embeds=True),
+        FLUX_INPUTS,
+        packed,
+        grid=(1, 15, 18),
+        layers=4,
+        text=(TEXT, TEXT),
+    ),
+    ModelCase(
+        "qwen_image",
+        tiny(QwenImageTransformer2DModel, **IMAGE),
+        QWEN_INPUTS,
+        packed,
+        grid=(1, 15, 18),
+        text=(TEXT, TEXT),
+    ),
+]
