@@ -26,6 +26,7 @@ _COMMANDS = (
     ("image", "pictures by VAR or Infinity, with CoDe and ScaleKV; --compare, calibrate", "image", "add_image"),
     ("convert", "original checkpoints of VAR, CoDe or Infinity to a folder", "convert", "add_convert"),
     ("llm", "text by language models with a draft; generate, compare", "llm", "add_llm"),
+    ("bench", "benchmarks with their checks: kernels, dit, var, llm", "bench", "add_bench"),
     ("doctor", "what works here: devices, backends, tools, models", "doctor", "add_doctor"),
 )
 

@@ -49,6 +49,38 @@ def seed(text: str) -> int:
     return number
 
 
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Reads whole numbers from `least` on, and up to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {least} {'on' if most is None else f'to {most}'}, got {text!r}"
+            )
+        return value
+
+    return read
+
+
+def number(above: float, most: float) -> Callable[[str], float]:
+    """Reads numbers above one and at most another."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = above
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"must be above {above:g} and at most {most:g}, got {text!r}")
+        return value
+
+    return read
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """A field of a dataclass that text can set. kinds: the types of its values that can be written."""
