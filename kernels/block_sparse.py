@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -12,6 +11,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from draftdiff.core.devices import without_autocast
+from draftdiff.errors import UserError
 from draftdiff.kernels.problem import Problem
 
 
@@ -57,7 +58,7 @@ def preferred_on(device: torch.device) -> list[str]:
 def backend_module(name: str) -> Backend:
     """The module of a backend. Raises ValueError for a name that is not in BACKENDS."""
     if name not in TABLE:
-        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+        raise UserError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     return cast(Backend, import_module(f"draftdiff.kernels.{TABLE[name].module}"))
 
 
@@ -73,7 +74,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     if name != "auto":
         reason = unavailable(name, device, dtype, head_dim)
         if reason:
-            raise ValueError(f"backend {name!r} cannot run here: {reason}")
+            raise UserError(f"backend {name!r} cannot run here: {reason}")
         return name
     refused: list[str] = []
     for candidate in preferred_on(device):
@@ -83,7 +84,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
                 warnings.warn(f"draftdiff uses the {candidate!r} backend: {'; '.join(refused)}", stacklevel=2)
             return candidate
         refused.append(f"{candidate} {reason}")
-    raise ValueError(f"no backend serves {device}, {dtype}, head_dim {head_dim}: {'; '.join(refused)}")
+    raise UserError(f"no backend serves {device}, {dtype}, head_dim {head_dim}: {'; '.join(refused)}")
 
 
 def block_sparse_attention(problem: Problem, *, backend: str = "auto") -> Tensor:
@@ -106,12 +107,5 @@ def block_sparse_attention_lse(problem: Problem, *, backend: str = "auto") -> tu
 def _run(problem: Problem, backend: str, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     q = problem.q
     name = resolve(backend, q.device, q.dtype, q.shape[-1])
-    with _no_autocast(q.device.type):
+    with without_autocast(q.device):
         return backend_module(name).run(problem, want_lse)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A kernel's dtypes are its own; a surrounding autocast would change some of its products."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from draftdiff.core.draft import Tail, softmax_scale
 from draftdiff.core.grid import Tiling
+from draftdiff.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +36,15 @@ class Problem:
     def __post_init__(self) -> None:
         q, tiling = self.q, self.tiling
         if q.dim() != 4:
-            raise ValueError(f"q must be [batch, tokens, heads, head_dim], got {tuple(q.shape)}")
+            raise UserError(f"q must be [batch, tokens, heads, head_dim], got {tuple(q.shape)}")
         same = (self.q, self.k, self.v)
         if len({x.shape for x in same}) > 1:
-            raise ValueError(f"q, k and v must have one shape, got {', '.join(str(tuple(x.shape)) for x in same)}")
+            raise UserError(f"q, k and v must have one shape, got {', '.join(str(tuple(x.shape)) for x in same)}")
         if len({x.dtype for x in same}) > 1 or not q.is_floating_point():
-            raise ValueError(f"q, k and v must have one floating dtype, got {', '.join(str(x.dtype) for x in same)}")
+            raise UserError(f"q, k and v must have one floating dtype, got {', '.join(str(x.dtype) for x in same)}")
         batch, tokens, heads, head_dim = q.shape
         if tokens != tiling.tokens:
-            raise ValueError(
+            raise UserError(
                 f"q has {tokens} tokens, the grid {tiling.grid} with {tiling.text} text tokens has {tiling.tokens}"
             )
         _check("keep", self.keep, (batch, heads, tiling.tiles, tiling.tiles), torch.bool)
@@ -87,4 +88,4 @@ class Problem:
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if x.dtype != dtype or x.shape != shape:
-        raise ValueError(f"{name} must be {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
+        raise UserError(f"{name} must be {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")

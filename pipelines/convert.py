@@ -75,7 +75,7 @@ def _load(
         try:
             kind = kind_of(tensors)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
         found.setdefault(kind, []).append((sum(tensor.numel() for tensor in tensors.values()), path))
     if len(paths) == 1:
         return MODELS[kind].from_single_file(paths[0], torch_dtype=torch_dtype)
@@ -101,7 +101,7 @@ def _load(
             torch_dtype=torch_dtype,
         )
     listed = ", ".join(f"{number} {kind}" for kind, number in counts.items())
-    raise ValueError(
+    raise UserError(
         f"these make no pipeline: {listed}; expected one model, one or two VARTransformer2DModel with a VQModel, "
         "or an InfinityTransformer2DModel with an AutoencoderBSQ"
     )

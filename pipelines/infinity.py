@@ -14,6 +14,7 @@ from packaging.version import Version
 from torch import Generator, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.inputs import check_call, check_sampling
 from draftdiff.pipelines.next_scale import NextScalePipeline
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ
@@ -52,12 +53,12 @@ class InfinityPipeline(NextScalePipeline):
         self.image_processor = VaeImageProcessor()
         needed = vae.config.latent_channels * scheduler.cells**2
         if transformer.config.bits != needed:
-            raise ValueError(
+            raise UserError(
                 f"transformer and vae must agree: {transformer.config.bits} bits per token, but latent_channels "
                 f"{vae.config.latent_channels} with patchify={scheduler.config.patchify} are {needed}"
             )
         if text_encoder is not None and text_encoder.config.d_model != transformer.config.text_dim:
-            raise ValueError(
+            raise UserError(
                 f"transformer and text_encoder must agree: text_dim is {transformer.config.text_dim}, the encoder has "
                 f"{text_encoder.config.d_model} channels"
             )
@@ -89,13 +90,13 @@ class InfinityPipeline(NextScalePipeline):
                 tokenizer = AutoTokenizer.from_pretrained(text_encoder)
             except (OSError, ValueError) as error:  # transformers' messages have several lines
                 reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"text encoder {str(text_encoder)!r} cannot be loaded: {reason}") from error
+                raise UserError(f"text encoder {str(text_encoder)!r} cannot be loaded: {reason}") from error
         return cls(model, autoencoder, scheduler, encoder, tokenizer)
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings fp32 [prompts, tokens, channels] of the text encoder and their mask, bool [prompts, tokens]."""
         if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("this pipeline has no text encoder: pass prompt_embeds and prompt_mask")
+            raise UserError("this pipeline has no text encoder: pass prompt_embeds and prompt_mask")
         tokens = self.tokenizer(
             [prompt] if isinstance(prompt, str) else list(prompt),
             max_length=self.transformer.config.text_tokens,
@@ -213,7 +214,7 @@ class InfinityPipeline(NextScalePipeline):
     @staticmethod
     def _scales(height: int | None, width: int | None, aspect_ratio: float, size: str) -> Scales:
         if (height is None) != (width is None):
-            raise ValueError(f"give both height and width or neither, got {height} and {width}")
+            raise UserError(f"give both height and width or neither, got {height} and {width}")
         if height is not None and width is not None:
             return scales_for_pixels(height, width)
         return scales_for(aspect_ratio, size)
@@ -233,12 +234,12 @@ class InfinityPipeline(NextScalePipeline):
         check_call.
         """
         if (texts["prompt"] is None) == (embeds["prompt"] is None):
-            raise ValueError("give either prompt or prompt_embeds")
+            raise UserError("give either prompt or prompt_embeds")
         if texts["negative_prompt"] is not None and embeds["negative_prompt"] is not None:
-            raise ValueError("give either negative_prompt or negative_prompt_embeds")
+            raise UserError("give either negative_prompt or negative_prompt_embeds")
         prompts, negative = (self._count(name, texts[name], embeds[name]) for name in ("prompt", "negative_prompt"))
         if negative not in (None, 1, prompts):
-            raise ValueError(f"{prompts} prompts need 1 or as many negative ones: {negative}")
+            raise UserError(f"{prompts} prompts need 1 or as many negative ones: {negative}")
         check_sampling(scales, **sampling)
         check_call(prompts=prompts or 0, known_tensors=self._callback_tensor_inputs, **call)
 
@@ -247,15 +248,15 @@ class InfinityPipeline(NextScalePipeline):
         if embeds is not None:
             channels = self.transformer.config.text_dim
             if embeds.ndim != 3 or embeds.shape[-1] != channels or embeds.shape[1] == 0:
-                raise ValueError(f"{name}_embeds must be [prompts, tokens, {channels}], got {tuple(embeds.shape)}")
+                raise UserError(f"{name}_embeds must be [prompts, tokens, {channels}], got {tuple(embeds.shape)}")
             return len(embeds)
         if texts is None:
             return None
         listed = [texts] if isinstance(texts, str) else texts
         if not isinstance(listed, Sequence) or not listed or not all(isinstance(text, str) for text in listed):
-            raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
+            raise UserError(f"{name} must be a text or a list of texts, got {texts!r}")
         if name == "prompt" and not all(text.strip() for text in listed):
-            raise ValueError("prompt is empty: say what the picture shall show")
+            raise UserError("prompt is empty: say what the picture shall show")
         return len(listed)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 import torch
 from tqdm import tqdm
 
+from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
 from draftdiff.var.last_scales import LastScales
 from draftdiff.var.scale_kv import ScaleKVCache, ScaleKVConfig, WideLayers
@@ -73,9 +74,9 @@ class ScaleKVMixin:
         """
         prompts = list(prompts)
         if not prompts:
-            raise ValueError("calibration needs at least one prompt")
+            raise UserError("calibration needs at least one prompt")
         if getattr(self, "refiner", None) is not None:
-            raise ValueError("calibrate one model at a time: disable_collaborative() first")
+            raise UserError("calibrate one model at a time: disable_collaborative() first")
         self._measuring = []
         try:
             for prompt in tqdm(prompts, desc="calibrating", disable=len(prompts) < 2):

@@ -13,6 +13,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Generator, Tensor
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.inputs import check_call, check_sampling
 from draftdiff.pipelines.next_scale import NextScalePipeline
 from draftdiff.pipelines.scale_kv import accepts_old_names
@@ -112,11 +113,11 @@ class VARPipeline(NextScalePipeline):
         for label in labels:
             if isinstance(label, str) and label not in known:
                 some = ", ".join(list(known)[:20]) + (", ..." if len(known) > 20 else "")
-                raise ValueError(f"unknown class {label!r}; this model's classes are: {some or 'known by number only'}")
+                raise UserError(f"unknown class {label!r}; this model's classes are: {some or 'known by number only'}")
         ids = [known[label] if isinstance(label, str) else label for label in labels]
         for label in ids:
             if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label <= classes:
-                raise ValueError(
+                raise UserError(
                     f"class label must be from 0 to {classes - 1}, or {classes} for no class, got {label!r}"
                 )
         return [int(label) for label in ids]
@@ -225,13 +226,13 @@ class VARPipeline(NextScalePipeline):
         """Raise ValueError for what cannot be. sampling: top_p, top_k and temperature.  call: see check_call."""
         ids = [None] if class_labels is None else self.get_label_ids(class_labels)
         if not ids:
-            raise ValueError("class_labels is empty: give at least one class")
+            raise UserError("class_labels is empty: give at least one class")
         check_call(prompts=len(ids), known_tensors=self._callback_tensor_inputs, **call)
         check_sampling(len(self.scheduler), **sampling)
         if call["rng"] == "upstream" and call["generator"] is None:
-            raise ValueError("rng='upstream' repeats the draws of a seed: pass a generator")
+            raise UserError("rng='upstream' repeats the draws of a seed: pass a generator")
         if (image is None) != (mask_image is None):
-            raise ValueError("in-painting needs both image and mask_image")
+            raise UserError("in-painting needs both image and mask_image")
 
     def _in_painting(
         self, image: PipelineImageInput | None, mask_image: PipelineImageInput | None, latents: Tensor
@@ -246,7 +247,7 @@ class VARPipeline(NextScalePipeline):
         mask = masks.preprocess(mask_image, height=pixels, width=pixels)
         for name, tensor in (("image", picture), ("mask_image", mask)):
             if len(tensor) not in (1, len(latents)):
-                raise ValueError(f"{name} must hold 1 or {len(latents)} pictures, got {len(tensor)}")
+                raise UserError(f"{name} must hold 1 or {len(latents)} pictures, got {len(tensor)}")
         indices = self.vae.encode(picture.to(latents.device, self.vae.dtype), self.scheduler.patch_nums)
         kept = self.vae.quantize.latents_by_scale(indices, self.scheduler.patch_nums)
         hole = torch.nn.functional.interpolate(mask, size=(side, side), mode="nearest").round().to(kept[0])
@@ -257,12 +258,12 @@ def _check_parts(transformer: VARTransformer2DModel, vae: VQModel, scheduler: VA
     """Raise ValueError if the parts do not speak of the same codes and scales."""
     for ours, theirs in (("vocab_size", "num_vq_embeddings"), ("in_channels", "latent_channels")):
         if transformer.config[ours] != vae.config[theirs]:
-            raise ValueError(
+            raise UserError(
                 f"transformer and vae must agree: {ours} is {transformer.config[ours]}, "
                 f"{theirs} is {vae.config[theirs]}"
             )
     if tuple(transformer.config.patch_nums) != tuple(scheduler.config.patch_nums):
-        raise ValueError(
+        raise UserError(
             f"transformer and scheduler must have the same patch_nums, got {transformer.config.patch_nums} "
             f"and {scheduler.config.patch_nums}"
         )

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from draftdiff.attention.rule import Rule, unpack
 from draftdiff.core import quality
+from draftdiff.core.devices import without_autocast
 from draftdiff.core.draft import Tail, draft_map, softmax_scale
-from draftdiff.core.grid import LatentGrid, Tiling, tiling_for
+from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import with_text
+from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import block_sparse_attention
 from draftdiff.kernels.drafting import pool, select
 from draftdiff.kernels.problem import Problem
@@ -48,55 +50,43 @@ def attend(
     Returns the output like q, and what was done, fp32 [2]: density over all token pairs, and the mass that the draft
     gives to the kept tiles; NaN if q or k hold a NaN. Raises ValueError for shapes that do not fit the grid.
     """
-    text = k.shape[1] - grid.tokens
+    text, absent = k.shape[1] - grid.tokens, k.shape[1] - q.shape[1]
+    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise UserError(f"q, k and v must have the same batch, heads and head_dim, got {shapes}")
     if text < 0:
-        raise ValueError(f"k has {k.shape[1]} tokens, fewer than the {grid.tokens} of the grid {grid}")
-    absent = k.shape[1] - q.shape[1]
+        raise UserError(f"k has {k.shape[1]} tokens, fewer than the {grid.tokens} of the grid {grid}")
     if absent and (absent != text or lead != text):
-        raise ValueError(f"q has {q.shape[1]} tokens, needs the grid's {grid.tokens} or all {k.shape[1]} of k")
+        raise UserError(f"q has {q.shape[1]} tokens, needs the grid's {grid.tokens} or all {k.shape[1]} of k")
+    tiling = tiling_for(grid, *rule.tile_for(grid), text, lead, q.device)
     scale = softmax_scale(scale, q.shape[-1])
-    with torch.autocast(q.device.type, enabled=False):
-        if absent:
-            q = torch.cat([q.new_zeros(q.shape[0], absent, *q.shape[2:]), q], dim=1)
-        tiling = tiling_for(grid, *rule.tile_for(grid), text, lead, q.device)
-        out, stats = _attend(q, k, v, density, rule, tiling, absent, text_mask, scale, part)
+    if absent:
+        q = torch.cat([q.new_zeros(q.shape[0], absent, *q.shape[2:]), q], dim=1)
+    with without_autocast(q.device):
+        with part("draft"):
+            q_mean, k_mean = pool(q, tiling), pool(k, tiling)
+            # The paper's map weighs all tiles alike, also ragged ones.
+            counts = None if rule.selection == "upstream" else tiling.counts[: tiling.video_tiles]
+            probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
+            tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
+        with part("select"):
+            kept = select(rule.selection, probabilities, density, row_floor=rule.row_floor)
+            keep = with_text(kept, tiling)
+            if absent:  # tiles without queries read nothing
+                keep[:, :, tiling.video_tiles :] = False
+            mass = quality.drafted_mass(probabilities, kept).mean()
+            stats = torch.stack([quality.density(keep, tiling).mean(), mass])
+        with part("kernel"):
+            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale)
+            out = block_sparse_attention(problem, backend=rule.backend)
     return out[:, absent:], stats
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    density: Tensor,
-    rule: Rule,
-    tiling: Tiling,
-    absent: int,
-    text_mask: Tensor | None,
-    scale: float,
-    part: Callable[[str], AbstractContextManager],
-) -> tuple[Tensor, Tensor]:
-    with part("draft"):
-        q_mean, k_mean = pool(q, tiling), pool(k, tiling)
-        # The paper's map weighs all tiles alike, also ragged ones.
-        counts = None if rule.selection == "upstream" else tiling.counts[: tiling.video_tiles]
-        probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
-        tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
-    with part("select"):
-        keep = select(rule.selection, probabilities, density, row_floor=rule.row_floor)
-        every = with_text(keep, tiling)
-        if absent:  # tiles without queries read nothing
-            every[:, :, tiling.video_tiles :] = False
-        stats = torch.stack([quality.density(every, tiling).mean(), quality.drafted_mass(probabilities, keep).mean()])
-    with part("kernel"):
-        problem = Problem(q, k, v, every, tiling, text_mask, tail, scale)
-        out = block_sparse_attention(problem, backend=rule.backend)
-    return out, stats
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What attention computes in: x's own type, or that of the autocast region around the call."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    within = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if within else x.dtype
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

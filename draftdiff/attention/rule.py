@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, choose_tile
 from draftdiff.core.select import SELECTIONS
+from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import BACKENDS
 
 
@@ -31,7 +32,7 @@ class Rule:
     def __post_init__(self) -> None:
         def require(valid: bool, name: str, allowed: str) -> None:
             if not valid:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
         require(self.selection in SELECTIONS, "selection", f"one of {', '.join(SELECTIONS)}")
         require(0 <= self.row_floor <= 1, "row_floor", "between 0 and 1")

@@ -117,9 +117,8 @@ def _load(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple[Any,
     """The model, and the arguments of its call, checked as far as can be before running it."""
     from diffusers.utils import load_image
 
-    from draftdiff import disable, enable
-    from draftdiff.kernels.block_sparse import resolve
     from draftdiff.models.video import call_arguments, load
+    from draftdiff.video.patch import check
 
     image = None
     if options.image is not None:
@@ -128,11 +127,8 @@ def _load(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple[Any,
         except (OSError, ValueError):
             raise UserError(f"image {options.image!r} cannot be read") from None
     model = load(options.model, dtype=options.dtype, device=options.device, offload=options.offload)
-    with user_errors():
-        for config in configs:
-            enable(model.pipeline, config)
-            resolve(config.backend, model.device, model.pipeline.dtype, 64)
-            disable(model.pipeline)
+    for config in configs:
+        check(model.pipeline, config)
     return model, call_arguments(model, image=image, **{name: getattr(options, name) for name in _CALL})
 
 
@@ -175,7 +171,7 @@ def _generate(options: Namespace) -> int:
             "shape": list(frames.shape),
             "fps": fps,
             "seconds": seconds,
-            "config": vars(config) if config else None,
+            "config": config.to_dict() if config else None,
             "report": done.to_dict() if done else None,
         }
         print_json(result, model.device)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftdiff.errors import UserError
+
 
 def check_sparsity(sparsity: float) -> float:
     """Return sparsity if it is a share in [0, 1), else raise ValueError naming it."""
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+        raise UserError(f"sparsity must be at least 0 and below 1, got {sparsity}")
     return float(sparsity)
 
 
@@ -36,7 +38,7 @@ class Budget:
         for name in ("steps", "layers", "heads"):
             weights = torch.tensor(getattr(self, name) or (1.0,), dtype=torch.float64)
             if not bool((weights > 0).all()) or not bool(weights.isfinite().all()):
-                raise ValueError(f"budget weights must be positive, got {name}={getattr(self, name)}")
+                raise UserError(f"budget weights must be positive, got {name}={getattr(self, name)}")
 
     def density(self, layers: int, heads: int, progress: float = 0.0) -> Tensor:
         """Kept share per layer and head, float64 [layers, heads], at `progress` in [0, 1) through the sparse steps.
@@ -57,5 +59,5 @@ class Budget:
     def _weights(name: str, weights: Sequence, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.tensor(weights, dtype=torch.float64)
         if tensor.shape != shape:
-            raise ValueError(f"budget weights {name} must have shape {shape} for this model, got {tuple(tensor.shape)}")
+            raise UserError(f"budget weights {name} must have shape {shape} for this model, got {tuple(tensor.shape)}")
         return tensor

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from draftdiff.errors import UserError
+
 BLOCK_SIZES = (64, 128)
 
 
@@ -30,7 +32,7 @@ class LatentGrid:
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1:
-            raise ValueError(f"grid sizes must be positive, got {self}")
+            raise UserError(f"grid sizes must be positive, got {self}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -117,11 +119,11 @@ def tiling_for(
     Raises ValueError for a tile that has more tokens than block_size, an unknown block size, or lead > text.
     """
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+        raise UserError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
     if len(tile) != 3 or min(tile) < 1 or math.prod(tile) > block_size:
-        raise ValueError(f"tile must be (frames, rows, columns) with at most {block_size} tokens, got {tile}")
+        raise UserError(f"tile must be (frames, rows, columns) with at most {block_size} tokens, got {tile}")
     if not 0 <= lead <= text:
-        raise ValueError(f"lead must be between 0 and the {text} text tokens, got {lead}")
+        raise UserError(f"lead must be between 0 and the {text} text tokens, got {lead}")
 
     axes = [torch.arange(n) // t for n, t in zip(grid.shape, tile)]
     boxes = [math.ceil(n / t) for n, t in zip(grid.shape, tile)]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftdiff.core.draft import softmax_scale
+from draftdiff.errors import UserError
 
 POOLINGS = ("max", "average")
 REDUCTIONS = ("sum", "mean", "max")
@@ -38,7 +39,7 @@ def attention_mass(
     Raises ValueError for another reduction.
     """
     if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+        raise UserError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     scale = softmax_scale(scale, query.shape[-1])
     groups = query.unflatten(1, (key.shape[1], -1))
     scores = (groups.flatten(2, 3) @ key.transpose(-1, -2)).float() * scale
@@ -66,9 +67,9 @@ def smooth(scores: Tensor, kernel: int = 5, pooling: str = "average") -> Tensor:
     An even kernel reaches one further to the right.  The average counts missing neighbours at the ends as 0.
     """
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        raise UserError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     if kernel < 1:
-        raise ValueError(f"kernel must be positive, got {kernel}")
+        raise UserError(f"kernel must be positive, got {kernel}")
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
     if kernel % 2:
         return pool(scores, kernel, stride=1, padding=kernel // 2)

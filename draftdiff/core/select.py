@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
+from draftdiff.errors import UserError
 
 _BISECTIONS = 16  # resolves a covered mass to 2**-16, far below what one tile carries
 
@@ -100,5 +101,5 @@ SELECTIONS = tuple(RULES)
 def select(rule: str, probabilities: Tensor, density: Tensor, *, row_floor: float = 0.5) -> Tensor:
     """Apply a rule of RULES; see the functions above for shapes. Raises ValueError for another name."""
     if rule not in RULES:
-        raise ValueError(f"selection must be one of {', '.join(RULES)}, got {rule!r}")
+        raise UserError(f"selection must be one of {', '.join(RULES)}, got {rule!r}")
     return RULES[rule](probabilities, density, row_floor)

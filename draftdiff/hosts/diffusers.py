@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from draftdiff.errors import UserError
+
 BACKEND = "draftdiff"
 
 # (layer, query, key, value [batch, tokens, heads, head_dim], options of the call, processes that share the heads,
@@ -79,9 +81,9 @@ class _Backend:
 
         parallel = _parallel_config.context_parallel_config
         if (parallel.ring_degree or 1) > 1:
-            raise ValueError("ring context parallelism is not supported by draft attention; use ulysses_degree")
+            raise UserError("ring context parallelism is not supported by draft attention; use ulysses_degree")
         if torch.is_grad_enabled() and query.requires_grad:
-            raise ValueError("draft attention cannot be trained under context parallelism; disable it for training")
+            raise UserError("draft attention cannot be trained under context parallelism; disable it for training")
 
         # Under Ulysses each process sees all tokens and a share of the heads.
         def local(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:

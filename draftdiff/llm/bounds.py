@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftdiff.errors import UserError
 from draftdiff.llm.verify import SAMPLERS, check_verifier, k_seq_rate
 
 _HEAVIEST = 4  # per draft: tokens that are convolved one by one, see `_Races`
@@ -80,13 +81,13 @@ def expected_acceptance(p: Tensor, q: Tensor, n: int, sampler: str, verifier: st
 def _checked(p: Tensor, q: Tensor, n: int, sampler: str) -> tuple[Tensor, Tensor]:
     """Both normalised, fp64."""
     if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+        raise UserError(f"n must be at least 1, got {n}")
     if p.shape != q.shape or p.ndim != 1:
-        raise ValueError(f"p and q must be vectors of one size, got {list(p.shape)} and {list(q.shape)}")
+        raise UserError(f"p and q must be vectors of one size, got {list(p.shape)} and {list(q.shape)}")
     if n > int((q > 0).sum()) and sampler != "with_replacement":
-        raise ValueError(f"n must be at most the {int((q > 0).sum())} tokens that q can give, got {n}")
+        raise UserError(f"n must be at most the {int((q > 0).sum())} tokens that q can give, got {n}")
     p, q = p.detach().double(), q.detach().double()
     return p / p.sum(), q / q.sum()
 

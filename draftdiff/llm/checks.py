@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from draftdiff.errors import UserError
 from draftdiff.hosts.transformers_quirks import learned_positions
 
 
 def require(allowed: bool, message: str) -> None:
     """Raise ValueError with the message unless allowed."""
     if not allowed:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def vocabulary_size(model: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from draftdiff.errors import UserError
 from draftdiff.llm.metrics import mbsu
 
 if TYPE_CHECKING:
@@ -88,5 +89,5 @@ class Report:
 def report(drafter: Drafter) -> Report:
     """What the last generation with this drafter did. Raises ValueError if there was none."""
     if drafter.last_report is None:
-        raise ValueError(f"{type(drafter).__name__} has not been used in a generation yet")
+        raise UserError(f"{type(drafter).__name__} has not been used in a generation yet")
     return drafter.last_report

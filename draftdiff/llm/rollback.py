@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from draftdiff.errors import UserError
 from draftdiff.hosts.transformers import borrows_keys, is_recurrent, takes_positions
 from draftdiff.hosts.transformers_quirks import BY_PLACE, quirks_of_model
 from draftdiff.llm.checks import require
@@ -20,7 +21,7 @@ def check_cache(model: PreTrainedModel, cache: Any, rows: int, tokens: int) -> N
     name = type(model).__name__
     for quirk in quirks_of_model(model, "refused"):
         until = f"; it takes drafts from transformers {quirk.before} on" if quirk.before else ""
-        raise ValueError(f"{name} cannot take drafts: {quirk.why}{until}")
+        raise UserError(f"{name} cannot take drafts: {quirk.why}{until}")
     layers = getattr(cache, "layers", None)
     require(
         not layers or not all(is_recurrent(layer) for layer in layers),
@@ -31,7 +32,7 @@ def check_cache(model: PreTrainedModel, cache: Any, rows: int, tokens: int) -> N
     )
     if layers is None or not allowed or type(cache).__name__ in ("EncoderDecoderCache", "QuantizedCache"):
         kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(cache).__name__]
-        raise ValueError(f"speculative needs a dynamic cache, got {type(cache).__name__} of {', '.join(kinds)}")
+        raise UserError(f"speculative needs a dynamic cache, got {type(cache).__name__} of {', '.join(kinds)}")
     held = cache.get_seq_length()
     require(held < tokens, f"the cache holds {held} tokens, which must be fewer than the prompt's {tokens}")
     for layer in layers:

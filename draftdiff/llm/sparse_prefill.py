@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from draftdiff.core.grid import LatentGrid, tiling_for
+from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import block_sparse_attention_lse
 from draftdiff.kernels.problem import Problem
 from draftdiff.llm.observe import AttentionCall
@@ -37,18 +38,18 @@ class SparsePrefill:
 
     def __post_init__(self) -> None:
         if self.columns < 1:
-            raise ValueError(f"columns must be at least 1, got {self.columns}")
+            raise UserError(f"columns must be at least 1, got {self.columns}")
         if self.local < TILE or self.local % TILE:
-            raise ValueError(f"local must be a positive multiple of {TILE}, got {self.local}")
+            raise UserError(f"local must be a positive multiple of {TILE}, got {self.local}")
 
 
 def check_sparse(model: PreTrainedModel, attention_mask: Tensor) -> None:
     """Raise ValueError for a batch with padding and for models whose scores have a soft cap."""
     if not bool(attention_mask.all()):
-        raise ValueError("sparse_prefill takes prompts of one length, got an attention_mask with padding")
+        raise UserError("sparse_prefill takes prompts of one length, got an attention_mask with padding")
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if softcap is not None:
-        raise ValueError(f"sparse_prefill takes models without a soft cap of the scores, got {softcap}")
+        raise UserError(f"sparse_prefill takes models without a soft cap of the scores, got {softcap}")
 
 
 def sparse_attention(call: AttentionCall, order: Tensor, config: SparsePrefill) -> Tensor | None:
@@ -58,7 +59,7 @@ def sparse_attention(call: AttentionCall, order: Tensor, config: SparsePrefill) 
     Raises ValueError for attention with sinks.
     """
     if call.sinks is not None:
-        raise ValueError(f"sparse_prefill takes models without attention sinks, {type(call.module).__name__} has them")
+        raise UserError(f"sparse_prefill takes models without attention sinks, {type(call.module).__name__} has them")
     if call.key.shape[2] <= config.columns + config.local:
         return None
     columns = order[..., : config.columns].sort(-1).values

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from draftdiff.errors import UserError
 from draftdiff.hosts.transformers import generate_output, given_to_generate, padding_token
 from draftdiff.hosts.transformers_quirks import QUIRKS, learned_positions, quirk, unknown_arguments
 from draftdiff.llm.checks import require
@@ -49,7 +50,7 @@ def speculative(
     """
     if drafter is None or isinstance(drafter, type) or not hasattr(drafter, "propose"):
         got = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
-        raise ValueError(f"speculative needs drafter=..., for example ModelDrafter(draft_model), got {got}")
+        raise UserError(f"speculative needs drafter=..., for example ModelDrafter(draft_model), got {got}")
     rows = len(input_ids)
     _check_model(model)
     _check_config(generation_config, rows)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from draftdiff.errors import UserError
+
 ROOT = -1
 
 
@@ -40,7 +42,7 @@ class Tree:
     def __post_init__(self) -> None:
         self._child = {(parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens))}
         if len(self._child) != len(self.tokens):
-            raise ValueError("a tree has two children of one node with the same token")
+            raise UserError("a tree has two children of one node with the same token")
 
     def add(self, parent: int, token: int) -> int:
         """The child of `parent` with this token, made if it is new."""

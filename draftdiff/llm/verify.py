@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from draftdiff.errors import UserError
+
 SAMPLERS = ("with_replacement", "without_replacement", "greedy")
 
 # Verifiers that are exact for the proposals of a sampler.
@@ -27,9 +29,9 @@ VERIFIERS: dict[str, tuple[str, ...]] = {
 def check_verifier(sampler: str, verifier: str) -> None:
     """Raise ValueError unless the verifier is exact for what the sampler draws."""
     if sampler not in VERIFIERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if verifier not in VERIFIERS[sampler]:
-        raise ValueError(
+        raise UserError(
             f"verifier for sampler {sampler!r} must be one of {', '.join(VERIFIERS[sampler])}, got {verifier!r}"
         )
 
@@ -41,7 +43,7 @@ def draw(p: Tensor) -> int:
     """
     sums = p.double().cumsum(0)
     if not 0 < float(sums[-1]) < float("inf"):
-        raise ValueError("probabilities must be finite and not all 0: the model's logits hold NaN or inf")
+        raise UserError("probabilities must be finite and not all 0: the model's logits hold NaN or inf")
     at = torch.rand((), dtype=torch.float64, device=p.device) * sums[-1]
     # The first index whose sum exceeds the point, so that an index of zero chance is never drawn.
     return int(torch.searchsorted(sums, at, right=True).clamp(max=int(p.shape[0]) - 1))

@@ -97,7 +97,8 @@ def _pretrained(name: str, dtype: torch.dtype) -> Model:
 
 def world_judge(prompts: Sequence[str]) -> tuple[Judge, list[str]]:
     """A judge of what the embedded model makes of these prompts, and a note on each that is not of its world."""
-    from draftdiff.pipelines import mini_judge, mini_world
+    from draftdiff.pipelines.mini import judge as mini_judge
+    from draftdiff.pipelines.mini import world as mini_world
 
     scenes = {prompt: mini_world.parse_caption(prompt) for prompt in prompts}
 

@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from draftdiff.errors import UserError
 from draftdiff.var.autoencoder_names import vqgan_config, vqgan_name
 from draftdiff.var.checkpoint import OriginalCheckpointMixin, Tensors, shape
 
@@ -75,7 +76,7 @@ class AutoencoderBSQ(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
         [-1, 1] that are `downscale` times the last of `scales` (height, width)."""
         features = self.encoder(sample)
         if features.shape[-2:] != tuple(scales[-1]):
-            raise ValueError(f"the last scale must be {tuple(features.shape[-2:])} here, got {tuple(scales[-1])}")
+            raise UserError(f"the last scale must be {tuple(features.shape[-2:])} here, got {tuple(scales[-1])}")
         left, bits = features.float(), []
         for scale in scales:
             bits.append(resize(left, scale) > 0)

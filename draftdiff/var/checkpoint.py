@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from draftdiff.errors import UserError
+
 Tensors = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         KeyError,
     ) as error:
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint (truncated, or not one of weights): {first}") from None
+        raise UserError(f"{path} is not a readable checkpoint (truncated, or not one of weights): {first}") from None
     return _weights(content, path)
 
 
@@ -81,7 +83,7 @@ def _weights(content: Any, path: Path) -> dict[str, Tensor]:
             break
         content = inner
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(f"{path} holds no state dict of weights")
+        raise UserError(f"{path} holds no state dict of weights")
     return {re.sub(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+", "", name): t for name, t in content.items()}
 
 
@@ -92,14 +94,14 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     try:
         placed = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{indices[0]} is not an index of shards") from None
+        raise UserError(f"{indices[0]} is not an index of shards") from None
     tensors: dict[str, Tensor] = {}
     names = sorted(set(placed.values()))
     for name in tqdm(names, desc=f"reading {folder.name}", unit="shard", disable=len(names) < 2):
         tensors |= read_checkpoint(folder / name)
     absent = [name for name in placed if name not in tensors]
     if absent:
-        raise ValueError(f"the shards of {folder} lack {_listed(absent)}")
+        raise UserError(f"the shards of {folder} lack {_listed(absent)}")
     return tensors
 
 
@@ -109,7 +111,7 @@ def kind_of(tensors: Tensors) -> str:
         if marker in tensors:
             return kind
     some = _listed(sorted(tensors), 3)
-    raise ValueError(f"not a checkpoint of VAR, Infinity or one of their VAEs; it holds {some}")
+    raise UserError(f"not a checkpoint of VAR, Infinity or one of their VAEs; it holds {some}")
 
 
 class OriginalCheckpointMixin:
@@ -137,12 +139,12 @@ class OriginalCheckpointMixin:
         try:
             found = kind_of(tensors)
             if found != cls.__name__:
-                raise ValueError(f"it holds a {found}, not a {cls.__name__}")
+                raise UserError(f"it holds a {found}, not a {cls.__name__}")
             with torch.device("meta"):  # no time for an initialisation that is overwritten
                 model = cls(**{**cls.original_config(tensors), **config})
             fill(model, tensors, dtype=torch_dtype)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
         return model.eval()
 
 
@@ -176,7 +178,7 @@ def fill(model: Any, tensors: Tensors, *, dtype: torch.dtype | None = None, opti
         if found
     ]
     if problems:
-        raise ValueError(f"the checkpoint does not fit this {type(model).__name__}; {'; '.join(problems)}")
+        raise UserError(f"the checkpoint does not fit this {type(model).__name__}; {'; '.join(problems)}")
     model.load_state_dict(state, strict=not optional, assign=True)
 
 
@@ -210,7 +212,7 @@ def count(tensors: Tensors, pattern: str) -> int:
 def shape(tensors: Tensors, name: str) -> torch.Size:
     """Shape of a tensor that the configuration is read from. Raises ValueError if it is not there."""
     if name not in tensors:
-        raise ValueError(f"the checkpoint lacks {name}")
+        raise UserError(f"the checkpoint lacks {name}")
     return tensors[name].shape
 
 

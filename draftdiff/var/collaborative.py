@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
 from draftdiff.var.decoding import ScaleDecoder
 from draftdiff.var.transformer_var import VARTransformer2DModel
@@ -19,14 +20,14 @@ def check_pair(drafter: VARTransformer2DModel, refiner: VARTransformer2DModel, d
     for name in SHARED:
         ours, theirs = drafter.config[name], refiner.config[name]
         if (tuple(ours) != tuple(theirs)) if name == "patch_nums" else (ours != theirs):
-            raise ValueError(f"drafter and refiner must have the same {name}, got {ours} and {theirs}")
+            raise UserError(f"drafter and refiner must have the same {name}, got {ours} and {theirs}")
     check_draft_scales(draft_scales, len(drafter.config.patch_nums))
 
 
 def check_draft_scales(draft_scales: int, scales: int) -> None:
     """Raise ValueError unless both models have a scale to do."""
     if isinstance(draft_scales, bool) or not isinstance(draft_scales, int) or not 1 <= draft_scales < scales:
-        raise ValueError(f"draft_scales must be a whole number from 1 to {scales - 1}, got {draft_scales!r}")
+        raise UserError(f"draft_scales must be a whole number from 1 to {scales - 1}, got {draft_scales!r}")
 
 
 class CollaborativeDecoder:

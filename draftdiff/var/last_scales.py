@@ -16,6 +16,7 @@ from draftdiff.attention.attend import attend
 from draftdiff.attention.rule import Rule
 from draftdiff.core.devices import exact_dtype
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 
 RULE = Rule(block_size=64)
 
@@ -31,9 +32,9 @@ class LastScales:
 
     def __post_init__(self) -> None:
         if isinstance(self.density, bool) or not 0 < self.density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1, got {self.density!r}")
+            raise UserError(f"density must be above 0 and at most 1, got {self.density!r}")
         if self.min_tokens < 1:
-            raise ValueError(f"min_tokens must be at least 1, got {self.min_tokens}")
+            raise UserError(f"min_tokens must be at least 1, got {self.min_tokens}")
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Height and width of the scale with so many tokens, None if it stays dense."""

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from draftdiff.errors import UserError
+
 
 def resize_area(x: Tensor, side: int) -> Tensor:
     """Shrink feature maps [batch, channels, height, width] to side x side by averaging."""
@@ -99,7 +101,7 @@ class MultiScaleQuantizer(nn.Module):
         """Quantise features [batch, channels, side, side] scale by scale, coarse to fine."""
         patch_nums = patch_nums or self.patch_nums
         if features.shape[-1] != patch_nums[-1] or features.shape[-2] != patch_nums[-1]:
-            raise ValueError(f"features must be {patch_nums[-1]} x {patch_nums[-1]}, got {tuple(features.shape[-2:])}")
+            raise UserError(f"features must be {patch_nums[-1]} x {patch_nums[-1]}, got {tuple(features.shape[-2:])}")
         target = features.detach()
         latents = torch.zeros_like(target)
         indices, loss = [], features.new_zeros(())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from draftdiff.core.importance import POOLINGS, attention_mass, gather_kv, keep_topk, smooth
+from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
 from draftdiff.var.last_scales import LastScales
 
@@ -38,7 +39,7 @@ WideLayers = Sequence[int] | Mapping[int, Collection[int]] | None
 def check_cache_budget(budget: float) -> float:
     """Return a budget if it is a share in (0, 1], else raise ValueError naming it."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise ValueError(f"budget must be above 0 and at most 1, got {budget!r}")
+        raise UserError(f"budget must be above 0 and at most 1, got {budget!r}")
     return float(budget)
 
 
@@ -124,16 +125,16 @@ class ScaleKVConfig:
             ("pooling", self.pooling, (None, *POOLINGS)),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+                raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd and positive, got {self.kernel}")
+            raise UserError(f"kernel must be odd and positive, got {self.kernel}")
 
     def check_wide_layers(self, layers: int) -> None:
         """Raise ValueError for a wide layer that is no layer of such a model."""
         rows = self.wide_layers.values() if isinstance(self.wide_layers, Mapping) else [self.wide_layers or ()]
         for layer in (layer for row in rows for layer in row):
             if not 0 <= layer < layers:
-                raise ValueError(f"wide layers must be from 0 to {layers - 1}, got {layer}")
+                raise UserError(f"wide layers must be from 0 to {layers - 1}, got {layer}")
 
     def wide_by_scale(self, scales: int, layers: int) -> list[set[int]]:
         """The wide layers of each scale. Raises ValueError for a layer that is not there."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from draftdiff.errors import UserError
+
 Scales = tuple[tuple[int, int], ...]
 
 PIXELS_PER_TOKEN = 16
@@ -32,18 +34,18 @@ SCHEDULES: dict[float, Scales] = _PORTRAIT | {
 def scales_for(aspect_ratio: float, size: str) -> Scales:
     """The scales of an aspect ratio (height / width) and size. Raises ValueError if either is unknown."""
     if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        raise UserError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     nearest = min(SCHEDULES, key=lambda ratio: abs(ratio - aspect_ratio))
     if abs(nearest - aspect_ratio) > 0.02 * nearest:
         known = ", ".join(f"{ratio:g}" for ratio in sorted(SCHEDULES))
-        raise ValueError(f"unknown aspect ratio (height / width) {aspect_ratio:g}; known are {known}")
+        raise UserError(f"unknown aspect ratio (height / width) {aspect_ratio:g}; known are {known}")
     return SCHEDULES[nearest][: SIZES[size]]
 
 
 def scales_for_pixels(height: int, width: int) -> Scales:
     """The scales that end at this size in pixels. Raises ValueError if none do, naming those of the nearest ratio."""
     if height < 1 or width < 1:
-        raise ValueError(f"height and width must be positive, got {height}x{width}")
+        raise UserError(f"height and width must be positive, got {height}x{width}")
     ends = {}
     for scales in SCHEDULES.values():
         for count in SIZES.values():
@@ -54,7 +56,7 @@ def scales_for_pixels(height: int, width: int) -> Scales:
         sizes = (SCHEDULES[nearest][count - 1] for count in SIZES.values())
         known = ", ".join(f"{h * PIXELS_PER_TOKEN}x{w * PIXELS_PER_TOKEN}" for h, w in sizes)
         ratios = ", ".join(f"{ratio:g}" for ratio in sorted(SCHEDULES))
-        raise ValueError(
+        raise UserError(
             f"no schedule ends at {height}x{width} pixels; near it: {known}; aspect ratios (height / width): {ratios}"
         )
     return ends[height, width]
@@ -66,4 +68,4 @@ def reference_grid(scales: Scales) -> tuple[int, int]:
     for whole in SCHEDULES.values():
         if len(scales) > 1 and whole[: len(scales)] == tuple(scales):
             return whole[-1]
-    raise ValueError(f"these scales begin none of Infinity's schedules: {' '.join(f'{h}x{w}' for h, w in scales)}")
+    raise UserError(f"these scales begin none of Infinity's schedules: {' '.join(f'{h}x{w}' for h, w in scales)}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
 
 # The paper gives neither how many history tokens count as the strongest nor what share of (layer, scale) pairs is wide.
@@ -32,7 +33,7 @@ class Selectivity:
         Raises ValueError for a share outside [0, 1).
         """
         if not 0 <= share < 1:
-            raise ValueError(f"share of wide layers must be at least 0 and below 1, got {share}")
+            raise UserError(f"share of wide layers must be at least 0 and below 1, got {share}")
         centred = self.index - self.index.mean(0)
         z = centred / centred.std(0, correction=0).clamp(min=1e-12)
         pairs = int(share * int(z.isfinite().sum()))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from draftdiff.errors import UserError
 from draftdiff.var.collaborative import check_draft_scales, check_pair
 from draftdiff.var.transformer_var import VARTransformer2DModel
 from draftdiff.var.vq_model import VQModel
@@ -122,7 +123,7 @@ def _train(
     name: str,
 ) -> list[float]:
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise UserError(f"steps must be at least 1, got {steps}")
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -152,4 +153,4 @@ def _repeated(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
             empty = False
             yield batch
         if empty:
-            raise ValueError("there are no batches left to train on")
+            raise UserError("there are no batches left to train on")

@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
+from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
 from draftdiff.var.checkpoint import Tensors, count, rename, shape
 from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, NextScaleModel, Step, modulate
@@ -212,7 +213,7 @@ class InfinityTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads
         lengths = [h * w for h, w in scales]
         given = hidden_states.shape[1] if hidden_states is not None else 0
         if given + (first_scale == 0) != sum(lengths):
-            raise ValueError(f"the scales have {sum(lengths)} tokens, got {given + (first_scale == 0)}")
+            raise UserError(f"the scales have {sum(lengths)} tokens, got {given + (first_scale == 0)}")
 
         head_dim, device = self.config.attention_head_dim, encoder_hidden_states.device
         angles = [rotations(tuple(scale), tuple(reference), head_dim, device) for scale in scales]
@@ -247,7 +248,7 @@ class InfinityTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads
         block = "block_chunks.0.module.0" if "block_chunks.0.module.0.ada_gss" in tensors else "blocks.0"
         text_tokens, text_dim = shape(tensors, "cfg_uncond")
         if f"{block}.sa.scale_mul_1H11" not in tensors:
-            raise ValueError(f"the checkpoint lacks {block}.sa.scale_mul_1H11")
+            raise UserError(f"the checkpoint lacks {block}.sa.scale_mul_1H11")
         heads = tensors[f"{block}.sa.scale_mul_1H11"].numel()
         return {
             "num_layers": count(tensors, r"((?:block_chunks\.\d+\.module|blocks)\.\d+)\."),

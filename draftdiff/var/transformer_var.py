@@ -14,6 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
 from draftdiff.var.checkpoint import Tensors, count, rename, shape
 from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, NextScaleModel, Step, modulate
@@ -142,7 +143,7 @@ class VARTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads a cl
         begin = self.starts[first_scale]
         if begin + tokens not in self.starts[first_scale + 1 :]:
             allowed = [end - begin - (first_scale == 0) for end in self.starts[first_scale + 1 :]]
-            raise ValueError(f"from scale {first_scale} the tokens must be one of {allowed}, got {tokens}")
+            raise UserError(f"from scale {first_scale} the tokens must be one of {allowed}, got {tokens}")
         end = self.starts.index(begin + tokens)
         lengths = self.lengths[first_scale:end]
 
@@ -199,4 +200,4 @@ def _patch_nums(tensors: Tensors) -> tuple[int, ...]:
     for known in (PATCH_NUMS_256, PATCH_NUMS_512):
         if sum(side**2 for side in known) == tokens:
             return known
-    raise ValueError(f"its {tokens} tokens are no released schedule's, and it lacks lvl_1L, which tells the scales")
+    raise UserError(f"its {tokens} tokens are no released schedule's, and it lacks lvl_1L, which tells the scales")

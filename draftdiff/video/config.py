@@ -10,6 +10,7 @@ from typing import Any
 
 from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
+from draftdiff.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class DraftAttentionConfig:
             value = _plain(getattr(self, name))
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 allowed = ", ".join("None" if kind is _NONE else kind.__name__ for kind in kinds)
-                raise ValueError(f"{name} must be of type {allowed}, got {value!r}")
+                raise UserError(f"{name} must be of type {allowed}, got {value!r}")
             object.__setattr__(self, name, value)
 
         def require(valid: bool, name: str, allowed: str) -> None:
             if not valid:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
         _ = self.budget, self.rule
         share = isinstance(self.dense_steps, float)
@@ -85,13 +86,11 @@ class DraftAttentionConfig:
         if isinstance(value, Budget) or (isinstance(value, numbers.Real) and not isinstance(value, bool)):
             return cls(sparsity=value)  # type: ignore[arg-type]
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f"config must be a DraftAttentionConfig, a sparsity or a dict of its fields, got {value!r}"
-            )
+            raise UserError(f"config must be a DraftAttentionConfig, a sparsity or a dict of its fields, got {value!r}")
         names = [f.name for f in fields(cls)]
         unknown = [str(name) for name in value if name not in names]
         if unknown:
-            raise ValueError(f"config has no field {', '.join(unknown)}; fields are {', '.join(names)}")
+            raise UserError(f"config has no field {', '.join(unknown)}; fields are {', '.join(names)}")
         return cls(**value)
 
     @cached_property
@@ -102,6 +101,9 @@ class DraftAttentionConfig:
     def rule(self) -> Rule:
         """What a single attention call needs of this."""
         return Rule(**{f.name: getattr(self, f.name) for f in fields(Rule) if f.init})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def is_dense_layer(self, index: int) -> bool:
         if isinstance(self.dense_layers, tuple):

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from draftdiff.attention.attend import STATS, compute_dtype
 from draftdiff.core.devices import exact_dtype
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.kernels.crossover import dense_wins_above
@@ -33,79 +31,13 @@ from draftdiff.video.hunyuan15 import HunyuanVideo15Processor
 from draftdiff.video.layouts import Layout
 from draftdiff.video.report import Forward, Log
 from draftdiff.video.steps import Run, noise_of
+from draftdiff.video.tasks import Call, Layer, PerThread, Task, attentions_of
 
 # Tokens below which a sparse call does not pay. On a GPU a sparse layer takes about ten launches more than a dense one,
 # some 0.1 ms; at 4,096 tokens of 24 heads of 128 dense attention takes about 0.4 ms on an H100, three quarters of which
 # can be saved. (By count of operations; no GPU was measured.)
 _MIN_TOKENS = {"cpu": 1024}
 _MIN_TOKENS_ELSEWHERE = 4096
-
-
-class PerThread(threading.local):
-    """Something that each thread has of its own; a copy of the owner begins with nothing."""
-
-    value: Any = None
-
-    def __reduce__(self) -> tuple:
-        return PerThread, ()
-
-
-@dataclass(eq=False)
-class Call:
-    """One forward of a transformer in one thread. wrapped: it came in through a wrapper of `torch.compile`.
-    stats: fp32 [sparse layers, STATS], negative until a layer has run.  leaves: what ends with it.
-    """
-
-    wrapped: bool
-    log: Log
-    forward: Forward
-    grid: LatentGrid | None
-    start: Any = None
-    finite: Tensor | None = None
-    stats: Tensor = field(default_factory=lambda: torch.empty(0))
-    leaves: ExitStack = field(default_factory=ExitStack)
-
-
-@dataclass(eq=False)
-class Task:
-    """What one layer does in one call.
-
-    density: kept share, [heads]; None to be dense.  stats: its row of the call's.
-    shape: [frames, height, width, lead, 0], a tensor without values: the shapes of tensors are the only sizes that may
-    change without a new graph.
-    """
-
-    call: Call
-    density: Tensor | None = None
-    stats: Tensor | None = None
-    shape: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Layer:
-    """One video self-attention. stock: the processor that ours stands for."""
-
-    index: int
-    name: str
-    module: nn.Module
-    hook: Hook
-    attend: host.Attend
-    stock: Any = None
-    here: PerThread = field(default_factory=PerThread)
-
-    @property
-    def backend(self) -> Any:
-        return self.hook.backend
-
-    @property
-    def stock_backend(self) -> Any:
-        """Of the dispatcher; None for the one that is active when it is called."""
-        return self.stock._attention_backend
-
-    @property
-    def is_sparse(self) -> bool:
-        task = self.here.value
-        return task is not None and task.density is not None
 
 
 class Hook:
@@ -131,8 +63,7 @@ class Hook:
         self.log = Log()
         self.warned = False
         self.backend: Any = None
-        pattern = re.compile(layout.attention)
-        found = [(name, m) for name, m in transformer.named_modules() if pattern.fullmatch(name)]
+        found = attentions_of(transformer, layout.attention)
         self.layers = [Layer(index, name, module, self, attend) for index, (name, module) in enumerate(found)]
         self.handles: list[Any] = []
 
@@ -184,6 +115,8 @@ class Hook:
         "the repeated blocks, or call draftdiff.enable after torch.compile"
     )
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], wrapped: bool) -> None:
+        if (broken_off := self.here.value) is not None:  # by Ctrl-C, which PyTorch tells no hook of
+            broken_off.leaves.close()
         self.take_over()
         arguments = _arguments(model, args, kwargs)
         if arguments is None:
@@ -292,12 +225,12 @@ class Hook:
         *stats, finite = torch.cat([call.stats.flatten(), call.finite[None]]).cpu()
         where = f"at step {forward.step}"
         if not finite:
-            raise ValueError(f"draftdiff: the latents given to {type(model).__name__} hold NaN or inf {where}")
+            raise UserError(f"draftdiff: the latents given to {type(model).__name__} hold NaN or inf {where}")
         forward.stats = torch.stack(stats).view(-1, len(STATS)) if stats else torch.empty(0, len(STATS))
         forward.ran = ~(forward.stats[:, 0] < 0)
         for index in forward.stats.isnan().any(1).nonzero()[:1].flatten().tolist():
             name = self.layers[forward.layers[index]].name
-            raise ValueError(f"draftdiff: query or key of {name} hold NaN {where}")
+            raise UserError(f"draftdiff: query or key of {name} hold NaN {where}")
 
     @contextmanager
     def _active(self, call: Call, tasks: list[Task]) -> Iterator[None]:

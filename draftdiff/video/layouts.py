@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 
 Arguments = dict[str, Any]
 GridFunction = Callable[[Any, Arguments], LatentGrid | None]
@@ -55,7 +56,7 @@ def layout_for(transformer: nn.Module) -> Layout:
     for cls in type(model).__mro__:
         if cls.__name__ in LAYOUTS:
             return LAYOUTS[cls.__name__]
-    raise ValueError(f"{type(model).__name__} is not supported; supported transformers: {', '.join(LAYOUTS)}")
+    raise UserError(f"{type(model).__name__} is not supported; supported transformers: {', '.join(LAYOUTS)}")
 
 
 def supported_models() -> list[tuple[str, str, str]]:

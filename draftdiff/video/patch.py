@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from draftdiff.attention.attend import attend, attend_op, compute_dtype, needs_gradient
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.video.config import DraftAttentionConfig
-from draftdiff.video.hook import Hook, Layer, PerThread, Task
+from draftdiff.video.hook import Hook
 from draftdiff.video.layouts import LAYOUTS, layout_for
 from draftdiff.video.report import Report, TransformerReport
+from draftdiff.video.tasks import Layer, PerThread, Task, attentions_of
 
 
 def attention_call(
@@ -73,7 +75,7 @@ def _reason_for_dense(
     if processes > 1 and text > 0 and not layout.one_stream and (layout.text == "around" or text % processes):
         return "text that processes cannot share evenly"
     if processes > 1 and layer.hook.config.budget.heads:
-        raise ValueError("draftdiff: a budget per head cannot be used where processes share the heads (Ulysses)")
+        raise UserError("draftdiff: a budget per head cannot be used where processes share the heads (Ulysses)")
     if eager and host.is_watched():
         return "a torch function mode watches attention (perturbed-attention guidance does)"
     return None
@@ -154,14 +156,14 @@ def _transformers(target: Any) -> list[nn.Module]:
         layout_for(target)
         return [target]
     if not hasattr(target, "components"):
-        raise ValueError(f"expected a diffusers pipeline or transformer, got {type(target).__name__}")
+        raise UserError(f"expected a diffusers pipeline or transformer, got {type(target).__name__}")
     found = [
         component
         for component in target.components.values()
         if isinstance(component, nn.Module) and any(c.__name__ in LAYOUTS for c in type(_unwrap(component)).__mro__)
     ]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{type(target).__name__} has no supported transformer; supported transformers: {', '.join(LAYOUTS)}"
         )
     return found
@@ -175,6 +177,27 @@ def _hook_of(transformer: nn.Module) -> Hook | None:
     return None
 
 
+def check(target: Any, config: Any = None) -> DraftAttentionConfig:
+    """Whether `enable` could take these and a run find its backend; changes nothing.
+
+    Returns the config. Raises UserError, in one line, for what cannot be used.
+    """
+    config, models = _checked(target, config)
+    for model, attention in models:
+        resolve(config.backend, model.device, model.dtype, host.head_dim_of(attention))
+    return config
+
+
+def _checked(target: Any, config: Any) -> tuple[DraftAttentionConfig, list[tuple[Any, nn.Module]]]:
+    """The config, and each transformer with its first attention. Raises UserError where they do not fit each other."""
+    config, models = DraftAttentionConfig.of(config), []
+    for model in map(_unwrap, _transformers(target)):
+        layers = attentions_of(model, layout_for(model).attention)
+        config.budget.density(len(layers), host.heads_of(layers[0][1]))
+        models.append((model, layers[0][1]))
+    return config, models
+
+
 def enable(target: Any, config: Any = None, *, num_steps: int = 50) -> Any:
     """Make the video self-attentions of a pipeline, or of one transformer, draft-guided.
 
@@ -184,11 +207,10 @@ def enable(target: Any, config: Any = None, *, num_steps: int = 50) -> Any:
     for as long as the noise moves one way, also if it stands still: then the report grows until it is enabled again.
     Returns target. Raises ValueError if no transformer is supported or the config is not one.
     """
-    transformers = _transformers(target)
-    config = DraftAttentionConfig.of(config)
+    config, _ = _checked(target, config)
     disable(target)
     shared = PerThread()
-    for outer in transformers:
+    for outer in _transformers(target):
         model = _unwrap(outer)
         hook = Hook(model, layout_for(model), config, attention_call, shared, num_steps)
         hook.install(model, outer if outer is not model else None)
@@ -211,5 +233,5 @@ def report(target: Any) -> Report:
     hooks = [(_unwrap(transformer), _hook_of(transformer)) for transformer in _transformers(target)]
     names = [(type(model).__name__, hook) for model, hook in hooks if hook is not None]
     if not names:
-        raise ValueError(f"draftdiff is not enabled on this {type(target).__name__}")
+        raise UserError(f"draftdiff is not enabled on this {type(target).__name__}")
     return Report([TransformerReport.of(name, [layer.name for layer in hook.layers], hook.log) for name, hook in names])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.mini.world import (
     BACKGROUNDS,
     COLOURS,
@@ -78,7 +79,7 @@ def judge(video: np.ndarray) -> Judgement:
     """Say what a clip shows. `video` is RGB in 0..1, shape (frames, height, width, 3)."""
     video = np.asarray(video, dtype=np.float32)
     if video.ndim != 4 or video.shape[-1] != 3:
-        raise ValueError(f"expected frames of shape (frames, height, width, 3), got {video.shape}")
+        raise UserError(f"expected frames of shape (frames, height, width, 3), got {video.shape}")
     frames, height, width, _ = video.shape
     border = np.concatenate([video[:, :2], video[:, -2:]], axis=1).reshape(-1, 3)
     sides = np.concatenate([video[:, :, :2], video[:, :, -2:]], axis=2).reshape(-1, 3)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.mini.judge import FAINTEST_SHAPE, nearest
 from draftdiff.pipelines.mini.pictures import (
     CLASSES,
@@ -62,7 +63,7 @@ def judge(picture: np.ndarray) -> Judgement:
     """Say what a picture shows. `picture` is RGB in 0..1, shape [64, 64, 3]."""
     picture = np.asarray(picture, dtype=np.float32)
     if picture.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"expected a picture of shape ({SIDE}, {SIDE}, 3), got {picture.shape}")
+        raise UserError(f"expected a picture of shape ({SIDE}, {SIDE}, 3), got {picture.shape}")
     inner = np.zeros((SIDE, SIDE), dtype=bool)
     inner[2:-2, 2:-2] = True
     contrast = np.linalg.norm(picture - np.median(picture[~inner], axis=0), axis=-1)

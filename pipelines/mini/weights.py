@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
+from draftdiff.errors import UserError
+
 DEFAULTS_FILE = "draftdiff.json"
 # diffusers' new name of the argument; the old one warns where the new one exists.
 DTYPE_ARGUMENT = "dtype" if Version(importlib.metadata.version("diffusers")) >= Version("0.42") else "torch_dtype"
@@ -32,7 +34,7 @@ def settings(title: str, folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{title} settings are missing: {file}") from None
     except ValueError as error:
-        raise ValueError(f"{title} settings are unreadable: {file}: {error}") from None
+        raise UserError(f"{title} settings are unreadable: {file}: {error}") from None
 
 
 def load(title: str, folder: Path, files: Sequence[str], loader: Callable[[], Loaded]) -> Loaded:
@@ -48,7 +50,7 @@ def load(title: str, folder: Path, files: Sequence[str], loader: Callable[[], Lo
         if name.endswith(".safetensors"):
             digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
             if digest != digests.get(name):
-                raise ValueError(
+                raise UserError(
                     f"{title} weights are damaged: {folder / name} does not match its checksum in {DEFAULTS_FILE}"
                 )
     try:
@@ -56,7 +58,7 @@ def load(title: str, folder: Path, files: Sequence[str], loader: Callable[[], Lo
             return loader()
     except Exception as error:  # diffusers, transformers and safetensors each have their own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{title} weights cannot be loaded: {folder}: {reason}") from error
+        raise UserError(f"{title} weights cannot be loaded: {folder}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from draftdiff.errors import UserError
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 45, 45),
     "green": (45, 195, 75),
@@ -188,14 +190,14 @@ def shape_coverage(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> n
         slanted = 0.5 * np.sqrt(3.0) * np.abs(x) - 0.5 * (y - 0.25 * outer) - outer / 2
         distance = np.maximum(down, slanted)
     else:
-        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+        raise UserError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
 def render(scene: Scene, layout: Layout, frames: int, height: int, width: int) -> np.ndarray:
     """Draw the scene: float32 RGB in 0..1, shape (frames, height, width, 3)."""
     if scene.background is None:
-        raise ValueError("a scene needs a background to be rendered")
+        raise UserError("a scene needs a background to be rendered")
     time = np.arange(frames, dtype=np.float32)[:, None, None]
     x = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - layout.start[0] - layout.step[0] * time
     y = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - layout.start[1] - layout.step[1] * time

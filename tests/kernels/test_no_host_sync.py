@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from draftdiff.attention import attend
+from draftdiff.attention.rule import Rule
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels import drafting, triton_backend, triton_draft, triton_lists
-from draftdiff.video import attention
-from draftdiff.video.config import DraftAttentionConfig
 
 GRID = LatentGrid(3, 20, 40)
 META = torch.device("meta")
@@ -58,12 +58,12 @@ def without_values(tiling):
 @pytest.mark.parametrize("tail", [False, True], ids=["drop", "tail"])
 def test_draft_selection_lists_and_kernel_read_no_value_on_the_host(monkeypatch, launched, text, masked, tail):
     tiling = without_values(tiling_for(GRID, (1, 8, 16), 128, text))
-    monkeypatch.setattr(attention, "tiling_for", lambda *args: tiling)
+    monkeypatch.setattr(attend, "tiling_for", lambda *args: tiling)
     q, k, v = torch.empty(3, 1, GRID.tokens + text, 2, 64, dtype=torch.bfloat16, device=META)
     density = torch.empty(2, dtype=torch.float64, device=META)
     text_mask = torch.empty(1, text, dtype=torch.bool, device=META) if masked and text else None
-    config = DraftAttentionConfig(backend="triton", tail=tail)
-    out, stats = attention.attend(q, k, v, density, grid=GRID, config=config, text_mask=text_mask)
+    rule = Rule(backend="triton", tail=tail)
+    out, stats = attend.attend(q, k, v, density, rule, grid=GRID, text_mask=text_mask)
     assert out.shape == q.shape and out.is_meta and stats.is_meta
     assert launched == ["_pool"] * (3 if tail else 2) + ["_cover", "_threshold", "_compact", "forward"]
 

@@ -159,6 +159,23 @@ def test_a_forward_that_ends_in_an_error_leaves_no_task(model, monkeypatch):
     assert torch.equal(inside, draftdiff.disable(model).blocks[1].attn1(tokens))
 
 
+def test_ctrl_c_inside_a_forward_does_not_reach_the_next(model, monkeypatch):
+    expected = output_of(draftdiff.enable(model, AT_ONCE), inputs())
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("draftdiff.video.patch.attend", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            output_of(model, inputs())
+    for _ in range(2):
+        assert torch.equal(output_of(model, inputs()), expected)
+    tokens = torch.randn(1, 140, 64)
+    dense = model.blocks[1].attn1(tokens)
+    assert torch.equal(dense, draftdiff.disable(model).blocks[1].attn1(tokens))
+
+
 # --- one transformer, several users of it
 
 

@@ -10,6 +10,7 @@ from torch import FloatTensor, LongTensor, Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import CandidateGenerator
 
+from draftdiff.errors import UserError
 from draftdiff.hosts.transformers import assisted_decoding, end_tokens
 from draftdiff.llm.drafters.ngram import NGramDrafter
 from draftdiff.llm.drafters.ngram_table import check_table
@@ -68,7 +69,7 @@ def assisted(
     Raises ValueError without a drafter or for a table of another vocabulary, and whatever the host refuses.
     """
     if drafter is None:
-        raise ValueError("assisted needs drafter=..., for example draftdiff.llm.NGramDrafter()")
+        raise UserError("assisted needs drafter=..., for example draftdiff.llm.NGramDrafter()")
     check_table(drafter.table, model)
     candidates = NGramCandidates(drafter, max_length=generation_config.max_length, ends=end_tokens(generation_config))
     arguments = (input_ids, logits_processor, stopping_criteria, generation_config)

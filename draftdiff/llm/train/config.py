@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from draftdiff.errors import UserError
+
 TOLERANCE = 0.1  # of the parameters asked for
 STEP = 64  # of widths, or the size of a head if that is less
 MLP_STRETCH = (0.75, 1.25)  # of the target's ratio between the widths of its MLP and its layers
@@ -34,12 +36,12 @@ def draft_config(target_config: PretrainedConfig, params: float = 50e6) -> Pretr
         target.num_key_value_heads = target.num_attention_heads
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(getattr(target, name, None), int):
-            raise ValueError(f"target_config must have a whole number {name}; {target.model_type} has none")
+            raise UserError(f"target_config must have a whole number {name}; {target.model_type} has none")
     if not any(hasattr(target, name) for name in _MLP):
-        raise ValueError(f"target_config must have {' or '.join(_MLP)}; {target.model_type} has neither")
+        raise UserError(f"target_config must have {' or '.join(_MLP)}; {target.model_type} has neither")
     for name in (*_MLP, *_EXPERTS):
         if not isinstance(getattr(target, name, None), int | None):
-            raise ValueError(f"target_config must have one {name} for all layers; {target.model_type} has one for each")
+            raise UserError(f"target_config must have one {name} for all layers; {target.model_type} has one for each")
     least, most = count_parameters(_scaled(target, 1, _step(target), MLP_STRETCH[0])), count_parameters(target)
     if (1 - TOLERANCE) * params <= most and least <= (1 + TOLERANCE) * params:
         narrow = max(target.hidden_size // 4, min(target.hidden_size, 4 * _head_size(target)))
@@ -50,7 +52,7 @@ def draft_config(target_config: PretrainedConfig, params: float = 50e6) -> Pretr
                 config = _fitted(target, layers, cap, params)
                 if abs(count_parameters(config) - params) <= TOLERANCE * params:
                     return config
-    raise ValueError(
+    raise UserError(
         f"params must be from {least:,}, a draft of width {_step(target)} with the target's vocabulary of "
         f"{target.vocab_size:,}, to {most:,}, the target itself, got {params:,.0f}"
     )

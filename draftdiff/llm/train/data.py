@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
+from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm.plain_config import own_law
 from draftdiff.llm.train.modes import in_eval_mode
@@ -29,7 +30,7 @@ class DistillationSet(Dataset[dict[str, Tensor]]):
 
     def __init__(self, ids: Sequence[Tensor], written: Sequence[Tensor], distil: bool = True) -> None:
         if [len(row) for row in ids] != [len(row) for row in written]:
-            raise ValueError("ids and written must have rows of the same lengths")
+            raise UserError("ids and written must have rows of the same lengths")
         self.ids, self.written, self.distil = list(ids), list(written), distil
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class DistillationSet(Dataset[dict[str, Tensor]]):
             lengths = saved["lengths"].tolist()
             return cls(saved["ids"].split(lengths), saved["written"].split(lengths), bool(saved["distil"]))
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{file} is not a saved distillation set: {error}") from None
+            raise UserError(f"{file} is not a saved distillation set: {error}") from None
 
 
 @torch.no_grad()
@@ -83,9 +84,9 @@ def generate_distillation_set(
     """
     rows = _as_ids(prompts, tokenizer)
     if not temperatures or min(temperatures) < 0:
-        raise ValueError(f"temperatures must be one or more numbers from 0 on, got {tuple(temperatures)}")
+        raise UserError(f"temperatures must be one or more numbers from 0 on, got {tuple(temperatures)}")
     if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
+        raise UserError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
     ends = _end_ids(target)
     pad = next((i for i in (target.generation_config.pad_token_id, *ends) if i is not None and i >= 0), 0)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # so that little is padded
@@ -118,7 +119,7 @@ def packed_text(ids: Tensor, length: int, distil: bool = False) -> DistillationS
     """One row of ids int64 [tokens] cut into windows of `length`; the rest is dropped. distil: as in DistillationSet,
     whether to learn what the target thinks of the text rather than the text."""
     if len(ids) < length:
-        raise ValueError(f"ids must be at least as long as a window of {length}, got {len(ids)}")
+        raise UserError(f"ids must be at least as long as a window of {length}, got {len(ids)}")
     windows = list(ids[: len(ids) // length * length].view(-1, length))
     return DistillationSet(windows, [torch.ones(length, dtype=torch.bool)] * len(windows), distil)
 
@@ -131,7 +132,7 @@ def mix_in_text(
     The mix of Direct Alignment (arXiv 2403.00858): the draft learns from its target and stays a language model.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"share must be in [0, 1), got {share}")
+        raise UserError(f"share must be in [0, 1), got {share}")
     count = min(len(pretraining), round(len(distillation) * share / (1 - share)))
     chosen = torch.randperm(len(pretraining), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     return ConcatDataset([distillation, Subset(pretraining, chosen)])
@@ -169,16 +170,16 @@ def left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 def _as_ids(prompts: Sequence[Sequence[int] | Tensor | str], tokenizer: Any) -> list[Tensor]:
     if isinstance(prompts, str):
-        raise ValueError(f"prompts must be a list of prompts, got the one string {prompts[:40]!r}")
+        raise UserError(f"prompts must be a list of prompts, got the one string {prompts[:40]!r}")
     rows = []
     for prompt in prompts:
         if isinstance(prompt, str):
             if tokenizer is None:
-                raise ValueError(f"prompts that are strings need a tokenizer, got {prompt[:40]!r} without one")
+                raise UserError(f"prompts that are strings need a tokenizer, got {prompt[:40]!r} without one")
             prompt = tokenizer(prompt).input_ids
         rows.append(torch.as_tensor(prompt, dtype=torch.int64).cpu())
     if not rows or any(row.ndim != 1 or len(row) == 0 for row in rows):
-        raise ValueError(f"prompts must be one or more rows of at least one id, got {len(rows)} of them")
+        raise UserError(f"prompts must be one or more rows of at least one id, got {len(rows)} of them")
     return rows
 
 

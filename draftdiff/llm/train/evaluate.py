@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from draftdiff.errors import UserError
 from draftdiff.llm.checks import check_vocabulary_sizes, vocabulary_size
 from draftdiff.llm.metrics import acceptance_rate
 from draftdiff.llm.train.data import DistillationSet, collate
@@ -61,7 +62,7 @@ def evaluate_draft(
             tokens += int(counted.sum())
             rounds += sum(chain_rounds(row[which], length) for row, which in zip(right, counted))
     if not tokens:
-        raise ValueError("dataset must have written tokens after the first of a row, got none")
+        raise UserError("dataset must have written tokens after the first of a row, got none")
     return DraftScores(accepted / tokens, agreed / tokens, tokens / rounds, length, tokens)
 
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from draftdiff.errors import UserError
+
 Loss = Callable[..., Tensor]
 
 
@@ -49,7 +51,7 @@ def ce(draft_logits: Tensor, target_logits: Tensor, mask: Tensor | None = None) 
         ids = log_p.masked_fill(log_q.isneginf(), -torch.inf).argmax(-1)
     else:
         if target_logits.shape != draft_logits.shape[:-1]:
-            raise ValueError(
+            raise UserError(
                 f"target ids must have shape {tuple(draft_logits.shape[:-1])}, got {tuple(target_logits.shape)}"
             )
         log_q, ids = draft_logits.float().log_softmax(-1), target_logits
@@ -83,9 +85,9 @@ def tvd_pp(
     lowers the variance. The value returned is that of `tvd`, so that curves can be read; only the gradient differs.
     """
     if baseline not in ("batch", "position"):
-        raise ValueError(f"baseline must be one of batch, position, got {baseline!r}")
+        raise UserError(f"baseline must be one of batch, position, got {baseline!r}")
     if estimator not in ("exact", "sample"):
-        raise ValueError(f"estimator must be one of exact, sample, got {estimator!r}")
+        raise UserError(f"estimator must be one of exact, sample, got {estimator!r}")
     log_q, log_p = _logs(draft_logits, target_logits)
     q, p = log_q.exp(), log_p.exp()
     with torch.no_grad():
@@ -120,7 +122,7 @@ def lk(
     near.  "log": -log a.
     """
     if form not in ("hybrid", "log"):
-        raise ValueError(f"form must be one of hybrid, log, got {form!r}")
+        raise UserError(f"form must be one of hybrid, log, got {form!r}")
     if form == "log":
         log_q, log_p = _logs(draft_logits, target_logits)
         return _masked(-torch.minimum(log_p, log_q).logsumexp(-1), mask)
@@ -137,13 +139,13 @@ def named_loss(loss: str | Loss) -> Loss:
     if callable(loss):
         return loss
     if loss not in LOSSES:
-        raise ValueError(f"loss must be a callable or one of {', '.join(LOSSES)}, got {loss!r}")
+        raise UserError(f"loss must be a callable or one of {', '.join(LOSSES)}, got {loss!r}")
     return LOSSES[loss]
 
 
 def _logs(draft_logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
     if draft_logits.shape != target_logits.shape:
-        raise ValueError(
+        raise UserError(
             f"draft and target logits must have one shape, got {tuple(draft_logits.shape)} "
             f"and {tuple(target_logits.shape)}"
         )

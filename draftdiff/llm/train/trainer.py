@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from draftdiff.errors import UserError
 from draftdiff.llm.checks import check_vocabulary_sizes
 from draftdiff.llm.train.data import collate
 from draftdiff.llm.train.losses import Loss, ce, named_loss
@@ -46,12 +47,12 @@ class DraftTrainer(Trainer):
             check_vocabulary_sizes(target, model)
             target.eval()
         elif self.loss is not ce:
-            raise ValueError(f"loss {getattr(loss, '__name__', loss)!r} compares with a target: give one, or use 'ce'")
+            raise UserError(f"loss {getattr(loss, '__name__', loss)!r} compares with a target: give one, or use 'ce'")
         if model.dtype == torch.float16:  # which is what drafts are often stored in
-            raise ValueError("draft must be in float32 or bfloat16 to train, got float16: call draft.float() first")
+            raise UserError("draft must be in float32 or bfloat16 to train, got float16: call draft.float() first")
         for name, value in {"label_smoothing_factor": args.label_smoothing_factor, **kwargs}.items():
             if name in ("label_smoothing_factor", "compute_loss_func") and value:
-                raise ValueError(f"a DraftTrainer computes the loss that loss= names alone: leave {name} out")
+                raise UserError(f"a DraftTrainer computes the loss that loss= names alone: leave {name} out")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the columns are this class's own, not the model's
         pad = max(0, model.config.get_text_config().pad_token_id or 0)  # older configs say -1 for none

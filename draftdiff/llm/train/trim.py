@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draftdiff.errors import UserError
 from draftdiff.files import new_folder, replacing
 
 TOKEN_MAP_FILE = "token_map.json"
@@ -58,10 +59,10 @@ def count_tokens(dataset: Dataset, vocabulary: int) -> Tensor:
     counts = torch.zeros(vocabulary, dtype=torch.int64)
     for row in dataset:  # type: ignore[attr-defined]
         if not isinstance(row, Mapping):
-            raise ValueError(f"counts must be a tensor or a dataset of rows with input_ids and written, got {row!r}")
+            raise UserError(f"counts must be a tensor or a dataset of rows with input_ids and written, got {row!r}")
         ids = torch.as_tensor(row["input_ids"])[torch.as_tensor(row["written"])]
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-            raise ValueError(f"ids must be from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
+            raise UserError(f"ids must be from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
         counts += torch.bincount(ids, minlength=vocabulary)
     return counts
 
@@ -80,19 +81,19 @@ def trim(draft: Any, counts: Tensor | Dataset, size: int = 32_000, *, keep: Iter
     makes numbers of the -inf.
     """
     if "d2t" in dict(draft.named_buffers()):
-        raise ValueError("draft is trimmed already: trim the draft it was made from")
+        raise UserError("draft is trimmed already: trim the draft it was made from")
     head = draft.get_output_embeddings()
     vocabulary = head.weight.shape[0]
     if not isinstance(counts, Tensor):
         counts = count_tokens(counts, vocabulary)
     if counts.shape != (vocabulary,):
-        raise ValueError(f"counts must have shape ({vocabulary},), got {tuple(counts.shape)}")
+        raise UserError(f"counts must have shape ({vocabulary},), got {tuple(counts.shape)}")
     kept = sorted(_special_ids(draft) | set(keep))
     if kept and not (kept[0] >= 0 and kept[-1] < vocabulary):
-        raise ValueError(f"ids to keep must be from 0 to {vocabulary - 1}, got {kept[0]} to {kept[-1]}")
+        raise UserError(f"ids to keep must be from 0 to {vocabulary - 1}, got {kept[0]} to {kept[-1]}")
     least = max(1, len(kept))
     if not least <= size <= vocabulary:
-        raise ValueError(
+        raise UserError(
             f"size must be from {least}, the tokens always kept, to the vocabulary of {vocabulary}, got {size}"
         )
     rank = counts.cpu().to(torch.float64)
@@ -103,7 +104,7 @@ def trim(draft: Any, counts: Tensor | Dataset, size: int = 32_000, *, keep: Iter
         logits = trimmed(ids.new_zeros(1, 1).to(trimmed.device), use_cache=False).logits
     if not logits[..., ~trimmed.t2d].isneginf().all():
         name = type(draft).__name__
-        raise ValueError(f"{name} changes logits after its output layer so that trimmed tokens stay possible")
+        raise UserError(f"{name} changes logits after its output layer so that trimmed tokens stay possible")
     return trimmed
 
 
@@ -136,7 +137,7 @@ def load_trimmed(folder: str | Path) -> Any:
     with safe_open(file, "pt") as saved:
         names = saved.keys()
         if "d2t" not in names:
-            raise ValueError(f"{folder} holds no trimmed draft: {file.name} has no d2t")
+            raise UserError(f"{folder} holds no trimmed draft: {file.name} has no d2t")
         d2t = saved.get_tensor("d2t")
     ids = torch.arange(len(d2t)) + d2t
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -153,7 +154,7 @@ def load_trimmed(folder: str | Path) -> Any:
         folder, config=config, dtype=config.dtype, local_files_only=True, output_loading_info=True
     )
     if found["missing_keys"]:
-        raise ValueError(f"{folder} holds no whole draft: {file.name} lacks {', '.join(sorted(found['missing_keys']))}")
+        raise UserError(f"{folder} holds no whole draft: {file.name} lacks {', '.join(sorted(found['missing_keys']))}")
     model.__class__ = family
     model.get_output_embeddings().ids.copy_(ids)  # not saved, so the host left it empty
     return model.eval()
