@@ -85,7 +85,7 @@ class Phase(ABC):
             self.step, self.seconds, self.kept = saved["step"], saved["seconds"], saved["kept"]
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "seconds": self.seconds, "kept": self.kept}
         if self.average is not None:
             state["average"] = self.average.state_dict()

@@ -336,7 +336,7 @@ LOOKS = ((0.12, SMALL), (0.25, SMALL), (0.42, FULL), (0.62, FULL), (0.82, FULL))
 
 
 class DitPhase(Phase):
-    """The transformer and the text encoder: scored now and then, and exported where they score best on the full grid."""
+    """The transformer and the text encoder: scored now and then, exported where they score best on the full grid."""
 
     warm_up = 40
 
