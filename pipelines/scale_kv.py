@@ -89,7 +89,7 @@ class ScaleKVMixin:
         """At scales of at least min_tokens tokens, let each read of its own scale only the share `density`, in (0, 1],
         of key tiles that a draft map chooses; earlier scales are read wholly.
 
-        Off by default: it pays at Infinity's largest sizes only (`samples/bench_var_attention.py`).
+        Off by default: it pays at Infinity's largest sizes only (`draftdiff bench var attention`).
         Raises ValueError for a value that cannot be.
         """
         self.last_scales = LastScales(density, min_tokens)

@@ -9,15 +9,12 @@ likeness to the dense video. For figures to rely on use `draftdiff compare`: it 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import draftdiff
 from draftdiff.compare.metrics import psnr, ssim

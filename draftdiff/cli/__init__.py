@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 
@@ -17,7 +17,7 @@ from draftdiff._version import __version__
 from draftdiff.cli.options import Parser
 from draftdiff.errors import UserError
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 # Name, help, and where its options are added: torch and diffusers take seconds to import, so only once it is chosen.
 _COMMANDS = (
@@ -26,6 +26,7 @@ _COMMANDS = (
     ("image", "pictures by VAR or Infinity, with CoDe and ScaleKV; --compare, calibrate", "image", "add_image"),
     ("convert", "original checkpoints of VAR, CoDe or Infinity to a folder", "convert", "add_convert"),
     ("llm", "text by language models with a draft; generate, compare", "llm", "add_llm"),
+    ("bench", "benchmarks with their checks: kernels, dit, var, llm", "bench", "add_bench"),
     ("doctor", "what works here: devices, backends, tools, models", "doctor", "add_doctor"),
 )
 
@@ -33,7 +34,7 @@ _COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = run(partial(_run, list(sys.argv[1:] if argv is None else argv)), "draftdiff")
         sys.stdout.flush()  # here, where a closed pipe is understood
         return code
     except BrokenPipeError:
@@ -43,12 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    options = _parser().parse_args(argv)
+    options.command_line = shlex.join(["draftdiff", *argv])
+    return options.func(options)
+
+
+def run(call: Callable[[], int | None], name: str) -> int:
+    """The exit code of a command or a script of that name; a mistake of the user and Ctrl-C are one line."""
     try:
-        options = _parser().parse_args(argv)
-        options.command_line = shlex.join(["draftdiff", *argv])
-        return options.func(options)
+        return call() or 0
     except KeyboardInterrupt:
-        print("draftdiff: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
@@ -57,7 +63,7 @@ def _run(argv: list[str]) -> int:
         if not isinstance(error, UserError) and not too_small:
             raise
         message = " ".join(str(error).split()).removeprefix("draftdiff: ")
-        print(f"draftdiff: error: {message}", file=sys.stderr)
+        print(f"{name}: error: {message}", file=sys.stderr)
         return 2
 
 

@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from draftdiff.errors import UserError
+from draftdiff.files import check_output
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +49,60 @@ def seed(text: str) -> int:
     if not -(2**63) <= number < 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {text!r}")
     return number
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Reads whole numbers from `least` on, and up to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {least} {'on' if most is None else f'to {most}'}, got {text!r}"
+            )
+        return value
+
+    return read
+
+
+def number(above: float, most: float) -> Callable[[str], float]:
+    """Reads numbers above one and at most another."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = above
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"must be above {above:g} and at most {most:g}, got {text!r}")
+        return value
+
+    return read
+
+
+def share(text: str) -> float:
+    """A number from 0 on and below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text!r}")
+    return value
+
+
+def new_file(*suffixes: str) -> Callable[[str], Path]:
+    """Reads files that can be written, with one of these endings; none: with any."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        try:
+            check_output(path, suffixes or (path.suffix.lower(),))
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None  # the only kind of which argparse shows the text
+        return path
+
+    return read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,7 +160,8 @@ def compare_images(
         with tqdm(total=len(every) * (2 + repeat), desc="compare", unit="run", disable=not progress) as bar:
             for setting in every:
                 bar.set_postfix_str(f"{setting.name} (warm-up)")
-                results.append(_untimed(model, setting, subjects, seed, call, bar))
+                results.append(untimed(model, setting, subjects, seed, call))
+                bar.update(2)
             for result in (result for _ in range(repeat) for result in results):
                 bar.set_postfix_str(result.setting.name)
                 model.apply(result.setting)
@@ -177,8 +178,8 @@ def compare_images(
     return ImageComparison(model.name, list(subjects), seed, call, results, missing, dict(about or {}))
 
 
-def _untimed(
-    model: ImageModel, setting: Setting, subjects: Sequence[Any], seed: int, call: dict[str, Any], bar: tqdm
+def untimed(
+    model: ImageModel, setting: Setting, subjects: Sequence[Any], seed: int, call: dict[str, Any]
 ) -> SettingResult:
     """All about a setting that needs no clock. It also warms up."""
     held: list[int] = []
@@ -190,9 +191,7 @@ def _untimed(
     looking = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["cache"]}
     model.apply(setting)
     pictures, flops = count_flops(lambda: model.pictures(subjects, seed, **call, **looking))
-    bar.update()
     _, memory = peak_memory(lambda: model.pictures(subjects, seed, **call), model.device)
-    bar.update()
     return SettingResult(setting, pictures, flops, memory, held)
 
 

@@ -2,7 +2,7 @@
 
 `load_mini_image()` loads it from the folder beside this file, without a network, `load_mini_refiner()` the small model
 for collaborative decoding; `mini_image_defaults()` says how the pipeline is best called. Weights are stored in half
-precision. `samples/train_mini_image.py` is how they were made.
+precision. `samples/training/train_mini_image.py` is how they were made.
 """
 
 from __future__ import annotations

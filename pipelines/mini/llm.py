@@ -3,7 +3,7 @@
 `load_mini_llm()` loads both with their tokenizer from the folder beside this file, without a network. The target is a
 Llama of 6 layers and 2.3 million parameters, the draft one layer with a fifth of that, and both have seen up to 512
 tokens of the Python standard library's sources. Weights are stored in half precision.
-`samples/llm/train_mini_llm.py` is how they were made.
+`samples/training/train_mini_llm.py` is how they were made.
 """
 
 from __future__ import annotations

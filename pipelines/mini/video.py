@@ -1,7 +1,7 @@
 """The mini video pipeline that ships with draftdiff: a stock `diffusers.WanPipeline` small enough for two CPU cores.
 
 `load_mini_video()` loads it from the folder beside this file, without a network; `mini_video_defaults()` says how it
-is best called and which words it knows. `samples/train_mini_video.py` is how its weights were made.
+is best called and which words it knows. `samples/training/train_mini_video.py` is how its weights were made.
 """
 
 from __future__ import annotations

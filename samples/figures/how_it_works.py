@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from draftdiff.core.draft import draft_map, pool
 from draftdiff.core.grid import LatentGrid, tiling_for

@@ -11,13 +11,11 @@ The folder is a plain Hugging Face model, for `assistant_model=`, vLLM's `draft_
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from command_line import run, share
 from recipe import Recipe, arguments
 
+from draftdiff.cli import run
+from draftdiff.cli.options import share
 from draftdiff.llm import LOSSES, mix_in_text
 
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
@@ -40,4 +38,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main, "direct_alignment"))

@@ -11,13 +11,10 @@ The folder is a plain Hugging Face model, for `assistant_model=`, vLLM's `draft_
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from command_line import run
 from recipe import Recipe, arguments
 
+from draftdiff.cli import run
 from draftdiff.llm.train.data import TEMPERATURES
 
 
@@ -32,4 +29,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main, "fast_draft"))

@@ -9,26 +9,25 @@ computed exactly from the two distributions, beside the optimum of its sampler. 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from stdlib_corpus import PYTHON
 from torch import Tensor
 from tqdm import tqdm
 
+from draftdiff.bench.runner import write_json
+from draftdiff.cli import run
+from draftdiff.cli.options import Parser, whole
 from draftdiff.files import replacing
 from draftdiff.llm import acceptance_upper_bound, expected_acceptance
+from draftdiff.llm.train.stdlib_corpus import PYTHON
 from draftdiff.llm.verify import VERIFIERS
 from draftdiff.models.devices import device_name
 from draftdiff.models.llm import UNSEEN, LanguageModel, example_prompts, load
-from samples.bench_common import write_result
 
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3)
 DRAFTS = (1, 2, 3, 4, 6)
@@ -91,23 +90,20 @@ def draw(rows: list[dict[str, Any]], file: Path, temperature: float, drafts: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="multi_draft_gap", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded pair)")
     parser.add_argument("--draft", help="folder or Hub id of a smaller model with the same tokenizer")
-    parser.add_argument("--places", type=int, default=200, help="places in the text (default 200)")
+    parser.add_argument("--places", type=whole(1), default=200, help="places in the text (default 200)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
-    parser.add_argument("--drafts", type=int, nargs="+", default=DRAFTS)
+    parser.add_argument("--drafts", type=whole(1), nargs="+", default=DRAFTS)
     parser.add_argument("--temperature", type=float, default=1.0, help="of the lines over drafts (default 1)")
-    parser.add_argument("--n", type=int, default=4, help="drafts of the lines over temperature (default 4)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--n", type=whole(1), default=4, help="drafts of the lines over temperature (default 4)")
+    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--plot", type=Path, help="file for the curves (.png)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    try:
-        model = load(options.model, options.draft)
-    except ValueError as error:
-        raise SystemExit(f"multi_draft_gap: {error}") from None
+    model = load(options.model, options.draft)
     places = logits_at(model, options.places)
     wanted = [(t, options.n, s) for t in options.temperatures for s in VERIFIERS]
     wanted += [(options.temperature, n, s) for n in options.drafts for s in VERIFIERS]
@@ -119,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{one['sampler']:<22}{one['temperature']:>12g}{one['drafts']:>8}{figures}")
     if options.json:
         settings = {"model": model.name, "places": len(places), "device": device_name(model.device), "python": PYTHON}
-        write_result(options.json, {"rows": rows, "settings": settings})
+        write_json(options.json, {"rows": rows, "settings": settings})
     if options.plot:
         draw(rows, options.plot, options.temperature, options.n)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "multi_draft_gap"))

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import Parser, check_new_folder, new_file, whole
-from stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from draftdiff.files import new_folder
+from draftdiff.bench.runner import write_json
+from draftdiff.cli.options import Parser, new_file, whole
+from draftdiff.errors import UserError
+from draftdiff.files import check_writable, new_folder
 from draftdiff.llm import (
     DistillationSet,
     DraftTrainer,
@@ -25,10 +26,10 @@ from draftdiff.llm import (
     packed_text,
 )
 from draftdiff.llm.checks import check_vocabularies
+from draftdiff.llm.train.stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from draftdiff.models.devices import device_name, find_device
 from draftdiff.models.llm import pretrained
 from draftdiff.pipelines.mini.llm import load_mini_llm
-from samples.bench_common import write_result
 
 WINDOW = 256
 
@@ -49,6 +50,13 @@ def arguments(name: str, doc: str, output: str) -> Parser:
     parser.add_argument("--json", type=new_file(), help="file for the scores")
     parser.add_argument("-o", "--output", type=Path, default=Path(output), help=f"new folder of the draft ({output})")
     return parser
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise UserError if there is something at `path`, or no folder can be made there."""
+    if path.exists():
+        raise UserError(f"{path} exists: choose a new folder with -o")
+    check_writable(next(parent for parent in path.absolute().parents if parent.exists()))
 
 
 class Recipe:
@@ -81,9 +89,7 @@ class Recipe:
     @classmethod
     def begin(cls, parser: Parser, argv: list[str] | None) -> Recipe:
         """The recipe of a command line; a mistake in it ends the script before any work."""
-        options = parser.parse_args(argv)
-        with parser.mistakes():
-            recipe = cls(options)
+        recipe = cls(parser.parse_args(argv))
         recipe.judge = recipe.written(def_prompts(48), (0.0,))
         recipe.score("before")
         return recipe
@@ -167,4 +173,4 @@ class Recipe:
                 "device": device_name(self.target.device),
                 "python": PYTHON,
             }
-            write_result(self.options.json, result)
+            write_json(self.options.json, result)

@@ -24,19 +24,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from bench_common import RESULTS, versions, write_result
-from stdlib_corpus import PYTHON, corpus_texts
-
+from draftdiff.bench.runner import write_json
+from draftdiff.cli import run
+from draftdiff.cli.options import Parser, whole
 from draftdiff.compare.table import Column, text_table
+from draftdiff.errors import UserError
 from draftdiff.files import check_writable
 from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import SpecKVConfig, SpecPCConfig, speckv, speckv_pc, specpc
 from draftdiff.llm.future_attention import future_attention, kept_mass, kept_recall
+from draftdiff.llm.train.stdlib_corpus import PYTHON, corpus_texts
+from draftdiff.models.devices import versions
 from draftdiff.pipelines.mini.llm import load_mini_llm
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 EXAMPLES = """examples:
   python samples/llm/score_spec_kv.py
   python samples/llm/score_spec_kv.py --capacity 64 --prompts 8
@@ -68,7 +69,7 @@ def prompts(tokenizer: Any, count: int, tokens: int) -> list[Tensor]:
             found.append(ids[:, start : start + tokens])
         if len(found) == count:
             return found
-    raise ValueError(f"--prompts must be at most {len(found)}, the held-out files of {tokens} tokens, got {count}")
+    raise UserError(f"--prompts must be at most {len(found)}, the held-out files of {tokens} tokens, got {count}")
 
 
 class Scores:
@@ -152,41 +153,32 @@ class Scores:
         return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run it. Returns the exit code, 2 for a wrong argument."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="score_spec_kv.py",
+    parser = Parser(
+        prog="score_spec_kv",
         description=(__doc__ or "").split("\n\n")[0],
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--capacity", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--window", type=int, default=8)
+    parser.add_argument("--window", type=whole(1), default=8)
     parser.add_argument("--tokens", type=int, default=400, help="of each prompt (default: 400)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="of each continuation (default: 32)")
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--new-tokens", type=whole(1), default=32, help="of each continuation (default: 32)")
+    parser.add_argument("--prompts", type=whole(1), default=24)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="FOLDER", help="default: samples/results")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     started = time.perf_counter()
-    try:
-        for capacity in options.capacity:
-            if capacity < 2 * options.window:
-                raise ValueError(f"--capacity must be at least twice the window of {options.window}, got {capacity}")
-            if capacity >= options.tokens:
-                raise ValueError(
-                    f"--capacity must be less than the {options.tokens} tokens of a prompt, got {capacity}"
-                )
-        for name in ("window", "prompts", "new_tokens"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-        check_writable(options.output)
-        rows = Scores(options).rows()
-    except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    for capacity in options.capacity:
+        if capacity < 2 * options.window:
+            raise UserError(f"--capacity must be at least twice the window of {options.window}, got {capacity}")
+        if capacity >= options.tokens:
+            raise UserError(f"--capacity must be less than the {options.tokens} tokens of a prompt, got {capacity}")
+    check_writable(options.output)
+    rows = Scores(options).rows()
     payload = {
         "made_by": "samples/llm/score_spec_kv.py",
         "versions": versions(),
@@ -199,10 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": round(time.perf_counter() - started),
         "rows": [{name: value for name, value in row.items() if name != "masses"} for row in rows],
     }
-    write_result(options.output / "llm-spec-kv.json", payload)
+    write_json(options.output / "llm-spec-kv.json", payload)
     print(json.dumps(payload, indent=1) if options.json else "\n".join(text_table(rows, COLUMNS)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, "score_spec_kv"))

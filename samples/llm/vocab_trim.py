@@ -15,13 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from command_line import Parser, check_new_folder, new_file, run, whole
-from stdlib_corpus import PYTHON, corpus_texts, def_prompts
+from recipe import check_new_folder
 from tqdm import tqdm
 
+from draftdiff.bench.runner import NO_MATPLOTLIB, write_json
+from draftdiff.cli import run
+from draftdiff.cli.options import Parser, new_file, whole
+from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm import (
     Chain,
@@ -35,10 +36,10 @@ from draftdiff.llm import (
 )
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.train.data import left_padded
+from draftdiff.llm.train.stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from draftdiff.llm.train.trim import count_tokens
 from draftdiff.models.devices import device_name
 from draftdiff.pipelines.mini.llm import load_mini_llm, mini_llm_defaults
-from samples.bench_common import write_result
 
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
@@ -99,14 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     target, draft, tokenizer = load_mini_llm()
     vocabulary = target.config.vocab_size
-    with parser.mistakes():
-        if options.plot and find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'draftdiff[plots]'")
-        for size in (min(options.sizes), max(options.sizes)) if options.save is None else (options.save,):
-            trim(draft, torch.zeros(vocabulary), size)
-        if options.save is not None:
-            check_new_folder(options.output)
-        seen, unseen = def_prompts(options.calibration, held_out=False), def_prompts(options.prompts)
+    if options.plot and find_spec("matplotlib") is None:
+        raise UserError(NO_MATPLOTLIB)
+    for size in (min(options.sizes), max(options.sizes)) if options.save is None else (options.save,):
+        trim(draft, torch.zeros(vocabulary), size)
+    if options.save is not None:
+        check_new_folder(options.output)
+    seen, unseen = def_prompts(options.calibration, held_out=False), def_prompts(options.prompts)
     written = generate_distillation_set(
         target, seen, max_new_tokens=options.new_tokens, batch_size=64, tokenizer=tokenizer
     )
@@ -139,10 +139,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         settings = {"chain": length, "prompts": options.prompts, "new_tokens": options.new_tokens}
         device = device_name(target.device)
-        write_result(options.json, {"rows": rows, "settings": settings, "device": device, "python": PYTHON})
+        write_json(options.json, {"rows": rows, "settings": settings, "device": device, "python": PYTHON})
     if options.plot:
         draw(rows, options.plot)
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main, "vocab_trim"))

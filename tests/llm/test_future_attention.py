@@ -5,8 +5,8 @@ import torch
 
 from draftdiff.llm import SpecKVConfig, speckv
 from draftdiff.llm.future_attention import future_attention, kept_mass, kept_recall
+from draftdiff.llm.train.stdlib_corpus import corpus_texts
 from draftdiff.pipelines.mini.llm import load_mini_llm
-from samples.llm.stdlib_corpus import corpus_texts
 from tests.llm.tiny_models import FAMILIES, prompt, tiny_model
 
 

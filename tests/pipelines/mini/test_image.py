@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ from draftdiff.pipelines.mini.pictures import CLASSES, COLOURS, PLACES, SHAPES, 
 from draftdiff.pipelines.var import VARPipeline
 from tests.rounding import rounded
 
-SCRIPT = Path(__file__).resolve().parents[3] / "samples" / "score_mini_image.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "samples" / "training" / "score_mini_image.py"
 PARTS = ("transformer", "refiner", "vae")
 
 
@@ -31,8 +30,7 @@ def pipe() -> VARPipeline:
 
 
 @pytest.fixture
-def score(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def score() -> ModuleType:
     spec = importlib.util.spec_from_file_location("score_mini_image", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

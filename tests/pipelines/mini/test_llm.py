@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,24 +11,14 @@ from safetensors import safe_open
 
 from draftdiff.llm import Chain, ModelDrafter, report, speculative
 from draftdiff.llm.metrics import bytes_per_forward
+from draftdiff.llm.train import stdlib_corpus
 from draftdiff.llm.train.data import left_padded
 from draftdiff.pipelines.mini.llm import MODELS, WEIGHTS, load_mini_llm, mini_llm_defaults
-
-CORPUS = Path(__file__).resolve().parents[3] / "samples" / "llm" / "stdlib_corpus.py"
 
 
 @pytest.fixture(scope="module")
 def pair():
     return load_mini_llm()
-
-
-@pytest.fixture(scope="module")
-def corpus() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stdlib_corpus", CORPUS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_both_models_are_ready_for_inference_in_full_precision(pair) -> None:
@@ -58,9 +45,9 @@ def test_text_survives_the_tokenizer(pair) -> None:
     assert tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None
 
 
-def test_the_draft_gives_two_tokens_a_forward_and_the_targets_own_text(pair, corpus) -> None:
+def test_the_draft_gives_two_tokens_a_forward_and_the_targets_own_text(pair) -> None:
     target, draft, tokenizer = pair
-    ids, mask = left_padded([torch.tensor(tokenizer(p).input_ids) for p in corpus.def_prompts(12)], 0)
+    ids, mask = left_padded([torch.tensor(tokenizer(p).input_ids) for p in stdlib_corpus.def_prompts(12)], 0)
     options = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False}
     drafter = ModelDrafter(draft, Chain(4))
     out = target.generate(ids, custom_generate=speculative, drafter=drafter, **options)
@@ -69,17 +56,17 @@ def test_the_draft_gives_two_tokens_a_forward_and_the_targets_own_text(pair, cor
 
 
 @torch.no_grad()
-def test_both_predict_unseen_files_far_better_than_chance_and_the_target_better_than_the_draft(pair, corpus) -> None:
+def test_both_predict_unseen_files_far_better_than_chance_and_the_target_better_than_the_draft(pair) -> None:
     target, draft, tokenizer = pair
-    ids = unseen_windows(tokenizer, corpus, 4)
+    ids = unseen_windows(tokenizer, 4)
     losses = [model(ids, labels=ids).loss.item() for model in (target, draft)]
     assert losses[0] < losses[1] - 0.3 < 4.2  # by chance: 7.6
 
 
 @torch.no_grad()
-def test_the_target_makes_use_of_what_is_hundreds_of_tokens_back(pair, corpus) -> None:
+def test_the_target_makes_use_of_what_is_hundreds_of_tokens_back(pair) -> None:
     target, _, tokenizer = pair
-    ids = unseen_windows(tokenizer, corpus, 8)
+    ids = unseen_windows(tokenizer, 8)
     labels = ids[:, -64:]
 
     def loss(context: int) -> float:
@@ -89,25 +76,25 @@ def test_the_target_makes_use_of_what_is_hundreds_of_tokens_back(pair, corpus) -
     assert loss(448) < loss(64) - 0.03
 
 
-def unseen_windows(tokenizer, corpus: ModuleType, count: int) -> torch.Tensor:
-    texts = sorted(corpus.corpus_texts(held_out=True), key=len)[-count:]
+def unseen_windows(tokenizer, count: int) -> torch.Tensor:
+    texts = sorted(stdlib_corpus.corpus_texts(held_out=True), key=len)[-count:]
     return torch.tensor([tokenizer(text[:20000], verbose=False).input_ids[:512] for text in texts])
 
 
-def test_unseen_files_are_a_twentieth_and_in_a_fixed_order(corpus) -> None:
-    seen, unseen = corpus.corpus_files(), corpus.corpus_files(held_out=True)
+def test_unseen_files_are_a_twentieth_and_in_a_fixed_order() -> None:
+    seen, unseen = stdlib_corpus.corpus_files(), stdlib_corpus.corpus_files(held_out=True)
     assert not set(seen) & set(unseen)
     assert 0.02 < len(unseen) / len(seen) < 0.1
-    assert unseen == sorted(unseen) and unseen == corpus.corpus_files(held_out=True)
+    assert unseen == sorted(unseen) and unseen == stdlib_corpus.corpus_files(held_out=True)
     assert not any("site-packages" in file.parts or "test" in file.parts for file in seen)
 
 
-def test_prompts_are_heads_of_unseen_functions(corpus) -> None:
-    prompts = corpus.def_prompts(20)
-    assert len(set(prompts)) == 20 and prompts == corpus.def_prompts(20)
+def test_prompts_are_heads_of_unseen_functions() -> None:
+    prompts = stdlib_corpus.def_prompts(20)
+    assert len(set(prompts)) == 20 and prompts == stdlib_corpus.def_prompts(20)
     assert all(prompt.startswith("def ") and prompt.endswith("):") for prompt in prompts)
     with pytest.raises(ValueError, match=r"count must be from 1 to \d+, the function heads there are, got 0"):
-        corpus.def_prompts(0)
+        stdlib_corpus.def_prompts(0)
 
 
 def test_loading_prints_warns_and_logs_nothing(

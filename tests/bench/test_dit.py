@@ -2,39 +2,35 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
 
-SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+from draftdiff.bench import dit, models
+from draftdiff.bench.dit_rows import Cell, Mode, Row, Step
+from draftdiff.cli import main
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """The script as a module, with models of two or three thin layers over 1,280 tokens."""
-    monkeypatch.syspath_prepend(str(SAMPLES))
-    import bench_dit
-    import bench_models
-
+def bench(monkeypatch, tmp_path):
+    """The command, with models of two or three thin layers over 1,280 tokens."""
     small = {}
     for name in ("wan-1.3b", "hunyuan-13b", "cogvideox-5b"):
-        model = bench_models.MODELS[name]
+        model = models.MODELS[name]
         config = model.small.config | {"num_attention_heads": 1, "text_embed_dim": 32}
         if "text_dim" in config:
             config = {key: value for key, value in config.items() if key != "text_embed_dim"} | {"text_dim": 32}
         if "max_text_seq_length" in config:
             config["max_text_seq_length"] = 16
-        size = bench_models.Size(config, 5, 320, 512, text=16)
-        small[name] = replace(model, small=size, batch=1)
-    monkeypatch.setattr(bench_dit, "MODELS", small)
-    monkeypatch.setattr(bench_dit, "CHECK_FRAMES", 1)
-    return bench_dit
+        small[name] = replace(model, small=models.Size(config, 5, 320, 512, text=16), batch=1)
+    monkeypatch.setattr(dit, "MODELS", small)
+    monkeypatch.setattr(dit, "CHECK_FRAMES", 1)
+    return lambda *arguments: main(["bench", "dit", "-o", str(tmp_path), *arguments])
 
 
 def test_the_results_hold_every_setting_with_figures_that_follow_from_the_raw_times(bench, tmp_path, capsys):
-    code = bench.main(["--device", "cpu", "--sparsity", "0.75", "--rounds", "2", "-o", str(tmp_path), "--json"])
+    code = bench("--device", "cpu", "--sparsity", "0.75", "--rounds", "2", "--json")
     printed = capsys.readouterr()
     assert code == 0, printed.err
     result = json.loads((tmp_path / "cpu-dit.json").read_text())
@@ -72,37 +68,54 @@ def test_the_results_hold_every_setting_with_figures_that_follow_from_the_raw_ti
     assert {file.name for file in tmp_path.iterdir()} == {"cpu-dit.json", "cpu-dit.png"}
 
 
-def test_amdahls_law_gives_the_time_of_the_parts_put_together(bench):
-    from bench_dit_rows import Sample, row
-
+def test_amdahls_law_gives_the_time_of_the_parts_put_together():
     # 10 s, of them 6 of attention; the sparse step: 1.5 s of attention, 4 s of the rest, 0.5 s that it should not cost.
-    dense = [Sample(10.0)]
-    hooked = [Sample(10.2, {"dense attention": 6.0, "dense forward": 10.1})]
     parts = {"draft": 0.1, "select": 0.2, "kernel": 1.0, "dense attention": 0.2, "sparse forward": 5.8}
-    group = {"dense": dense, "dense, hooked": hooked, "sparsity 0.8": [Sample(6.0, parts)]}
-    figures = row("sparsity 0.8", group, group, group, depth=2.0)
-    assert figures["attention_speedup"] == pytest.approx(4.0)
-    assert figures["predicted_speedup"] == pytest.approx(10 / (4 + 1.5))
-    assert figures["off_prediction"] == pytest.approx((10 / 6) / (10 / 5.5) - 1)
-    assert figures["draft_select_seconds"] == pytest.approx(0.3)
-    assert figures["hook_seconds"] == pytest.approx(0.2)
-    assert figures["run"]["seconds"] == pytest.approx(2 * (10 * 10.2 + 40 * 6.0))
-    assert row("dense", group, group, group, depth=1.0)["attention_share"] == pytest.approx(0.6)
+    cells = [Cell(Mode(), name) for name in ("dense", "dense, hooked", "sparsity 0.8")]
+    hooked = Step(10.2, {"dense attention": 6.0, "dense forward": 10.1})
+    steps = dict(zip(cells, ([Step(10.0)], [hooked], [Step(6.0, parts)])))
+    dense, sparse = Row.of(cells[0]), Row.of(cells[2], 0.8)
+    sparse.fill(steps, cells[2], depth=2.0)
+    assert sparse.attention_speedup == pytest.approx(4.0)
+    assert sparse.predicted_speedup == pytest.approx(10 / (4 + 1.5))
+    assert sparse.off_prediction == pytest.approx((10 / 6) / (10 / 5.5) - 1)
+    assert sparse.draft_select_seconds == pytest.approx(0.3)
+    assert sparse.hook_seconds == pytest.approx(0.2)
+    assert sparse.run["seconds"] == pytest.approx(2 * (10 * 10.2 + 40 * 6.0))
+    dense.fill(steps, cells[0], depth=1.0)
+    assert dense.attention_share == pytest.approx(0.6)
+
+
+def test_each_step_counts_its_own_seconds_alone():
+    """The hook's clocks add up over all calls of a run."""
+    model = models.MODELS["wan-1.3b"]
+    size = models.Size(model.small.config | {"num_attention_heads": 1, "num_layers": 2}, 5, 160, 256, text=16)
+    device = torch.device("cpu")
+    transformer = models.build(model, size, device, torch.float32)
+    inputs = models.make_inputs(model, size, device, torch.float32)
+    config = dit.DraftAttentionConfig(0.5, dense_steps=0, dense_layers=0, min_tokens=0, dense_above=1.0)
+    prepared = dit.prepared(transformer, config, Mode())
+    plain = dit._call(transformer, inputs, 1)
+    given = {"inputs": inputs, "plain": plain, "calls_per_step": 1}
+    steps = [dit.time_step(prepared, config, Mode(), device, **given) for _ in range(4)]
+    for step in steps:
+        assert 0 < step.parts["sparse forward"] < step.seconds
+        assert step.density == pytest.approx(steps[0].density)
 
 
 def test_what_does_not_fit_in_memory_is_a_row_with_its_reason_and_the_rest_goes_on(
     bench, tmp_path, capsys, monkeypatch
 ):
-    stock = bench.prepared
+    stock = dit.prepared
 
     def starved(transformer, config, mode):
         if config is not None and config.sparsity == 0.5:
             raise torch.OutOfMemoryError("tried to allocate 80 GiB")
         return stock(transformer, config, mode)
 
-    monkeypatch.setattr(bench, "prepared", starved)
+    monkeypatch.setattr(dit, "prepared", starved)
     arguments = ["--device", "cpu", "--models", "wan-1.3b", "--sparsity", "0.5", "0.9", "--rounds", "1", "--no-cache"]
-    assert bench.main([*arguments, "--layers", "2", "-o", str(tmp_path)]) == 0
+    assert bench(*arguments, "--layers", "2") == 0
     (model,) = json.loads((tmp_path / "cpu-dit.json").read_text())["models"]
     by_setting = {row["setting"]: row for row in model["rows"]}
     assert by_setting["sparsity 0.5"]["skipped"] == "not enough memory on this device: tried to allocate 80 GiB"
@@ -120,7 +133,7 @@ def test_a_kernel_that_is_wrong_fails_the_benchmark(bench, tmp_path, capsys, mon
             module, "run", lambda *call, right=right: tuple(x if x is None else 1.02 * x for x in right(*call))
         )
     arguments = ["--device", "cpu", "--models", "wan-1.3b", "--sparsity", "0.9", "--rounds", "1", "--no-cache"]
-    assert bench.main([*arguments, "-o", str(tmp_path)]) == 1
+    assert bench(*arguments) == 1
     assert "full selection differs from dense" in capsys.readouterr().err
 
 
@@ -129,8 +142,8 @@ def test_a_kernel_that_is_wrong_fails_the_benchmark(bench, tmp_path, capsys, mon
     [
         (["--sparsity", "1.5"], "1.5"),
         (["--models", "wan-2b"], "wan-2b"),
-        (["--layers", "1"], "at least 2, got 1"),
-        (["--rounds", "0"], "at least 1, got 0"),
+        (["--layers", "1"], "from 2 on, got '1'"),
+        (["--rounds", "0"], "from 1 on, got '0'"),
         (["--device", "tpu"], "'tpu'"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "cpu", "--dense-attention", "cudnn"], "--dense-attention"),
@@ -138,7 +151,7 @@ def test_a_kernel_that_is_wrong_fails_the_benchmark(bench, tmp_path, capsys, mon
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(bench, capsys, arguments, said):
-    assert bench.main(arguments) == 2
+    assert bench(*arguments) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Attention by other libraries on the inputs of bench_kernels.py, each in the memory layout that it likes best.
+"""Attention by other libraries on the inputs of `bench kernels`, each in the memory layout that it likes best.
 
 Copies into that layout are made before the clock starts, which favours the peers: our kernels read the model's own.
 Sparse peers get tiles in tile order. A library that is not installed, or cannot do a case, raises `Absent` with the
@@ -10,11 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,17 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from draftdiff.bench.runner import Absent
+from draftdiff.core.draft import Tail
 from draftdiff.core.grid import Tiling
 from draftdiff.core.select import tile_lists
 from draftdiff.kernels.torch_backend import from_tiles, to_tiles
 
 Attention = Callable[[], Tensor]  # timed; returns what `restore` turns into [batch, tokens, heads, head_dim]
-
-
-class Absent(Exception):
-    """Why a peer has no figure."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +46,11 @@ class Inputs:
     @property
     def is_even(self) -> bool:
         return self.tiling.tokens == self.tiling.slots.numel()
+
+
+# The call, and what brings its result back.
+Prepared = tuple[Attention, Callable[[Tensor], Tensor]]
+Prepare = Callable[[Inputs], Prepared]
 
 
 def _package(name: str, distribution: str) -> ModuleType:
@@ -79,10 +78,10 @@ def _from_tile_order(inputs: Inputs) -> Callable[[Tensor], Tensor]:
     return lambda out: from_tiles(out.unflatten(2, shape), inputs.tiling)
 
 
-def sdpa(backend: str) -> Callable[[Inputs], tuple[Attention, Callable[[Tensor], Tensor]]]:
+def sdpa(backend: str) -> Prepare:
     """PyTorch's own dense attention by one of its backends."""
 
-    def prepare(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    def prepare(inputs: Inputs) -> Prepared:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         chosen = getattr(SDPBackend, backend)
@@ -99,7 +98,7 @@ def sdpa(backend: str) -> Callable[[Inputs], tuple[Attention, Callable[[Tensor],
     return prepare
 
 
-def flash4_dense(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def flash4_dense(inputs: Inputs) -> Prepared:
     """flash-attn-4, dense."""
     _needs_gpu(inputs)
     flash = _package("flash_attn.cute.interface", "flash-attn-4")
@@ -107,7 +106,7 @@ def flash4_dense(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]
     return lambda: flash.flash_attn_func(q, k, v, softmax_scale=inputs.scale)[0], lambda out: out
 
 
-def sage(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def sage(inputs: Inputs) -> Prepared:
     """sageattention: dense, in 8 bits."""
     _needs_gpu(inputs)
     package = _package("sageattention", "sageattention")
@@ -122,7 +121,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def flex(inputs: Inputs) -> Prepared:
     """FlexAttention with the same block mask, compiled; ragged tiles are partial blocks."""
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 
@@ -143,7 +142,7 @@ def flex(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     return lambda: attention(q, k, v, block_mask=block_mask, scale=inputs.scale), _from_tile_order(inputs)
 
 
-def flashinfer(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def flashinfer(inputs: Inputs) -> Prepared:
     """FlashInfer's variable block sparse attention; its plan, made on the host, is not timed."""
     _needs_gpu(inputs)
     package = _package("flashinfer", "flashinfer-python")
@@ -165,7 +164,7 @@ def flashinfer(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     return lambda: wrapper.run(q, k, v), lambda out: out.transpose(0, 1)[tiling.restore][None]
 
 
-def vsa(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def vsa(inputs: Inputs) -> Prepared:
     """The Triton kernel of FastVideo's VSA: blocks of 64, so a tile of 128 is two with the same row of the mask."""
     _needs_gpu(inputs)
     if inputs.q.dtype != torch.bfloat16:
@@ -181,7 +180,7 @@ def vsa(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     return lambda: forward(q, k, v, indices, counts, sizes)[0], _from_tile_order(inputs)
 
 
-def flash4_sparse(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def flash4_sparse(inputs: Inputs) -> Prepared:
     """flash-attn-4 with lists of whole blocks."""
     _needs_gpu(inputs)
     interface = _package("flash_attn.cute.interface", "flash-attn-4")
@@ -205,7 +204,7 @@ def flash4_sparse(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]
     return run, lambda out: restore(out.transpose(1, 2))
 
 
-def sparsevideo(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def sparsevideo(inputs: Inputs) -> Prepared:
     """The kernel of sparsevideo's draft method (MIT's Block-Sparse-Attention), if its CUDA extension was built."""
     _needs_gpu(inputs)
     runtime = _package("sparsevideo.kernels.draft_block_sparse_runtime", "sparsevideo")
@@ -227,7 +226,6 @@ def sparsevideo(inputs: Inputs) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     return run, lambda out: restore(out[None].transpose(1, 2))
 
 
-Prepare = Callable[[Inputs], tuple[Attention, Callable[[Tensor], Tensor]]]
 DENSE: dict[str, Prepare] = {
     "SDPA flash": sdpa("FLASH_ATTENTION"),
     "SDPA cuDNN": sdpa("CUDNN_ATTENTION"),
@@ -243,7 +241,7 @@ SPARSE: dict[str, Prepare] = {
 }
 
 
-def reference_rows(inputs: Inputs, rows: Tensor, heads: Tensor, tail: Any, dense: bool) -> Tensor:
+def reference_rows(inputs: Inputs, rows: Tensor, heads: Tensor, tail: Tail | None, dense: bool) -> Tensor:
     """Attention of single queries in fp32 from its definition: fp32 [rows, heads, head_dim].
 
     rows: positions in the model's order.  tail: `Tail` or None.  dense: as if everything was kept.

@@ -5,24 +5,17 @@ model first, then a drafter and a refiner of a quarter of its size that predict 
 for a while longer, which leaves the codes as they are. Every phase runs for a number of minutes rather than steps,
 saves a checkpoint once a minute and when interrupted, and resumes from it:
 
-    python samples/train_mini_image.py vq --minutes 11
-    python samples/train_mini_image.py drafter --minutes 24
-    python samples/train_mini_image.py refiner --minutes 12
-    python samples/train_mini_image.py decoder --minutes 8
-    python samples/train_mini_image.py export
+    python samples/training/train_mini_image.py vq --minutes 11
+    python samples/training/train_mini_image.py drafter --minutes 24
+    python samples/training/train_mini_image.py refiner --minutes 12
+    python samples/training/train_mini_image.py decoder --minutes 8
+    python samples/training/train_mini_image.py export
 
-`samples/score_mini_image.py` then tells what they are worth.
+`samples/training/score_mini_image.py` then tells what they are worth.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import math
-import sys
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,20 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loop import Optimizer, Phase, existing, parser, spent, write_settings
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from train_mini_video import MixedOptimizer, save_atomically
 
 from draftdiff.files import replacing_folder
 from draftdiff.pipelines.mini import pictures as mini_pictures
 from draftdiff.pipelines.mini.image import WEIGHTS, load_mini_image
 from draftdiff.pipelines.mini.pictures import CLASSES, COLOURS, PLACES, SHAPES
-from draftdiff.pipelines.mini.weights import DEFAULTS_FILE
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.scheduler_var import VARScheduler
 from draftdiff.var.transformer_var import VARTransformer2DModel
@@ -114,6 +101,13 @@ class ComposedClasses(nn.Module):
         return own + F.pad(shared, (0, 0, 0, 1))  # the last embedding stands for no class
 
 
+def composed_transformer(kind: str) -> VARTransformer2DModel:
+    """As it is trained."""
+    model = new_transformer(kind)
+    parametrize.register_parametrization(model.class_embed, "weight", ComposedClasses(model.class_embed.embedding_dim))
+    return model
+
+
 def random_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Fresh pictures [batch, 3, 64, 64] in [-1, 1] and their labels int64 [batch]."""
     labels = rng.integers(len(CLASSES), size=BATCH)
@@ -127,96 +121,29 @@ def shape_weights(pictures: Tensor) -> Tensor:
     return 1 + SHAPE_WEIGHT * F.max_pool2d(contrast, 5, stride=1, padding=2)
 
 
-class Phase(ABC):
-    """A model in training: its weights, optimizer and clock, all of which a checkpoint keeps."""
-
-    model: nn.Module
-    optimizer: Any
-
-    def __init__(self, name: str, work: Path) -> None:
-        self.file = work / f"image_{name}.pt"
-        self.step, self.seconds, self.loss = 0, 0.0, 0.0
-        self.rng = np.random.default_rng()
-
-    def resume(self) -> None:
-        if self.file.exists():
-            saved = torch.load(self.file)
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.seconds = saved["step"], saved["seconds"]
-
-    def save(self) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        save_atomically({**state, "step": self.step, "seconds": self.seconds}, self.file)
-
-    @abstractmethod
-    def set_rate(self, factor: float) -> None:
-        """Set the learning rates to `factor` of their peaks."""
-
-    @abstractmethod
-    def train_step(self, part: float) -> str:
-        """One step at `part` of the time, 0 to 1; returns what to show."""
-
-    def run(self, minutes: float) -> None:
-        """Train on the clock: a short warm-up, then a cosine to zero."""
-        total = minutes * 60
-        torch.manual_seed(self.step)
-        self.model.train()
-        saved, previous = self.seconds, time.time()
-        try:
-            with tqdm(total=round(total), initial=round(self.seconds), unit="s", mininterval=10) as bar:
-                while self.seconds < total:
-                    part = self.seconds / total
-                    self.set_rate(min(1.0, (self.step + 1) / 50) * (0.01 + 0.495 * (1 + math.cos(math.pi * part))))
-                    shown = self.train_step(part)
-                    self.step += 1
-                    now = time.time()
-                    bar.update(round(self.seconds + now - previous) - round(self.seconds))
-                    self.seconds, previous = self.seconds + now - previous, now
-                    bar.set_postfix_str(f"step={self.step} {shown}", refresh=False)
-                    if self.seconds - saved > 60:
-                        self.save()
-                        saved = self.seconds
-        finally:
-            self.save()
-
-    def smoothed(self, loss: float) -> float:
-        self.loss = 0.98 * self.loss + 0.02 * loss if self.loss else loss
-        return self.loss
-
-
 class VQPhase(Phase):
     """Pictures to codes and back, by L1 and the quantiser's own loss."""
 
-    RATE = 2e-3
-
     def __init__(self, work: Path) -> None:
-        super().__init__("vq", work)
-        self.model: VQModel = new_vq()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.RATE, betas=(0.9, 0.98), weight_decay=0.0)
+        self.vq = new_vq()
+        super().__init__(work / "image_vq.pt", self.vq, Optimizer(self.vq.parameters(), adam_rate=2e-3))
+        self.rng = np.random.default_rng()
         self.used = torch.zeros(CODES, dtype=torch.bool)
-        self.resume()
-
-    def set_rate(self, factor: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = self.RATE * factor
 
     def train_step(self, part: float) -> str:
         pictures, _ = random_batch(self.rng)
-        features = self.model.quant_conv(self.model.encoder(pictures))
-        out = self.model.quantize(features)
+        features = self.vq.quant_conv(self.vq.encoder(pictures))
+        out = self.vq.quantize(features)
         # Early on most pictures pass unquantised: the autoencoder learns to see before the codes learn what it sees.
         bypass = torch.rand(len(pictures), 1, 1, 1) < 1 - part / UNQUANTISED
-        sample = self.model.decoder(self.model.post_quant_conv(torch.where(bypass, features, out.latents)))
+        sample = self.vq.decoder(self.vq.post_quant_conv(torch.where(bypass, features, out.latents)))
         error = ((sample - pictures).abs() * shape_weights(pictures)).mean()
-        self.optimizer.zero_grad()
-        (error + out.loss).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.descend(error + out.loss)
         self.used[torch.cat(out.indices, dim=1).flatten()] = True
         shown = f"L1={self.smoothed(error.item()):.4f} quantiser={out.loss.item():.4f} codes={int(self.used.sum())}"
         if self.step % 25 == 24:
             if part < 0.6:
-                self.model.quantize.revive(features.detach(), ~self.used)
+                self.vq.quantize.revive(features.detach(), ~self.used)
             if self.step % 100 == 99 or part < 0.6:
                 self.used.zero_()
         return shown
@@ -225,30 +152,21 @@ class VQPhase(Phase):
 class DecoderPhase(Phase):
     """The way back from codes to pictures once more, with the codes as they are: transformers need not learn anew."""
 
-    RATE = 1e-3
-
     def __init__(self, work: Path) -> None:
-        super().__init__("decoder", work)
-        self.model: VQModel = trained_vq(work)
-        parameters = [*self.model.post_quant_conv.parameters(), *self.model.decoder.parameters()]
+        self.vq = trained_vq(work)
+        parameters = [*self.vq.post_quant_conv.parameters(), *self.vq.decoder.parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(parameters, lr=self.RATE, betas=(0.9, 0.98), weight_decay=0.0)
-        self.resume()
-
-    def set_rate(self, factor: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = self.RATE * factor
+        super().__init__(work / "image_decoder.pt", self.vq, Optimizer(parameters, adam_rate=1e-3))
+        self.rng = np.random.default_rng()
 
     def train_step(self, part: float) -> str:
         pictures, _ = random_batch(self.rng)
         with torch.no_grad():
-            latents = self.model.quantize.latents_by_scale(self.model.encode(pictures))[-1]
-        sample = self.model.decoder(self.model.post_quant_conv(latents))
+            latents = self.vq.quantize.latents_by_scale(self.vq.encode(pictures))[-1]
+        sample = self.vq.decoder(self.vq.post_quant_conv(latents))
         error = ((sample - pictures).abs() * shape_weights(pictures)).mean()
-        self.optimizer.zero_grad()
-        error.backward()
-        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-        self.optimizer.step()
+        self.descend(error)
         return f"L1={self.smoothed(error.item()):.4f}"
 
 
@@ -256,18 +174,10 @@ class TransformerPhase(Phase):
     """Codes of all scales from the class and the scales before, by cross-entropy."""
 
     def __init__(self, kind: str, work: Path) -> None:
-        super().__init__(kind, work)
-        self.vq = trained_vq(work)
-        self.model: VARTransformer2DModel = new_transformer(kind)
-        parametrize.register_parametrization(
-            self.model.class_embed, "weight", ComposedClasses(self.model.class_embed.embedding_dim)
-        )
-        matrices = [p for name, p in self.model.blocks.named_parameters() if p.ndim == 2 and name.endswith("weight")]
-        self.optimizer = MixedOptimizer(self.model, matrices, muon_rate=0.02, adam_rate=2e-3)
-        self.resume()
-
-    def set_rate(self, factor: float) -> None:
-        self.optimizer.set_rate(factor)
+        self.vq, model = trained_vq(work), composed_transformer(kind)
+        matrices = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and name.endswith("weight")]
+        super().__init__(work / f"image_{kind}.pt", model, Optimizer(model.parameters(), 2e-3, matrices))
+        self.rng = np.random.default_rng()
 
     def train_step(self, part: float) -> str:
         pictures, labels = random_batch(self.rng)
@@ -275,13 +185,10 @@ class TransformerPhase(Phase):
             indices = self.vq.encode(pictures)
             inputs = self.vq.quantize.teacher_inputs(indices)
         labels = labels.masked_fill(torch.rand(len(labels)) < LABEL_DROPOUT, len(CLASSES))
-        self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model(inputs, labels).sample
         loss = F.cross_entropy(logits.float().flatten(0, 1), torch.cat(indices, dim=1).flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.descend(loss)
         return f"cross-entropy={self.smoothed(loss.item()):.4f}"
 
 
@@ -296,15 +203,14 @@ PHASES: dict[str, Callable[[Path], Phase]] = {
 def trained_vq(work: Path, phase: str = "vq") -> VQModel:
     """The VQ model of a work folder as a phase has left it, frozen."""
     vq = new_vq().requires_grad_(False).eval()
-    vq.load_state_dict(load_weights(work / f"image_{phase}.pt", phase))
+    vq.load_state_dict(torch.load(existing(work / f"image_{phase}.pt", phase))["model"])
     return vq
 
 
 def trained_transformer(kind: str, work: Path) -> VARTransformer2DModel:
     """The drafter or refiner of a work folder, its class embeddings summed up."""
-    model = new_transformer(kind)
-    parametrize.register_parametrization(model.class_embed, "weight", ComposedClasses(model.class_embed.embedding_dim))
-    model.load_state_dict(load_weights(work / f"image_{kind}.pt", kind))
+    model = composed_transformer(kind)
+    model.load_state_dict(torch.load(existing(work / f"image_{kind}.pt", kind))["model"])
     parametrize.remove_parametrizations(model.class_embed, "weight", leave_parametrized=True)
     return model.requires_grad_(False).eval()
 
@@ -318,39 +224,19 @@ def export(work: Path, folder: Path) -> None:
         pipe = VARPipeline(drafter.half(), vq.half(), scheduler, id2label=mini_pictures.class_names())
         pipe.save_pretrained(new)
         refiner.half().save_pretrained(new / "refiner")
-        digests = {}
-        for file in sorted(new.rglob("*.safetensors")):
-            file.chmod(0o644)
-            digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-        phases = {kind: torch.load(work / f"image_{kind}.pt") for kind in PHASES}
         settings = {
             "about": "A mini image pair for draftdiff. `generate` holds the arguments to call the pipeline with.",
             "generate": GENERATE,
             "draft_scales": DRAFT_SCALES,
             "class_example": CLASSES[0].name,
             "words": {"shapes": list(SHAPES), "colours": list(COLOURS), "places": list(PLACES)},
-            "training": {
-                kind: {"steps": saved["step"], "minutes": round(saved["seconds"] / 60, 1)}
-                for kind, saved in phases.items()
-            },
-            "sha256": digests,
+            "training": {kind: spent(work / f"image_{kind}.pt") for kind in PHASES},
         }
-        (new / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def load_weights(file: Path, phase: str) -> dict[str, Tensor]:
-    if not file.exists():
-        raise SystemExit(f"there is no {file}: run the phase {phase!r} first")
-    return torch.load(file)["model"]
+        write_settings(new, settings)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("phase", choices=[*PHASES, "export"])
-    parser.add_argument("--minutes", type=float, default=12.0, help="how long this phase trains in all (default 12)")
-    parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, PHASES, minutes=12, threads=1).parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.phase == "export":
         export(arguments.work, WEIGHTS)

@@ -1,4 +1,4 @@
-"""The video transformers that bench_dit.py times: real configurations, with random weights made on the device.
+"""The video transformers of `draftdiff bench dit`: real configurations, with random weights made on the device.
 
 Each model has its full size, of the released checkpoint at the resolution it is known for, and a small one of the same
 class, head_dim and proportions that a CPU can run in seconds.

@@ -4,8 +4,8 @@ Generates clips for prompts whose (colour, shape, motion) combination never occu
 and prints the share that came out right, per attribute and all together. With --sparsity it does the same again with
 draftdiff enabled at each given sparsity, from the same starting noise, and prints dense and sparse side by side:
 
-    python samples/score_mini_video.py --prompts 48
-    python samples/score_mini_video.py --prompts 48 --sparsity 0.5 0.75 0.9 --json scores.json
+    python samples/training/score_mini_video.py --prompts 48
+    python samples/training/score_mini_video.py --prompts 48 --sparsity 0.5 0.75 0.9 --json scores.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,6 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from draftdiff.pipelines.mini import judge as mini_judge
 from draftdiff.pipelines.mini import world as mini_world

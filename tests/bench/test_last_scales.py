@@ -1,24 +1,21 @@
 """The measurement of draft attention at the last scales, on a scale small enough for a test."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+from draftdiff.bench import last_scales
+from draftdiff.cli import main
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(SAMPLES))
-    import bench_var_attention
-
-    monkeypatch.setattr(bench_var_attention, "CASES", (bench_var_attention.Case("tiny", 16, 40, 32, 64, 24),))
-    return bench_var_attention
+def bench(monkeypatch, tmp_path):
+    monkeypatch.setattr(last_scales, "CASES", (last_scales.Case("tiny", 16, 40, 32, 64, 24),))
+    return lambda *arguments: main(["bench", "var", "attention", "-o", str(tmp_path), *arguments])
 
 
 def test_every_density_and_history_has_a_row_that_was_checked(bench, tmp_path, capsys):
-    assert bench.main(["--device", "cpu", "--heads", "1", "--rounds", "1", "-o", str(tmp_path), "--json"]) == 0
+    assert bench("--device", "cpu", "--heads", "1", "--rounds", "1", "--json") == 0
     payload = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "cpu-var-attention.json").read_text()) == payload
     rows = payload["rows"]
@@ -31,6 +28,13 @@ def test_every_density_and_history_has_a_row_that_was_checked(bench, tmp_path, c
     assert rows[0]["limit"] == 1 and rows[2]["limit"] == pytest.approx(1 / (1 - 0.75 * 256 / 296))
 
 
+def test_attention_that_is_wrong_fails_the_benchmark(bench, monkeypatch, capsys):
+    right = last_scales.attend_scale
+    monkeypatch.setattr(last_scales, "attend_scale", lambda *call: 1.01 * right(*call))
+    assert bench("--device", "cpu", "--heads", "1", "--rounds", "1", "--density", "1") == 1
+    assert "tiny, 16x16 differs from dense attention" in capsys.readouterr().err
+
+
 def test_a_wrong_argument_is_one_line(bench, tmp_path, capsys):
-    assert bench.main(["--density", "1.5", "-o", str(tmp_path)]) == 2
+    assert bench("--density", "1.5") == 2
     assert "--density" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -13,6 +13,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from draftdiff.errors import UserError
+
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__")
 HELD_OUT_PER_MILLE = 50
 PYTHON = sysconfig.get_python_version()
@@ -45,5 +47,5 @@ def def_prompts(count: int, held_out: bool = True) -> list[str]:
     heads = [head for text in corpus_texts(held_out) for head in re.findall(r"^def \w+\([^()]*\):$", text, re.M)]
     heads = list(dict.fromkeys(heads))
     if not 1 <= count <= len(heads):
-        raise ValueError(f"count must be from 1 to {len(heads)}, the function heads there are, got {count}")
+        raise UserError(f"count must be from 1 to {len(heads)}, the function heads there are, got {count}")
     return [heads[i * len(heads) // count] for i in range(count)]

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from draftdiff.models.image import ImageModel
 from draftdiff.pipelines.infinity import InfinityPipeline
@@ -31,6 +33,19 @@ class BenchModel:
     full: Size
     small: Size
     small_batches: tuple[int, ...] = (1, 4)
+
+
+class RandomModel(ImageModel):
+    """A model with random weights, whose pictures are its latents: the decoder is left out."""
+
+    def latents(self, subjects: Any, seed: int, **call: Any) -> Tensor:
+        """What it makes for class labels or embeddings of prompts, from one seed on the device."""
+        given = {"class_labels" if self.by_class else "prompt_embeds": subjects}
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return self.pipeline(**given, **call, generator=generator, output_type="latent").images
+
+    def pictures(self, subjects: Any, seed: int, **call: Any) -> np.ndarray:
+        return self.latents(subjects, seed, **call).float().cpu().numpy()
 
 
 def _var(depth: int, pair: bool = True, **config: Any) -> BenchModel:
@@ -66,7 +81,7 @@ MODELS: dict[str, BenchModel] = {
 }
 
 
-def build(model: BenchModel, size: Size, device: torch.device, dtype: torch.dtype) -> ImageModel:
+def build(model: BenchModel, size: Size, device: torch.device, dtype: torch.dtype) -> RandomModel:
     """A pipeline with random weights on the device. Its autoencoder is small: only its quantizer works here."""
     config = {name: value for name, value in size.items() if name not in ("size", "refiner")}
     with torch.device(device), _default(dtype):
@@ -81,7 +96,7 @@ def build(model: BenchModel, size: Size, device: torch.device, dtype: torch.dtyp
             pipeline = VARPipeline(transformer.eval(), vae.eval(), scheduler)
             refiner = VARTransformer2DModel(**size["refiner"]).eval() if size["refiner"] else None
     pipeline.set_progress_bar_config(disable=True)
-    return ImageModel("random weights", pipeline, refiner)
+    return RandomModel("random weights", pipeline, refiner)
 
 
 def _infinity(config: dict[str, Any]) -> InfinityPipeline:
@@ -91,14 +106,13 @@ def _infinity(config: dict[str, Any]) -> InfinityPipeline:
     return InfinityPipeline(transformer.eval(), vae.eval(), InfinityScheduler(patchify))
 
 
-def subjects(model: ImageModel, size: Size, batch: int) -> dict[str, Any]:
-    """Arguments of the pipeline's call for so many pictures."""
+def subjects(model: ImageModel, size: Size, batch: int) -> tuple[Any, dict[str, Any]]:
+    """What to draw in so many pictures, and further arguments of the pipeline's call."""
     if model.by_class:
-        return {"class_labels": [i % 1000 for i in range(batch)]}
+        return [i % 1000 for i in range(batch)], {}
     width = model.pipeline.transformer.config.text_dim
     generator = torch.Generator().manual_seed(0)
-    text = torch.randn(batch, PROMPT_TOKENS, width, generator=generator).to(model.device)
-    return {"prompt_embeds": text, "size": size["size"]}
+    return torch.randn(batch, PROMPT_TOKENS, width, generator=generator).to(model.device), {"size": size["size"]}
 
 
 @contextmanager

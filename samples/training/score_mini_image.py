@@ -4,8 +4,8 @@ Draws pictures of all classes by the drafter alone (plain VAR) and, with --code,
 given number of drafted scales, from the same seeds; judges each by rule and prints the share that came out right with
 its 95% confidence interval (Wilson's):
 
-    python samples/score_mini_image.py --per-class 4
-    python samples/score_mini_image.py --per-class 4 --code 1 2 3 4 5 6 --json scores.json
+    python samples/training/score_mini_image.py --per-class 4
+    python samples/training/score_mini_image.py --per-class 4 --code 1 2 3 4 5 6 --json scores.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
 from draftdiff.pipelines.mini.picture_judge import accuracy

@@ -4,22 +4,19 @@ It learns the world of `pipelines/mini/world.py` (one coloured shape crossing a 
 stock `diffusers.WanPipeline`: a small Wan VAE, a small Wan transformer, and a tiny text encoder trained with it.
 Every phase runs for a number of minutes rather than steps, saves a checkpoint once a minute, and resumes from it:
 
-    python samples/train_mini_video.py vae --minutes 10
-    python samples/train_mini_video.py dit --minutes 90
-    python samples/train_mini_video.py export
+    python samples/training/train_mini_video.py vae --minutes 10
+    python samples/training/train_mini_video.py dit --minutes 90
+    python samples/training/train_mini_video.py export
 
 `dit` scores itself with the judge at each milestone and exports by itself whenever the score improves.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import hashlib
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,19 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from loop import Optimizer, Phase, parser, spent, write_settings
+from score_mini_video import accuracy, generate, scoring_scenes
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from score_mini_video import accuracy, generate, scoring_scenes
-
-from draftdiff.files import replacing, replacing_folder
+from draftdiff.files import replacing_folder
 from draftdiff.pipelines.mini import world as mini_world
 from draftdiff.pipelines.mini.video import WEIGHTS, load_mini_video
-from draftdiff.pipelines.mini.weights import DEFAULTS_FILE
 
 LATENT_CHANNELS = 8
 TEXT_TOKENS = 20
@@ -99,116 +92,42 @@ def vae_crops(rng: random.Random) -> Iterator[torch.Tensor]:
         yield torch.stack(clips)
 
 
-def save_atomically(state: object, path: Path) -> None:
-    """Write a checkpoint, of which an interrupted run never leaves half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        torch.save(state, partial)
+class VaePhase(Phase):
+    """Clips to latents and back, by L1 and L2."""
+
+    def __init__(self, work: Path) -> None:
+        self.vae = new_vae()
+        kernels = [
+            p
+            for n, p in self.vae.named_parameters()
+            if p.ndim >= 4 and "conv_in" not in n and "decoder.conv_out" not in n
+        ]
+        super().__init__(work / "vae.pt", self.vae, Optimizer(self.vae.parameters(), 2e-3, kernels), average=True)
+        self.batches = vae_crops(random.Random(1000 + self.step))
+
+    def rate(self, part: float) -> float:
+        return 0.02 + 0.49 * (1 + math.cos(math.pi * part))
+
+    def decay(self) -> float:
+        return min(0.995, 1 - 1 / (self.step + 2))
+
+    def train_step(self, part: float) -> str:
+        noise, video = LATENT_NOISE * min(1.0, part / 0.3), next(self.batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = self.vae.encode(video).latent_dist
+            mean = posterior.mean.float()
+            decoded = self.vae.decode(mean + noise * torch.randn_like(mean)).sample.float()
+        # A shape covers few of the pixels; without extra weight the VAE learns plain backgrounds for a long time.
+        contrast = (video - video.flatten(2).median(2).values[:, :, None, None, None]).abs().amax(1, keepdim=True)
+        difference = (decoded - video) * (1 + 4 * (contrast > 0.05))
+        fit = difference.abs().mean() + difference.square().mean()
+        spread = (posterior.logvar.float() - 2 * math.log(LATENT_NOISE)).square().mean()
+        self.descend(fit + 2e-3 * mean.square().mean() + 1e-4 * spread)
+        return f"fit={self.smoothed(fit.item()):.4f} size={mean.std().item():.2f}"
 
 
-@torch.no_grad()
-def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """Move the running average of the weights towards the current ones."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-
-
-class MixedOptimizer:
-    """Muon for the hidden matrices (kernels are taken as matrices too) and Adam for everything else.
-
-    Muon needs far fewer steps than Adam alone, which is what makes training on two cores feasible.
-    """
-
-    def __init__(
-        self, model: torch.nn.Module, matrices: list[torch.nn.Parameter], muon_rate: float, adam_rate: float
-    ) -> None:
-        chosen = {id(parameter) for parameter in matrices}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-        self.matrices = matrices
-        self.flat = [torch.nn.Parameter(parameter.data.view(len(parameter), -1)) for parameter in matrices]
-        self.muon = torch.optim.Muon(self.flat, lr=muon_rate, momentum=0.95, weight_decay=0.01)
-        self.adam = torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        self.rates = (muon_rate, adam_rate)
-
-    def set_rate(self, factor: float) -> None:
-        for optimizer, rate in zip((self.muon, self.adam), self.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-
-    def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
-        for parameter in self.matrices:
-            parameter.grad = None
-
-    def step(self) -> None:
-        for flat, parameter in zip(self.flat, self.matrices, strict=True):
-            flat.grad = None if parameter.grad is None else parameter.grad.reshape(flat.shape)
-        self.muon.step()
-        self.adam.step()
-
-    def state_dict(self) -> dict[str, object]:
-        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
-
-    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
-
-
-def train_vae(minutes: float, work: Path) -> None:
-    """Train the VAE, then measure its latents so that the pipeline can scale them to zero mean and unit variance."""
-    vae = new_vae()
-    average = copy.deepcopy(vae).requires_grad_(False)
-    kernels = [
-        p for n, p in vae.named_parameters() if p.ndim >= 4 and "conv_in" not in n and "decoder.conv_out" not in n
-    ]
-    optimizer = MixedOptimizer(vae, kernels, muon_rate=0.02, adam_rate=2e-3)
-    done, step, checkpoint = 0.0, 0, work / "vae.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint)
-        vae.load_state_dict(saved["model"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done, step = saved["seconds"], saved["step"]
-
-    def save() -> None:
-        state = {"model": vae.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        save_atomically({**state, "seconds": done, "step": step}, checkpoint)
-
-    batches = vae_crops(random.Random(1000 + step))
-    previous, last_saved, smooth = time.time(), done, 0.0
-    with tqdm(total=round(minutes * 60), initial=round(done), unit="s", mininterval=10) as bar:
-        while done < minutes * 60:
-            part = done / (minutes * 60)
-            optimizer.set_rate(min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * part))))
-            noise = LATENT_NOISE * min(1.0, part / 0.3)
-            video = next(batches)
-            with torch.autocast("cpu", torch.bfloat16):
-                posterior = vae.encode(video).latent_dist
-                mean = posterior.mean.float()
-                decoded = vae.decode(mean + noise * torch.randn_like(mean)).sample.float()
-            # A shape covers few of the pixels; without extra weight the VAE learns plain backgrounds for a long time.
-            shown = (video - video.flatten(2).median(2).values[:, :, None, None, None]).abs().amax(
-                1, keepdim=True
-            ) > 0.05
-            difference = (decoded - video) * (1 + 4 * shown)
-            fit = difference.abs().mean() + difference.square().mean()
-            spread = (posterior.logvar.float() - 2 * math.log(LATENT_NOISE)).square().mean()
-            loss = fit + 2e-3 * mean.square().mean() + 1e-4 * spread
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            update_average(average, vae, min(0.995, 1 - 1 / (step + 2)))
-            step += 1
-            smooth = fit.item() if not smooth else 0.98 * smooth + 0.02 * fit.item()
-            now = time.time()
-            bar.update(round(now - previous + done) - round(done))
-            done, previous = done + now - previous, now
-            bar.set_postfix(step=step, fit=f"{smooth:.4f}", size=f"{mean.std().item():.2f}", refresh=False)
-            if done - last_saved > 60:
-                save()
-                last_saved = done
-    save()
-
+def export_vae(average: AutoencoderKLWan, work: Path) -> None:
+    """Measure the latents, so that the pipeline can scale them to zero mean and unit variance, and save the VAE."""
     rng = random.Random(7)
     latents, errors = [], []
     for _ in tqdm(range(24), desc="measuring latents"):
@@ -384,10 +303,6 @@ def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None
         for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
             text = (partial / name).read_text(encoding="utf-8")
             (partial / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
-        digests = {}
-        for file in sorted(partial.rglob("*.safetensors")):
-            file.chmod(0o644)
-            digests[file.relative_to(partial).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
         settings = {
             "about": "A mini video model for draftdiff. `generate` holds the arguments to call the pipeline with.",
             "generate": {
@@ -411,13 +326,19 @@ def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None
             },
             "held_out_combinations": [list(combination) for combination in mini_world.HELD_OUT],
             "training": training,
-            "sha256": digests,
         }
-        (partial / DEFAULTS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_settings(partial, settings)
 
 
-class Trainer:
-    """The transformer and the text encoder, their running averages, and everything needed to carry on later."""
+SMALL, FULL = (5, 8, 8), (8, 16, 16)
+# Shares of the time at which to look: cheaply on the small grid at first, then on the full one.
+LOOKS = ((0.12, SMALL), (0.25, SMALL), (0.42, FULL), (0.62, FULL), (0.82, FULL))
+
+
+class DitPhase(Phase):
+    """The transformer and the text encoder: scored now and then, exported where they score best on the full grid."""
+
+    warm_up = 40
 
     def __init__(self, work: Path) -> None:
         torch.manual_seed(0)
@@ -427,31 +348,17 @@ class Trainer:
         self.tokenizer = new_tokenizer()
         self.transformer = new_transformer()
         self.text_encoder = new_text_encoder(len(self.tokenizer))
-        self.model = torch.nn.ModuleList([self.transformer, self.text_encoder])
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
         matrices = [p for name, p in self.transformer.blocks.named_parameters() if p.ndim == 2]
-        self.optimizer = MixedOptimizer(self.model, matrices, muon_rate=0.02, adam_rate=1.5e-3)
-        self.step, self.seconds = 0, 0.0
-        self.best = -1.0
+        model = torch.nn.ModuleList([self.transformer, self.text_encoder])
+        super().__init__(work / "dit.pt", model, Optimizer(model.parameters(), 1.5e-3, matrices), average=True)
+        self.kept.setdefault("best", -1.0)
+        self.rng = random.Random(self.step)
         self.pools: dict[tuple[int, int, int], LatentPool] = {}
-        checkpoint = work / "dit.pt"
-        if checkpoint.exists():
-            saved = torch.load(checkpoint)
-            self.model.load_state_dict(saved["model"])
-            self.average.load_state_dict(saved["average"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
+        self.losses: dict[tuple[int, int, int], float] = {}
+        self.looks = [*LOOKS]
 
-    def save(self) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-        }
-        save_atomically(state, self.work / "dit.pt")
+    def rate(self, part: float) -> float:
+        return min(1.0, 0.03 + 0.97 * (1 - part) / 0.6)
 
     def pool(self, grid: tuple[int, int, int], at_least: int) -> LatentPool:
         if grid not in self.pools:
@@ -465,26 +372,31 @@ class Trainer:
                 bar.update(4)
         return pool
 
-    def train_step(self, grid: tuple[int, int, int], batch: int) -> float:
-        tokens = math.prod(grid)
+    def train_step(self, part: float) -> str:
+        stage = next(stage for stage in STAGES if part < stage.until)
+        grid = self.rng.choices(list(stage.grids), [weight for weight, _ in stage.grids.values()])[0]
+        loss = self.loss_on(grid, stage.grids[grid][1])
+        self.descend(loss)
+        self.losses[grid] = 0.97 * self.losses.get(grid, loss.item()) + 0.03 * loss.item()
+        due = [look for look in self.looks if look[0] <= part]
+        self.looks = self.looks[len(due) :]
+        if due:
+            shape = due[-1][1]
+            self.milestone(shape, 12 if shape == SMALL else 6, ship=shape == FULL)
+        return "loss " + " ".join(f"{'x'.join(map(str, g))}={value:.3f}" for g, value in self.losses.items())
+
+    def loss_on(self, grid: tuple[int, int, int], batch: int) -> torch.Tensor:
         pool = self.pool(grid, at_least=max(8 * batch, 160))
         if len(pool.scenes) < 6000:  # about five uses of each clip
             pool.grow(max(1, batch // 5))
         clean, captions = pool.draw(batch)
-        sigma = draw_sigmas(batch, tokens)
+        sigma = draw_sigmas(batch, math.prod(grid))
         noise = torch.randn_like(clean)
         mix = sigma.view(-1, 1, 1, 1, 1)
-        self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             text = encode_captions(self.text_encoder, self.tokenizer, captions)
             velocity = self.transformer((1 - mix) * clean + mix * noise, 1000 * sigma, text, return_dict=False)[0]
-        loss = (velocity.float() - (noise - clean)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        update_average(self.average, self.model, min(0.995, (1 + self.step) / (10 + self.step)))
-        return loss.item()
+        return (velocity.float() - (noise - clean)).square().mean()
 
     def pipeline(self) -> WanPipeline:
         transformer, text_encoder = self.average
@@ -514,66 +426,38 @@ class Trainer:
             tqdm.write(f"step {self.step}, grid {grid}, {name}: {shares}  ({time.time() - started:.0f} s)")
         if ship:
             validation = scores["seen"]["all"] + 0.1 * float(np.mean(list(scores["seen"].values())))
-            if validation >= self.best:
-                self.best = validation
+            if validation >= self.kept["best"]:
+                self.kept["best"] = validation
                 training = {"steps": self.step, "minutes": round(self.seconds / 60, 1), "validation": scores}
                 export(self.pipeline(), WEIGHTS, training)
                 tqdm.write(f"exported to {WEIGHTS.name} (validation score {validation:.3f})")
 
     def run(self, minutes: float) -> None:
-        """Go through the stages on the clock, scoring now and then and exporting what scores best on the full grid."""
-        total = minutes * 60
+        """Go through the stages, and score the end."""
         self.transformer.compile_repeated_blocks()
         torch._dynamo.config.recompile_limit = 32
-        rng = random.Random(self.step)
-        small, full = (5, 8, 8), (8, 16, 16)
-        # Shares of the time at which to look: cheaply on the small grid at first, then on the full one.
-        looks = [(0.12, small), (0.25, small), (0.42, full), (0.62, full), (0.82, full)]
-        pending = [look for look in looks if look[0] > self.seconds / total]
-        losses: dict[tuple[int, int, int], float] = {}
-        last_saved, previous = self.seconds, time.time()
-        with tqdm(total=round(total), initial=round(self.seconds), unit="s", mininterval=10) as bar:
-            while self.seconds < total:
-                part = self.seconds / total
-                stage = next(stage for stage in STAGES if part < stage.until)
-                grid = rng.choices(list(stage.grids), [weight for weight, _ in stage.grids.values()])[0]
-                self.optimizer.set_rate(min(1.0, (self.step + 1) / 40) * min(1.0, 0.03 + 0.97 * (1 - part) / 0.6))
-                loss = self.train_step(grid, stage.grids[grid][1])
-                losses[grid] = 0.97 * losses.get(grid, loss) + 0.03 * loss
-                if pending and part >= pending[0][0]:
-                    shape = pending.pop(0)[1]
-                    self.milestone(shape, 12 if shape == small else 6, ship=shape == full)
-                now = time.time()
-                bar.update(round(self.seconds + now - previous) - round(self.seconds))
-                self.seconds, previous = self.seconds + now - previous, now
-                shown = " ".join(f"{'x'.join(map(str, g))}={value:.3f}" for g, value in losses.items())
-                bar.set_postfix_str(f"step={self.step} loss {shown}", refresh=False)
-                if self.seconds - last_saved > 60:
-                    self.save()
-                    last_saved = self.seconds
-        self.save()
-        self.milestone(full, 6, ship=True)
+        self.looks = [look for look in LOOKS if look[0] > self.seconds / (60 * minutes)]
+        super().run(minutes)
+        self.milestone(FULL, 6, ship=True)
         self.save()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("phase", choices=["vae", "dit", "export"])
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long this phase trains in all (default 10)")
-    parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, ["vae", "dit"], minutes=10, threads=2).parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.phase == "vae":
-        train_vae(arguments.minutes, arguments.work)
-        return
-    trainer = Trainer(arguments.work)
-    if arguments.phase == "dit":
-        trainer.run(arguments.minutes)
-    else:
-        export(trainer.pipeline(), WEIGHTS, {"steps": trainer.step, "minutes": round(trainer.seconds / 60, 1)})
-        load_mini_video()
-        print(f"exported step {trainer.step} to {WEIGHTS}")
+    work = arguments.work
+    phase = VaePhase(work) if arguments.phase == "vae" else DitPhase(work)
+    try:
+        if arguments.phase == "export":
+            export(phase.pipeline(), WEIGHTS, spent(work / "dit.pt"))
+            load_mini_video()
+            print(f"exported step {phase.step} to {WEIGHTS}")
+        else:
+            phase.run(arguments.minutes)
+            if arguments.phase == "vae":
+                export_vae(phase.average, work)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; the same command carries on from {work}") from None
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
 """The kernel benchmark on a case of a few tokens: what it writes, its checks, and its arithmetic."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from samples import bench_kernels
-from samples.bench_peers import Absent, reference_rows
+from draftdiff.bench import kernels
+from draftdiff.bench.kernel_bars import bars
+from draftdiff.bench.peers import reference_rows
+from draftdiff.bench.runner import Absent
+from draftdiff.cli import main
 from tests.oracle import attention_row
 from tests.rounding import rounded
 
-TINY = bench_kernels.Case((3, 10, 20), 2, 64, "600 tokens, ragged tiles")
+TINY = kernels.Case((3, 10, 20), 2, 64, "600 tokens, ragged tiles")
 
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Runs the script on the tiny case; returns its status and its result."""
-    monkeypatch.setattr(bench_kernels, "CASES", {"cpu": {"tiny": TINY}, "cuda": {}})
+    """Runs the command on the tiny case; returns its status and its result."""
+    monkeypatch.setattr(kernels, "CASES", {"cpu": {"tiny": TINY}, "cuda": {}})
 
     def run(*arguments):
-        command = ["bench_kernels.py", "--device", "cpu", "--rounds", "2", "--densities", "0.4", "1"]
-        monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path), *arguments])
-        status = bench_kernels.main()
-        return status, json.loads((tmp_path / "cpu-kernels.json").read_text())
+        given = ["--device", "cpu", "--rounds", "2", "--densities", "0.4", "1", "-o", str(tmp_path)]
+        status = main(["bench", "kernels", *given, *arguments])
+        file = tmp_path / "cpu-kernels.json"
+        return status, json.loads(file.read_text()) if file.exists() else None
 
     return run
 
@@ -35,11 +37,11 @@ def test_every_backend_is_timed_and_checked_or_absent_with_a_reason(bench, tmp_p
     rows = result["rows"]
     assert {row["density"] for row in rows} == {0.4, 1.0}
     for row in rows:
-        if "absent" in row:
-            assert row["absent"] and "seconds" not in row
+        if row["absent"] is not None:
+            assert row["absent"] and row["seconds"] is None and row["flops"] is None
         else:
             assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
-    timed = {row["backend"] for row in rows if "seconds" in row}
+    timed = {row["backend"] for row in rows if row["seconds"]}
     assert {"SDPA flash", "torch", "torch + tail", "draft + select"} <= timed
     dense = next(row for row in rows if row["backend"] == "SDPA flash")
     assert dense["of_dense_time"] == {"median": 1.0, "min": 1.0, "max": 1.0}
@@ -52,8 +54,8 @@ def test_every_backend_is_timed_and_checked_or_absent_with_a_reason(bench, tmp_p
 
 
 def test_a_wrong_kernel_ends_the_script_with_status_1(bench, monkeypatch, capsys):
-    right = bench_kernels.block_sparse_attention
-    monkeypatch.setattr(bench_kernels, "block_sparse_attention", lambda *a, **k: right(*a, **k) * 1.01)
+    right = kernels.block_sparse_attention
+    monkeypatch.setattr(kernels, "block_sparse_attention", lambda *a, **k: right(*a, **k) * 1.01)
     status, result = bench()
     assert status == 1
     assert "wrong: torch in tiny at 0.4" in capsys.readouterr().err
@@ -62,7 +64,7 @@ def test_a_wrong_kernel_ends_the_script_with_status_1(bench, monkeypatch, capsys
 
 @pytest.mark.parametrize("with_tail", [False, True], ids=["drop", "tail"])
 def test_the_reference_of_sampled_rows_is_attention_written_out(with_tail):
-    inputs, tail, _ = bench_kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
+    inputs, tail, _ = kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
     rows, heads = torch.tensor([0, 77, 599]), torch.tensor([1, 0])
     shown = tail if with_tail else None
     expected = torch.empty(len(rows), len(heads), inputs.q.shape[-1])
@@ -73,26 +75,27 @@ def test_the_reference_of_sampled_rows_is_attention_written_out(with_tail):
     rounded(lambda: reference_rows(inputs, rows, heads, shown, dense=False)).check(expected)
 
 
-@pytest.mark.parametrize("name", [*bench_kernels.SPARSE, "flash-attn-4", "sageattention"])
+@pytest.mark.parametrize("name", [*kernels.SPARSE, "flash-attn-4", "sageattention"])
 def test_a_peer_that_cannot_run_here_says_why(name):
-    inputs, _, _ = bench_kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
+    inputs, _, _ = kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
     with pytest.raises(Absent, match="runs on a GPU only"):
-        (bench_kernels.SPARSE | bench_kernels.DENSE)[name](inputs)
+        (kernels.SPARSE | kernels.DENSE)[name](inputs)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--cases", "huge"], "--cases must be among tiny, got 'huge'"),
-        (["--densities", "0"], "--densities must be above 0 and at most 1, got 0"),
-        (["--rounds", "0"], "--rounds must be 1 or more, got 0"),
-        (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["--densities", "0"], "--densities: must be above 0 and at most 1, got '0'"),
+        (["--rounds", "0"], "--rounds: must be a whole number from 1 on, got '0'"),
+        (["--device", "tpu"], "device 'tpu' cannot be used"),
     ],
 )
 def test_bad_arguments_are_named_in_one_line(bench, capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        bench(*arguments)
-    assert message in capsys.readouterr().err
+    status, result = bench(*arguments)
+    assert status == 2 and result is None
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_bars_compare_what_was_measured():
@@ -100,7 +103,7 @@ def test_bars_compare_what_was_measured():
         spread = {"median": ratio, "min": ratio, "max": ratio}
         return {"case": "cpu-64", "backend": backend, "density": density, "seconds": spread, "of_dense_time": spread}
 
-    found = bench_kernels.bars([row("cpu + tail", 0.1, 0.2), row("cpu + tail", 0.25, 0.3)])
+    found = bars([row("cpu + tail", 0.1, 0.2), row("cpu + tail", 0.25, 0.3)])
     assert [(bar["measured"], bar["bar"], bar["met"]) for bar in found] == [
         (0.2, "<= 0.18", False),
         (0.3, "<= 0.4", True),

@@ -4,7 +4,7 @@ Fine-tunes copies of the shipped drafter and refiner for one number of drafted s
 compares before and after: both losses on pictures that neither has seen, and the judge's accuracy of collaborative
 decoding from the same seeds, with the p-value of McNemar's exact test:
 
-    python samples/specialise_mini_image.py --draft-scales 4 --per-class 1 --json results.json
+    python samples/training/specialise_mini_image.py --draft-scales 4 --per-class 1 --json results.json
 
 The shipped pair itself stays as it is: it serves every number of drafted scales, and plain VAR too.
 """
@@ -15,19 +15,14 @@ import argparse
 import copy
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from score_mini_image import generate, wilson_interval
+from torch import Tensor
 
 from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
 from draftdiff.pipelines.mini.picture_judge import judge

@@ -5,35 +5,25 @@ a draft of one layer. The draft is first trained on the text, then aligned with 
 wrote, by the library's own `DraftTrainer`. Target and draft train for a number of minutes rather than steps, save a
 checkpoint once a minute and when interrupted, and resume from it; the alignment resumes from the Trainer's checkpoints:
 
-    python samples/llm/train_mini_llm.py tokenizer
-    python samples/llm/train_mini_llm.py target --minutes 60
-    python samples/llm/train_mini_llm.py draft --minutes 9
-    python samples/llm/train_mini_llm.py align --steps 850
-    python samples/llm/train_mini_llm.py export
+    python samples/training/train_mini_llm.py tokenizer
+    python samples/training/train_mini_llm.py target --minutes 60
+    python samples/training/train_mini_llm.py draft --minutes 9
+    python samples/training/train_mini_llm.py align --steps 850
+    python samples/training/train_mini_llm.py export
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import math
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from stdlib_corpus import PYTHON, corpus_texts, def_prompts
+from loop import Optimizer, Phase, existing, parser, spent, write_settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -47,9 +37,9 @@ from draftdiff.llm import (
     mix_in_text,
     packed_text,
 )
+from draftdiff.llm.train.stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from draftdiff.llm.train.trim import count_tokens
 from draftdiff.pipelines.mini.llm import WEIGHTS, load_mini_llm
-from draftdiff.pipelines.mini.weights import DEFAULTS_FILE
 
 VOCABULARY, CONTEXT, BATCH = 2048, 512, 8
 END = "<|endoftext|>"
@@ -59,7 +49,6 @@ SIZES: dict[str, dict[str, int]] = {
     "target": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2},
     "draft": {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
-MUON_RATE, ADAM_RATE = 0.02, 3e-3
 # Of the alignment: prompts, each continued at four temperatures; share of corpus text beside them; loss; learning rate.
 WRITTEN, TEXT_SHARE, ALIGN_LOSS, ALIGN_RATE = 256, 0.85, "lk", 1.5e-3
 LENGTH = 4  # of the draft's chains
@@ -113,76 +102,24 @@ def corpus_tokens(work: Path, held_out: bool = False) -> Tensor:
     return torch.tensor(ids)
 
 
-class Pretraining:
-    """A model in training on packed windows of the corpus: weights, optimizers and clock, all kept by a checkpoint."""
+class Pretraining(Phase):
+    """A model on packed windows of the corpus."""
 
     def __init__(self, kind: str, work: Path) -> None:
-        self.file = work / f"llm_{kind}.pt"
         torch.manual_seed(0)
-        self.model = new_model(kind)
-        self.step, self.seconds, self.loss = 0, 0.0, 0.0
-        matrices = [p for n, p in self.model.model.layers.named_parameters() if p.ndim == 2]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in self.model.parameters() if id(p) not in chosen]
-        # Muon needs far fewer steps than Adam alone, which is what makes training on one core feasible.
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.01), MUON_RATE),
-            (torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0), ADAM_RATE),
-        ]
-        if self.file.exists():
-            saved = torch.load(self.file)
-            self.model.load_state_dict(saved["model"])
-            for (optimizer, _), state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            self.step, self.seconds = saved["step"], saved["seconds"]
+        model = new_model(kind)
+        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        super().__init__(work / f"llm_{kind}.pt", model, Optimizer(model.parameters(), 3e-3, matrices))
+        self.tokens = corpus_tokens(work)
 
-    def save(self) -> None:
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        with replacing(self.file) as partial:
-            torch.save(state, partial)
-
-    def train_step(self, tokens: Tensor, factor: float) -> None:
-        """One step on random windows of `tokens` at `factor` of the peak learning rates."""
-        starts = torch.randint(len(tokens) - CONTEXT, (BATCH,))
-        windows = tokens[starts[:, None] + torch.arange(CONTEXT + 1)]
+    def train_step(self, part: float) -> str:
+        starts = torch.randint(len(self.tokens) - CONTEXT, (BATCH,))
+        windows = self.tokens[starts[:, None] + torch.arange(CONTEXT + 1)]
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model(windows[:, :-1]).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, rate in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.loss = 0.98 * self.loss + 0.02 * loss.item() if self.loss else loss.item()
-        self.step += 1
-
-    def run(self, tokens: Tensor, minutes: float) -> None:
-        """Train on the clock: a short warm-up, then a cosine to nearly zero."""
-        total = minutes * 60
-        torch.manual_seed(self.step + 1)
-        self.model.train()
-        saved, previous = self.seconds, time.time()
-        try:
-            with tqdm(total=round(total), initial=round(self.seconds), unit="s", mininterval=10) as bar:
-                while self.seconds < total:
-                    cosine = 0.5 * (1 + math.cos(math.pi * self.seconds / total))
-                    self.train_step(tokens, min(1.0, (self.step + 1) / 50) * (0.01 + 0.99 * cosine))
-                    now = time.time()
-                    bar.update(round(self.seconds + now - previous) - round(self.seconds))
-                    self.seconds, previous = self.seconds + now - previous, now
-                    bar.set_postfix_str(f"step={self.step} cross-entropy={self.loss:.4f}", refresh=False)
-                    if self.seconds - saved > 60:
-                        self.save()
-                        saved = self.seconds
-        finally:
-            self.save()
+        self.descend(loss)
+        return f"cross-entropy={self.smoothed(loss.item()):.4f}"
 
 
 def trained(kind: str, work: Path) -> LlamaForCausalLM:
@@ -268,17 +205,11 @@ def export(work: Path, folder: Path) -> None:
         for name, model in (("target", target), ("draft", draft)):
             model.half().save_pretrained(new / name)
             model.float()  # what is scored is what is loaded
-        digests = {}
-        for file in sorted(new.rglob("*.safetensors")):
-            file.chmod(0o644)
-            digests[file.relative_to(new).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
         scores = held_out_scores(target, draft, tokenizer)
         training = {}
         for kind in SIZES:
-            saved = torch.load(work / f"llm_{kind}.pt")
             loss = held_out_loss(trained(kind, work), corpus_tokens(work, held_out=True))
-            minutes = round(saved["seconds"] / 60, 1)
-            training[kind] = {"steps": saved["step"], "minutes": minutes, "held_out_cross_entropy": round(loss, 4)}
+            training[kind] = spent(work / f"llm_{kind}.pt") | {"held_out_cross_entropy": round(loss, 4)}
         settings = {
             "about": "A mini language-model pair for draftdiff, trained on the Python standard library's sources.",
             "prompt": "def read_lines(path):",
@@ -286,29 +217,16 @@ def export(work: Path, folder: Path) -> None:
             "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
             "training": training,
             "python": PYTHON,
-            "sha256": digests,
         }
         written = DistillationSet.load(work / "llm_written.safetensors")
-        counts = json.dumps(count_tokens(written, VOCABULARY).tolist())  # on one line
-        text = json.dumps(settings, indent=2).removesuffix("\n}") + f',\n  "token_counts": {counts}\n}}\n'
-        (new / DEFAULTS_FILE).write_text(text, encoding="utf-8")
+        write_settings(new, settings, long={"token_counts": count_tokens(written, VOCABULARY).tolist()})
     print(json.dumps(settings["held_out"]), json.dumps(training))
 
 
-def existing(file: Path, phase: str) -> Path:
-    if not file.exists():
-        raise SystemExit(f"there is no {file}: run the phase {phase!r} first")
-    return file
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("phase", choices=["tokenizer", *SIZES, "align", "export"])
-    parser.add_argument("--minutes", type=float, default=9.0, help="how long target or draft train in all (default 9)")
-    parser.add_argument("--steps", type=int, default=850, help="how many steps the alignment takes (default 850)")
-    parser.add_argument("--work", type=Path, default=ROOT / ".train", help="folder for checkpoints (default .train)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    arguments = parser.parse_args()
+    options = parser(__doc__, ["tokenizer", *SIZES, "align"], minutes=9, threads=1)
+    options.add_argument("--steps", type=int, default=850, help="how many steps the alignment takes (default 850)")
+    arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     work = arguments.work
     try:
@@ -320,7 +238,7 @@ def main() -> None:
             export(work, WEIGHTS)
             load_mini_llm()
         else:
-            Pretraining(arguments.phase, work).run(corpus_tokens(work), arguments.minutes)
+            Pretraining(arguments.phase, work).run(arguments.minutes)
             loss = held_out_loss(trained(arguments.phase, work), corpus_tokens(work, held_out=True))
             print(f"held-out cross-entropy {loss:.4f}")
     except KeyboardInterrupt:

@@ -1,0 +1,1 @@
+"""`draftdiff bench`: one runner, a file a routine, one plotter."""
