@@ -24,7 +24,7 @@ test: $(READY)
 # What computes, again as lesser x86-64 processors do (this one must have AVX2): no bound may be tuned on one machine.
 # Triton's interpreter computes in numpy, which neither variable reaches.
 NUMERIC := tests/attention tests/core $(addprefix tests/kernels/test_,block_sparse.py cpu.py gradients.py problem.py) tests/test_golden.py tests/var \
-	$(addprefix tests/video/test_,families.py hook.py layouts.py patch.py pipeline.py)
+	$(addprefix tests/video/test_,families.py guests.py hook.py layouts.py patch.py pipeline.py training.py)
 PORTABLE := $(BIN)/python -m pytest -n 2 --dist worksteal -q -k "not triton" $(NUMERIC)
 
 test-portable: $(READY)

@@ -27,7 +27,11 @@ TESTS = {
     "draftdiff/hosts/diffusers.py": ["tests/hosts/test_diffusers.py", "tests/video/test_hook.py"],
     "draftdiff/video/attention.py": ["tests/attention", "tests/kernels/test_block_sparse.py"],
     "draftdiff/video/hook.py": ["tests/video/test_hook.py", "tests/video/test_pipeline.py"],
-    "draftdiff/video/patch.py": ["tests/video/test_hook.py", "tests/video/test_pipeline.py"],
+    "draftdiff/video/patch.py": [
+        "tests/video/test_hook.py",
+        "tests/video/test_guests.py",
+        "tests/video/test_pipeline.py",
+    ],
     "draftdiff/video/report.py": [
         "tests/video/test_hook.py",
         "tests/video/test_pipeline.py",
