@@ -24,46 +24,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
 from loop import Optimizer, Phase, parser, spent, write_settings
+from mini_video_parts import (
+    GUIDANCE,
+    LATENT_CHANNELS,
+    SHIFT,
+    STEPS,
+    TEXT_TOKENS,
+    build_pipeline,
+    new_text_encoder,
+    new_tokenizer,
+    new_transformer,
+    new_vae,
+)
 from score_mini_video import accuracy, generate, scoring_scenes
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from draftdiff.files import replacing_folder
 from draftdiff.pipelines.mini import world as mini_world
 from draftdiff.pipelines.mini.video import WEIGHTS, load_mini_video
 
-LATENT_CHANNELS = 8
-TEXT_TOKENS = 20
-TEXT_WIDTH = 128
-HEADS, LAYERS = 4, 6
-# How generation runs: the timestep shift that training follows too, steps, and classifier-free guidance.
-SHIFT, STEPS, GUIDANCE = 5.0, 20, 3.0
 # How far the decoder must tolerate errors in the latents, relative to their unit scale: the transformer makes some.
 LATENT_NOISE = 0.15
-
-
-def new_vae() -> AutoencoderKLWan:
-    """A Wan 2.2-style VAE, 8x8 in space and 4x in time; it starts from 2x2 pixel patches, which is much cheaper."""
-    return AutoencoderKLWan(
-        base_dim=16,
-        decoder_base_dim=16,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        attn_scales=[],
-        temperal_downsample=[True, True],
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_temporal=4,
-        scale_factor_spatial=8,
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
-    )
 
 
 def to_model_range(clip: np.ndarray) -> torch.Tensor:
@@ -142,77 +126,6 @@ def export_vae(average: AutoencoderKLWan, work: Path) -> None:
     tqdm.write(f"vae: mean absolute error {np.mean(errors):.4f} on full clips (pixels in -1..1); std {flat.std(1)}")
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the mini world; anything else is <unk>. Synonyms are folded in before the look-up."""
-    words = ["<pad>", "</s>", "<unk>", *mini_world.vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    folds = [normalizers.Replace(Regex(rf"\b{word}\b"), meaning) for word, meaning in mini_world.SYNONYMS.items()]
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z]+"), " "), *folds, normalizers.Strip()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=TEXT_TOKENS,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def new_text_encoder(words: int) -> UMT5EncoderModel:
-    """A two-layer text encoder, trained together with the transformer."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=words,
-            d_model=TEXT_WIDTH,
-            d_kv=32,
-            num_heads=4,
-            d_ff=2 * TEXT_WIDTH,
-            num_layers=2,
-            dropout_rate=0.0,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=24,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
-
-
-def new_transformer() -> WanTransformer3DModel:
-    """A Wan transformer with one token per latent pixel. Every block starts as the identity, which trains faster."""
-    width = 64 * HEADS
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 1, 1),
-        num_attention_heads=HEADS,
-        attention_head_dim=64,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        text_dim=TEXT_WIDTH,
-        freq_dim=128,
-        ffn_dim=4 * width,
-        num_layers=LAYERS,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=128,
-    )
-    with torch.no_grad():
-        for block in transformer.blocks:
-            for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2]):
-                layer.weight.zero_()
-                layer.bias.zero_()
-            block.scale_shift_table.zero_()
-            block.scale_shift_table[:, [2, 5]] = 1.0  # the two gates
-        transformer.condition_embedder.time_proj.weight.mul_(0.1)
-        transformer.condition_embedder.time_proj.bias.zero_()
-        transformer.scale_shift_table.zero_()
-        transformer.proj_out.weight.zero_()
-        transformer.proj_out.bias.zero_()
-    return transformer
-
-
 class LatentPool:
     """Rendered and encoded clips of one size, kept in memory because encoding costs about as much as a training step.
 
@@ -282,18 +195,6 @@ STAGES = (
 )
 
 
-def build_pipeline(
-    transformer: WanTransformer3DModel,
-    text_encoder: UMT5EncoderModel,
-    tokenizer: PreTrainedTokenizerFast,
-    vae: AutoencoderKLWan,
-) -> WanPipeline:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    pipe = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None:
     """Save the pipeline in half precision with its settings, whole or not at all."""
     half = copy.deepcopy(pipe).to(torch.float16)
@@ -336,7 +237,7 @@ LOOKS = ((0.12, SMALL), (0.25, SMALL), (0.42, FULL), (0.62, FULL), (0.82, FULL))
 
 
 class DitPhase(Phase):
-    """The transformer and the text encoder: scored now and then, exported where they score best on the full grid."""
+    """The transformer and the text encoder: scored now and then, and exported where they score best on all tokens."""
 
     warm_up = 40
 
