@@ -176,3 +176,9 @@ def test_files_needs_the_standard_library_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'draftdiff'}"
+
+
+def test_a_new_folder_makes_the_folders_above_it(tmp_path):
+    with new_folder(tmp_path / "a" / "b" / "new") as folder:
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "a" / "b" / "new" / "file").read_text() == "whole"
