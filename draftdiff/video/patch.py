@@ -72,8 +72,9 @@ def _reason_for_dense(
         return "causal attention, dropout or fewer key heads than query heads"
     if mask is not None and (text == 0 or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
         return "a mask that is not one flag per text token"
-    if processes > 1 and text > 0 and not layout.one_stream and (layout.text == "around" or text % processes):
-        return "text that processes cannot share evenly"
+    uneven = text % processes or (frames * height * width) % processes
+    if processes > 1 and text > 0 and not layout.one_stream and (layout.text == "around" or uneven):
+        return "text or video that processes cannot share evenly"
     if processes > 1 and layer.hook.config.budget.heads:
         raise UserError("draftdiff: a budget per head cannot be used where processes share the heads (Ulysses)")
     if eager and host.is_watched():

@@ -1,6 +1,7 @@
 """Two processes that share the heads of one model (Ulysses) give what one process gives."""
 
 import gc
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
+from draftdiff.video import patch
 from tests.rounding import rounded
 from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
 
@@ -70,3 +72,15 @@ def test_ring_is_refused_in_one_line(tmp_path):
     for result in run_two(tmp_path, ring=True):
         assert "ring context parallelism is not supported" in result
         assert "\n" not in result
+
+
+@pytest.mark.parametrize(("text", "width", "even"), [(10, 18, True), (9, 18, False), (10, 17, False), (0, 17, True)])
+def test_streams_that_cannot_be_shared_evenly_are_dense(text, width, even):
+    model = draftdiff.enable(CASES["flux"].build(), SPARSE)
+    layer = patch._hook_of(model).layers[0]
+    layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, width, 0, 0))
+    query = torch.empty(1, 15 * width + text, 2, 8)
+    options = dict.fromkeys(("mask", "scale", "dropout", "causal", "gqa"))
+    reason = patch._reason_for_dense(layer, query, query, options, 2, eager=True)
+    assert (reason is None) == even
+    assert even or "share evenly" in reason
