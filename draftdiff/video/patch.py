@@ -43,12 +43,13 @@ def attention_call(
     is_self = query.shape[1] == key.shape[1]  # adapters send other calls the same way
     reason = _reason_for_dense(layer, query, key, options, processes, eager) if task.density is not None else None
     if task.density is None or not is_self or reason is not None:
-        if not eager:
-            return dense()
         if reason is not None and is_self:
-            task.call.log.reasons[reason] += 1
             assert task.stats is not None
             task.stats.fill_(1.0)
+            if eager:
+                task.call.log.reasons[reason] += 1
+        if not eager:
+            return dense()
         with task.call.log.clock.part("dense attention"):
             return dense()
     out, stats = _sparse(layer, task, query, key, value, options, processes, eager)
