@@ -1,6 +1,7 @@
 """The `flex` backend: PyTorch's FlexAttention with our tiles as its block mask; pooled tiles are extra keys.
 
-Compiled on a GPU. On a CPU it runs unfused: a check of the other backends, not a way to go faster.
+Compiled on a GPU. On a CPU it runs unfused: a check of the other backends, not a way to go faster. There a v that is
+not finite reaches all rows of its head.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def _attention(compiled: bool) -> Any:
 def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     q, tiling, keep, tail = problem.q, problem.tiling, problem.keep, problem.tail
     block, tiles, video = tiling.block_size, tiling.tiles, tiling.video_tiles
-    q_tiles, k_tiles, v_tiles = (to_tiles(x, tiling).flatten(2, 3) for x in (q, problem.k, problem.v))
-
     readable, tile_keys = problem.readable.expand(q.shape[0], -1, -1), tiles * block
+    q_tiles = to_tiles(q, tiling.slots).flatten(2, 3)
+    k_tiles, v_tiles = (to_tiles(x, tiling.slots, ~readable).flatten(2, 3) for x in (problem.k, problem.v))
+
     whole = readable.all(-1)[:, None, None]
     readable = readable.flatten(1)
     full, partial = keep & whole, keep & ~whole

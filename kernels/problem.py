@@ -18,9 +18,12 @@ class Problem:
 
     q, k, v: [batch, tokens, heads, head_dim] of one floating dtype, in the model's order.
     keep: bool [batch, heads, tiles, tiles], which key tiles each query tile reads, text tiles last.
-    text_mask: bool [batch, text], False for padding, which none reads; what stands in it must be finite.
+    text_mask: bool [batch, text], False for padding, which none reads, whatever stands in it.
     tail: pooled keys and values of the video tiles, or None to drop what is skipped.
     scale: of the scores, 1/sqrt(head_dim) if None.
+    A row that may read nothing gives 0. Another whose q is NaN, or that reads a NaN of k or v in a kept tile or through
+    a mean, gives NaN where dense attention does (v: in that feature), and no other row does. Scores of -inf have no
+    weight, +inf gives NaN, an infinite v gives infinity or NaN.
     Raises ValueError for parts that do not fit.
     """
 

@@ -31,6 +31,10 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     # Not by turning NaN into 0, which would hide those of the inputs and give NaN gradients.
     empty = hidden.all(-1, keepdim=True)
     scores = scores.masked_fill(hidden & ~empty, float("-inf"))
-    out = (scores.softmax(-1) @ values).masked_fill(empty, 0.0)
+    # A weight of 0 times NaN is NaN: what is not finite counts by who reads it.
+    finite = values.isfinite()
+    spoilt = (~hidden).float() @ (~finite).float() > 0
+    out = scores.softmax(-1) @ values.masked_fill(~finite, 0.0)
+    out = out.masked_fill(spoilt, float("nan")).masked_fill(empty, 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf")).transpose(1, 2) if want_lse else None
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -25,10 +26,14 @@ def _is_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def to_tiles(x: Tensor, tiling: Tiling) -> Tensor:
-    """[batch, tokens, heads, head_dim] in model order -> [batch, heads, tiles, block_size, head_dim]. Slots without a
-    token repeat some token and must be masked."""
-    return rearrange(x[:, tiling.slots.clamp(min=0)], "b t s h d -> b h t s d").contiguous()
+def to_tiles(x: Tensor, slots: Tensor, absent: Tensor | None = None) -> Tensor:
+    """[batch, tokens, heads, head_dim] in model order -> [batch, heads, tiles, block_size, head_dim].
+
+    slots: [tiles, block_size], as a tiling has them.  absent: bool [batch or 1, tiles, block_size], slots that are 0
+    whatever stands there; without it slots that hold no token repeat some token.
+    """
+    tiles = rearrange(x[:, slots.clamp(min=0)], "b t s h d -> b h t s d").contiguous()
+    return tiles if absent is None else tiles.masked_fill_(absent[:, None, ..., None], 0)
 
 
 def from_tiles(x: Tensor, tiling: Tiling) -> Tensor:
@@ -44,14 +49,15 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     batch, _, heads, _ = q.shape
     # Half-precision products are slow on CPUs, and their sums are not fp32 everywhere.
     compute = torch.float32 if _is_cpu(q.device) else q.dtype
-    q_tiles, k_tiles, v_tiles = (to_tiles(x, tiling).to(compute) for x in (q, problem.k, problem.v))
-    q_tiles = q_tiles * problem.factor
+    q_tiles = to_tiles(q, tiling.slots).to(compute) * problem.factor
+    # One more tile, of nothing, stands where a row keeps fewer tiles than those beside it.
+    slots = F.pad(tiling.slots, (0, 0, 0, 1), value=-1)
+    absent = F.pad(~problem.readable.expand(batch, -1, -1), (0, 0, 0, 1), value=True)
+    k_tiles, v_tiles = (to_tiles(x, slots, absent).to(compute) for x in (problem.k, problem.v))
+    bias = torch.zeros(absent.shape, device=q.device).masked_fill_(absent, float("-inf"))
+    has_holes = problem.text_mask is not None or tiling.tokens < tiling.slots.numel()
     counts, indices = tile_lists(problem.keep)
     lengths, nothing = counts.cpu(), problem.reads_nothing.cpu()
-    bias = None
-    if problem.text_mask is not None or tiling.tokens < tiling.slots.numel():
-        hidden = ~problem.readable.expand(batch, -1, -1)
-        bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
     most = (_CPU_SCORES if _is_cpu(q.device) else _SCORES) // tiling.block_size**2
 
     out, lse = [], []
@@ -59,7 +65,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
         for h in range(heads):
             tiles = (q_tiles[b, h], k_tiles[b, h], v_tiles[b, h])
             pooled = None if problem.tail is None else (problem.tail.k_mean[b, h], problem.tail.v_mean[b, h])
-            head = _Head(problem, *tiles, problem.keep[b, h], None if bias is None else bias[b], pooled)
+            head = _Head(problem, *tiles, problem.keep[b, h], bias[b], pooled)
             out.append(torch.zeros_like(tiles[0]))
             lse.append(torch.full(tiles[0].shape[:-1], float("-inf"), device=q.device))
             longest_first = lengths[b, h].argsort(descending=True)
@@ -72,7 +78,10 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
                 uneven = int(lengths[b, h, rows[-1]]) < width
                 rows = rows.to(q.device)
                 kept = indices[b, h, rows, :width].long()
-                scores = head.scores(rows, kept, counts[b, h, rows] if uneven else None)
+                if uneven:
+                    beyond = torch.arange(width, device=q.device) >= counts[b, h, rows, None]
+                    kept = kept.masked_fill(beyond, tiling.tiles)
+                scores = head.scores(rows, kept, has_holes or uneven)
                 out[-1].index_copy_(0, rows, head.output(scores, kept))
                 if want_lse:
                     lse[-1].index_copy_(0, rows, scores.logsumexp(-1))
@@ -85,30 +94,26 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True, eq=False)
 class _Head:
-    """A head of a problem in tiles: q, scaled, k and v [tiles, block_size, head_dim], keep [tiles, tiles], bias
-    [tiles, block_size] of keys that may not be read, pooled keys and values [video_tiles, head_dim]."""
+    """A head of a problem in tiles: q, scaled, [tiles, block_size, head_dim], k and v with one tile more, 0 where
+    nothing may be read, keep [tiles, tiles], bias [tiles + 1, block_size], -inf there, pooled keys and values
+    [video_tiles, head_dim]."""
 
     problem: Problem
     q: Tensor
     k: Tensor
     v: Tensor
     keep: Tensor
-    bias: Tensor | None
+    bias: Tensor
     pooled: tuple[Tensor, Tensor] | None
 
-    def scores(self, rows: Tensor, kept: Tensor, counts: Tensor | None) -> Tensor:
+    def scores(self, rows: Tensor, kept: Tensor, biased: bool) -> Tensor:
         """Scores of query tiles, fp32 [rows, block_size, width * block_size and the pooled keys].
 
-        kept [rows, width]: the key tiles of each, of which the first `counts` [rows] count, or all.
+        kept [rows, width]: the key tiles of each.  biased: whether any of their slots may not be read.
         """
         scores = torch.bmm(self.q[rows], self.k[kept].flatten(1, 2).transpose(1, 2)).float()
-        if self.bias is not None or counts is not None:
-            block = self.q.shape[1]
-            bias = self.bias[kept] if self.bias is not None else scores.new_zeros(*kept.shape, block)
-            if counts is not None:
-                beyond = torch.arange(kept.shape[1], device=kept.device) >= counts[:, None]
-                bias = bias.masked_fill(beyond[..., None], float("-inf"))
-            scores += bias.flatten(1)[:, None]
+        if biased:
+            scores += self.bias[kept].flatten(1)[:, None]
         if self.pooled is not None:
             tail = self.q[rows].float() @ self.pooled[0].T + self.problem.log_counts
             read = self.keep[rows, : len(self.pooled[0])]

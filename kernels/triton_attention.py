@@ -101,6 +101,10 @@ def _text(
         k = k_text.load([outer, start, inner]).reshape(KEYS, q.shape[1])
         v = v_text.load([outer, start, inner]).reshape(KEYS, q.shape[1])
         bias = tl.load(bias_ptr + (tile - first_tile) * TILE + first + tl.arange(0, KEYS))
+        # Of padding, and of what stands behind the text, not even a NaN counts.
+        there = (bias == 0.0)[:, None]
+        k = tl.where(there, k, 0.0)
+        v = tl.where(there, v, 0.0)
         acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, True)
     return acc, row_max, row_sum
 

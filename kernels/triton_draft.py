@@ -80,6 +80,7 @@ def _cover(p_ptr, covered_ptr, floor_ptr, tiles, heads, SIZE: tl.constexpr):
     exists = lane < tiles
     p = tl.load(p_ptr + row * tiles + lane, mask=exists, other=0.0)
     # Non-negative floats sort as their bits do. A query tile's own tile comes first, lanes beyond the row last.
+    p = tl.where(p == p, p, 0.0)  # a NaN may have a sign
     bits = tl.where(lane == own, 2.0, p).to(tl.int32, bitcast=True).to(tl.int64)
     ranked = tl.sort(tl.where(exists, bits << 32 | lane, -1), descending=True)
     entry = (ranked & 0xFFFFFFFF).to(tl.int32)

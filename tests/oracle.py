@@ -92,6 +92,20 @@ def attention(
     return Expected(out, lse, times * of_out + tiny, times * (of_scores + 4 * single * (1 + lse.abs())))
 
 
+def reads(problem: Problem) -> Tensor:
+    """Whether a row reads a key, itself or in a mean, bool [batch, heads, rows, keys]."""
+    tiling, keep = problem.tiling, problem.keep
+    own = torch.empty(tiling.tokens, dtype=torch.long)
+    for tile, slots in enumerate(tiling.slots):
+        own[slots[slots >= 0]] = tile
+    kept = keep[:, :, own][..., own].clone()
+    token = torch.arange(tiling.tokens)
+    video = (token >= tiling.lead) & (token < tiling.lead + tiling.grid.tokens)
+    if problem.text_mask is not None:
+        kept[..., ~video] &= problem.text_mask[:, None, None]
+    return kept if problem.tail is None else kept | video
+
+
 def attention_of(problem: Problem) -> Expected:
     """A problem's attention, in the layout of `attention`."""
     tiling, keep = problem.tiling, problem.keep

@@ -69,8 +69,8 @@ def _needs_gpu(inputs: Inputs) -> None:
 
 def _in_tile_order(inputs: Inputs) -> list[Tensor]:
     """q, k, v as [1, heads, tiles * block, head_dim], zeros where a ragged tile has no token."""
-    hole = (inputs.tiling.slots < 0)[None, None, :, :, None]
-    return [to_tiles(x, inputs.tiling).masked_fill(hole, 0).flatten(2, 3) for x in (inputs.q, inputs.k, inputs.v)]
+    slots = inputs.tiling.slots
+    return [to_tiles(x, slots, (slots < 0)[None]).flatten(2, 3) for x in (inputs.q, inputs.k, inputs.v)]
 
 
 def _from_tile_order(inputs: Inputs) -> Callable[[Tensor], Tensor]:

@@ -45,7 +45,8 @@ def select_draft(probabilities: Tensor, density: Tensor, *, row_floor: float = 0
 
     probabilities: draft map [batch, heads, tiles, tiles].  density: kept share, float64 [heads], on any device that
     has fp64.  row_floor: share of the budget that is dealt evenly to the rows (1: plain top-k, 0: plain top-p); each
-    row keeps its own tile in any case. The rest goes to rows until all have covered the same mass.
+    row keeps its own tile in any case. The rest goes to rows until all have covered the same mass; one of NaN gets
+    nothing beyond its floor.
     Returns bool [batch, heads, tiles, tiles], without an empty row: at most max(density * tiles, 1) per row on average,
     less where the tiles left carry no mass.
     """
@@ -56,7 +57,7 @@ def select_draft(probabilities: Tensor, density: Tensor, *, row_floor: float = 0
     budget, floor = share.long().to(device), (row_floor * share / tiles).long().clamp(min=1).to(device)
 
     own = torch.eye(tiles, dtype=torch.bool, device=device)
-    ranking = probabilities.masked_fill(own, 2.0).argsort(dim=-1, descending=True)
+    ranking = probabilities.nan_to_num(0.0).masked_fill_(own, 2.0).argsort(dim=-1, descending=True)
     ranked = probabilities.gather(-1, ranking)
     covered = ranked.cumsum(-1) - ranked
     # The floor comes before any mass.
@@ -75,7 +76,7 @@ def select_draft(probabilities: Tensor, density: Tensor, *, row_floor: float = 0
 
 def select_upstream(probabilities: Tensor, density: Tensor) -> Tensor:
     """The original rule, ties and rounding included: per head, keep every entry of the map that is at least the k-th
-    smallest, k = int((1 - density) * tiles**2). Rows may stay empty.
+    smallest, k = int((1 - density) * tiles**2), and every NaN, which must not be lost. Rows may stay empty.
 
     probabilities: draft map [batch, heads, tiles, tiles].  density: kept share, float64 [heads], on any device.
     Returns bool [batch, heads, tiles, tiles].
@@ -84,7 +85,7 @@ def select_upstream(probabilities: Tensor, density: Tensor) -> Tensor:
     k = ((1.0 - density) * entries).long().to(probabilities.device)
     ascending = probabilities.flatten(2).sort(dim=-1).values
     threshold = ascending.gather(-1, (k - 1).clamp(min=0).expand(ascending.shape[0], -1)[..., None])
-    kept = probabilities >= threshold[..., None]
+    kept = ~(probabilities < threshold[..., None])
     kept = kept | (k == 0)[:, None, None]
     return kept & (k < entries)[:, None, None]
 
