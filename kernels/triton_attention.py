@@ -88,23 +88,18 @@ def _boxes(
 
 @triton.jit
 def _text(
-    q, k_text, v_text, outer, inner, list_ptr, count, starts_ptr, bias_ptr, first_tile, state, scale_log2,
+    q, k_text, v_text, bh, list_ptr, count, bias_ptr, first_tile, state, scale_log2,
     TILE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The listed text tiles, whose tokens stand side by side, by descriptors."""
+    """The listed text tiles [batch * heads, text tiles * TILE, D], by descriptors."""
     acc, row_max, row_sum = state
     PARTS: tl.constexpr = TILE // KEYS
     for i in tl.range(0, count * PARTS, num_stages=1):
         tile = tl.load(list_ptr + i // PARTS)
-        first = i % PARTS * KEYS
-        start = tl.load(starts_ptr + tile) + first
-        k = k_text.load([outer, start, inner]).reshape(KEYS, q.shape[1])
-        v = v_text.load([outer, start, inner]).reshape(KEYS, q.shape[1])
-        bias = tl.load(bias_ptr + (tile - first_tile) * TILE + first + tl.arange(0, KEYS))
-        # Of padding, and of what stands behind the text, not even a NaN counts.
-        there = (bias == 0.0)[:, None]
-        k = tl.where(there, k, 0.0)
-        v = tl.where(there, v, 0.0)
+        start = (tile - first_tile) * TILE + i % PARTS * KEYS
+        k = k_text.load([bh, start, 0]).reshape(KEYS, q.shape[1])
+        v = v_text.load([bh, start, 0]).reshape(KEYS, q.shape[1])
+        bias = tl.load(bias_ptr + start + tl.arange(0, KEYS))
         acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, True)
     return acc, row_max, row_sum
 
@@ -234,12 +229,12 @@ def forward(
     the output and log-sum-exp that `whole_tiles` left.
 
     k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
-    tables: pointers to query slots, key slots, starts of text tiles, biases of ragged parts, text and tail.
+    tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
     lists: pointers to order, counts, entries.  shape: heads, tokens, tiles, video tiles, lead.
     video: frames, height, width.  strides: of q, k and v (batch, token, head), then the batch strides of the key slots
     and of the text's bias.  layout: as `Interleave` has it, (outer per batch, outer per head, inner per head).
     """
-    query_slots_ptr, key_slots_ptr, starts_ptr, ragged_bias_ptr, text_bias_ptr, tail_bias_ptr = tables
+    query_slots_ptr, key_slots_ptr, ragged_bias_ptr, text_bias_ptr, tail_bias_ptr = tables
     order_ptr, counts_ptr, list_ptr = lists
     heads, tokens, tiles, video_tiles, lead = shape
     q_at, k_at, v_at, tables_at = strides
@@ -283,9 +278,8 @@ def forward(
             text = tl.load(counts_ptr + row * 3 + 2)
             text_bias_ptr += b * tables_at[1]
             state = _text(
-                q, k_text, v_text, outer, inner, list_ptr, text, starts_ptr, text_bias_ptr, video_tiles, state,
-                scale_log2, TILE, KEYS,
-            )  # fmt: skip
+                q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, video_tiles, state, scale_log2, TILE, KEYS
+            )
     else:
         k += b * k_at[0] + h * k_at[2]
         v += b * v_at[0] + h * v_at[2]

@@ -1,7 +1,7 @@
 """The `triton` backend: how the kernels of `triton_attention` are set up for a call, a GPU and a memory layout.
 
-No permuted copy of q, k, v or the output is made: tiles are read where the model left them, through tensor descriptors
-on Hopper and later, by address elsewhere.
+No permuted copy of the video's q, k, v or the output is made: tiles are read where the model left them, through tensor
+descriptors on Hopper and later, by address elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from draftdiff.core.grid import Tiling
 from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.torch_backend import to_tiles
 from draftdiff.kernels.triton_configs import Config, configs_for
 
 try:
@@ -33,6 +34,7 @@ except ImportError:
     triton = None
 
 differentiable = False
+_DESCRIPTORS = ("hopper", "blackwell")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -72,7 +74,7 @@ def interleave(x: Tensor) -> Interleave | None:
     batch_stride = batch_stride if batch > 1 else tokens * token
     head = head if heads > 1 else dim
     bytes_of = x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(s * bytes_of % 16 == 0 for s in (token, head, batch_stride))
+    aligned = x.data_ptr() % 16 == 0 and all(s * bytes_of % 16 == 0 for s in (dim, token, head, batch_stride))
     if last != 1 or not aligned:
         return None
     if head == dim and token >= heads * dim:
@@ -120,7 +122,9 @@ class Call:
     """One problem, ready to be launched with any configuration.
 
     q, k, v: the problem's, head_dim contiguous.  key_slots int32 [batch or 1, tiles, block_size], -1 where none may be
-    read.  text_bias fp32 [batch or 1, text tiles, block_size].  pooled: means of k and v in their dtype.
+    read.  text_bias fp32 [batch or 1, text tiles, block_size].  text: k and v of the text tiles
+    [batch, heads, text tiles, block_size, head_dim], 0 where none may be read; only descriptors need it.
+    pooled: means of k and v in their dtype.
     """
 
     q: Tensor
@@ -132,6 +136,7 @@ class Call:
     lists: TileLists
     key_slots: Tensor
     text_bias: Tensor
+    text: tuple[Tensor, Tensor] | None
     pooled: tuple[Tensor, Tensor] | None
     scale_log2: float
     want_lse: bool
@@ -154,8 +159,11 @@ class Call:
         if problem.text_mask is not None:
             text = tables.slots[video:].where(problem.readable[:, video:], -1)
             key_slots = torch.cat([tables.slots[:video].expand(len(text), -1, -1), text], dim=1)
-        text_bias = torch.zeros(key_slots[:, video:].shape, dtype=torch.float32, device=q.device)
-        text_bias.masked_fill_(key_slots[:, video:] < 0, float("-inf"))
+        absent = key_slots[:, video:] < 0
+        text_bias = torch.zeros(absent.shape, dtype=torch.float32, device=q.device).masked_fill_(absent, float("-inf"))
+        text = None
+        if tiling.text and access in _DESCRIPTORS:  # which fetch whole tiles, and 0 times a NaN beside the text is NaN
+            text = to_tiles(k, tables.slots[video:], absent), to_tiles(v, tables.slots[video:], absent)
         return cls(
             q=q,
             k=k,
@@ -166,6 +174,7 @@ class Call:
             lists=list_tiles(problem.keep, tiling, entries=entries, tail=tail is not None),
             key_slots=key_slots,
             text_bias=text_bias,
+            text=text,
             pooled=tail and (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous()),
             scale_log2=problem.factor * math.log2(math.e),
             want_lse=want_lse,
@@ -205,26 +214,23 @@ class Call:
         return out, lse if self.want_lse else None
 
     def _descriptors(self, part: tuple[int, int, int], keys: int, padded: int) -> list[Any]:
-        """k and v as boxes of video, as rows of text, and their pooled tiles, for `forward`."""
+        """k and v as boxes of video, their text tiles and their pooled tiles, for `forward`."""
         layout = interleave(self.k)
         assert layout is not None
-        grid, lead, pooled = self.tiling.grid, self.tiling.lead, self.pooled or (self.k, self.v)
+        grid, lead = self.tiling.grid, self.tiling.lead
         row, frame = grid.width, grid.height * grid.width
-        boxes, texts, pools = [], [], []
-        for x, mean in zip((self.k, self.v), pooled):
+        operands = []
+        for x in (self.k, self.v):
             token = x.stride(1)
             shape = [layout.outer, *grid.shape, layout.columns]
             strides = [layout.outer_stride, frame * token, row * token, token, 1]
-            boxes.append(TensorDescriptor(x[:, lead:], shape, strides, [1, *part, padded]))
-            shape, strides = [layout.outer, x.shape[1], layout.columns], [layout.outer_stride, token, 1]
-            texts.append(TensorDescriptor(x, shape, strides, [1, keys, padded]))
-            if self.pooled is None:
-                pools.append(texts[-1])
-            else:
-                flat = mean.flatten(0, 1)
-                block = [1, triton_attention.TAIL_BLOCK.value, padded]
-                pools.append(TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block))
-        return [*boxes, *texts, *pools]
+            operands.append(TensorDescriptor(x[:, lead:], shape, strides, [1, *part, padded]))
+        for pair, rows in ((self.text, keys), (self.pooled, triton_attention.TAIL_BLOCK.value)):
+            # What a call does without, the kernel does not touch.
+            tiles = [x.flatten(0, 1).flatten(1, -2) for x in pair or ()]
+            described = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, padded]) for x in tiles]
+            operands += described or operands[:2]
+        return operands
 
     def _forward(self, config: Config, out: Tensor, lse: Tensor | None) -> None:
         q, k, v, tables, lists = self.q, self.k, self.v, self.tables, self.lists
@@ -233,7 +239,7 @@ class Call:
         box = tables.box or (1, 1, block_size)
         part = split(box, config.keys)
         layout = interleave(k)
-        described = self.access in ("hopper", "blackwell")
+        described = self.access in _DESCRIPTORS
         operands = self._descriptors(part, config.keys, padded) if described else [k, v, k, v, *(self.pooled or (k, v))]
         biases = (ragged_bias(part, self.tiling.grid.shape, q.device), self.text_bias, lists.tail_bias)
         of_tables = tuple(x.stride(0) if len(x) > 1 else 0 for x in (self.key_slots, self.text_bias))
@@ -243,7 +249,7 @@ class Call:
             *operands,
             out,
             lse if lse is not None else tables.log2_tokens,
-            tables=(tables.slots, self.key_slots, tables.starts, *biases),
+            tables=(tables.slots, self.key_slots, *biases),
             lists=(lists.order, lists.counts, lists.lists),
             scale_log2=self.scale_log2,
             shape=self.shape,

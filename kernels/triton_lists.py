@@ -36,7 +36,7 @@ class TileTables:
     box: tile as a power-of-two box (frames, rows, columns) of block_size tokens, None if it is not one.
     slots [tiles, block_size] int32: model position of each slot, -1 for none; a box in raster order, holes included.
     kinds [tiles] int32: WHOLE, RAGGED or TEXT.  corners [video_tiles] int32: first
-    token of a tile's box, packed.  starts [tiles] int32: first position of a text tile.
+    token of a tile's box, packed.
     log2_tokens [video_tiles] fp32.
     """
 
@@ -44,7 +44,6 @@ class TileTables:
     slots: Tensor
     kinds: Tensor
     corners: Tensor
-    starts: Tensor
     log2_tokens: Tensor
 
 
@@ -77,7 +76,6 @@ def tables_for(tiling: Tiling) -> TileTables:
         slots=slots.to(torch.int32).contiguous(),
         kinds=kinds.to(torch.int32),
         corners=corners.to(torch.int32),
-        starts=slots[:, 0].to(torch.int32).contiguous(),
         log2_tokens=tiling.counts[:video].log2().to(torch.float32),
     )
 

@@ -122,3 +122,27 @@ def test_lists_name_the_kept_tiles_in_order():
     assert counts.tolist() == [[[2, 0, 3]]]
     assert indices[0, 0, 0, :2].tolist() == [1, 2]
     assert indices[0, 0, 2].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("row_floor", [0.0, 0.5, 1.0])
+def test_rows_of_nan_keep_their_own_tile_and_take_nothing_from_others(row_floor):
+    probabilities = peaked_and_flat()
+    probabilities[0, 1, 5] = torch.nan
+    probabilities[1, 2] = torch.nan
+    kept = select_draft(probabilities, density_of(0.2), row_floor=row_floor)
+    assert bool(kept.diagonal(dim1=-2, dim2=-1).all())
+    assert bool((kept.float().mean((-1, -2)) <= 0.2).all())
+    floor = max(1, int(row_floor * 0.2 * 32))
+    assert kept[0, 1, 5].sum() == floor and bool((kept[1, 2].sum(-1) == floor).all())
+
+
+def test_the_papers_rule_keeps_what_is_nan_and_other_heads_as_they_are():
+    probabilities = peaked_and_flat()
+    expected = select_upstream(probabilities, density_of(0.2))
+    poisoned = probabilities.clone()
+    poisoned[0, 1, 5] = torch.nan
+    poisoned[1, 2] = torch.nan
+    kept = select_upstream(poisoned, density_of(0.2))
+    assert bool(kept[0, 1, 5].all()) and bool(kept[1, 2].all())
+    for b, h in ((0, 0), (0, 2), (1, 0), (1, 1)):
+        assert torch.equal(kept[b, h], expected[b, h])

@@ -113,12 +113,15 @@ def test_nothing_kept_at_all_gives_zeros(run):
     assert bool((lse == -math.inf).all())
 
 
+# Both ends of the video and of the text, and padding; two are enough for Triton's interpreter.
+POISONED = [(name, t) for name in BACKENDS for t in ((90, 166) if name == "triton" else (0, 7, 89, 90, 166))]
+
+
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("with_tail", [False, True], ids=["drop", "tail"])
-@pytest.mark.parametrize("token", [0, 7, 89, 90, 166])  # both ends of the video and of the text, and padding
-@every_backend
+@pytest.mark.parametrize(("backend", "token"), POISONED)
 def test_a_nan_comes_through_where_it_is_read_and_nowhere_else(run, backend, where, with_tail, token):
-    problem = make(SMALL, 64, torch.float32, False)
+    problem = make(SMALL, 64, torch.float16 if backend == "triton" else torch.float32, False)  # by descriptors
     poisoned = getattr(problem, where).clone()
     poisoned[0, token, 1, 3] = math.nan
     problem = replace(problem, **{where: poisoned})

@@ -141,6 +141,18 @@ def test_selection_equals_cores(row_floor, density):
     assert bool(keep.diagonal(dim1=-2, dim2=-1).all())
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_row_of_nan_keeps_its_own_tile_and_other_heads_are_as_they_were(sign):
+    probabilities = draft_map(torch.randn(1, 2, TILES, 16) * 2, torch.randn(1, 2, TILES, 16))
+    share = torch.full((2,), 0.3, dtype=torch.float64)
+    expected = triton_draft.select_draft(probabilities, share)
+    probabilities[0, 1, 4] = torch.copysign(torch.tensor(torch.nan), torch.tensor(sign))
+    keep = triton_draft.select_draft(probabilities, share)
+    assert torch.equal(keep[0, 0], expected[0, 0])
+    assert bool(keep.diagonal(dim1=-2, dim2=-1).all())
+    assert keep[0, 1, 4].sum() == int(0.5 * 0.3 * TILES)
+
+
 @pytest.mark.parametrize(
     ("failure", "raised"),
     [
