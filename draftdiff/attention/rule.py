@@ -12,6 +12,8 @@ from draftdiff.core.select import SELECTIONS
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import BACKENDS
 
+_PAPERS_TILE = (1, 8, 16)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -41,13 +43,17 @@ class Rule:
             largest = self.block_size or max(BLOCK_SIZES)
             fits = len(self.tile) == 3 and min(self.tile) >= 1 and math.prod(self.tile) <= largest
             require(fits, "tile", f"(frames, rows, columns) of at most {largest} tokens")
+        elif self.selection == "upstream":
+            require(
+                self.block_size in (None, math.prod(_PAPERS_TILE)), "block_size", f"128 for the tile {_PAPERS_TILE}"
+            )
         require(self.backend in ("auto", *BACKENDS), "backend", f"one of auto, {', '.join(BACKENDS)}")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         object.__setattr__(self, "packed", json.dumps(values))
 
     def tile_for(self, grid: LatentGrid) -> tuple[tuple[int, int, int], int]:
         """The tile and block size that a call over this grid uses."""
-        tile = (1, 8, 16) if self.tile is None and self.selection == "upstream" else self.tile
+        tile = _PAPERS_TILE if self.tile is None and self.selection == "upstream" else self.tile
         if tile is not None:
             smallest = min(size for size in BLOCK_SIZES if size >= math.prod(tile))
             return tile, self.block_size or smallest

@@ -29,6 +29,7 @@ def test_packing_and_unpacking_gives_the_same_rule(rule):
         ({"tile": (1, 8)}, r"tile must be \(frames, rows, columns\) of at most 128 tokens, got \(1, 8\)"),
         ({"tile": (0, 8, 8)}, "tile must be .* of at most 128 tokens"),
         ({"tile": (1, 8, 16), "block_size": 64}, "tile must be .* of at most 64 tokens"),
+        ({"selection": "upstream", "block_size": 64}, r"block_size must be 128 for the tile \(1, 8, 16\), got 64"),
         ({"backend": "fast"}, "backend must be one of auto, reference, torch, .*, got 'fast'"),
     ],
 )
