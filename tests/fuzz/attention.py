@@ -117,7 +117,9 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
         dtype=draw(st.sampled_from(["float32", "float32", "bfloat16", "float16", "float64"])),
         batch=batch,
         heads=heads,
-        head_dim=draw(st.sampled_from([32, 64, 128, 32, 64, 96]) | st.sampled_from([1, 3, 8, 16, 20, 40, 48, 80, 96, 160])),
+        head_dim=draw(
+            st.sampled_from([32, 64, 128, 32, 64, 96]) | st.sampled_from([1, 3, 8, 16, 20, 40, 48, 80, 96, 160])
+        ),
         text=text,
         lead=lead,
         valid=draw(st.tuples(*[st.integers(0, text)] * batch)) if masked else None,

@@ -6,9 +6,10 @@ import time
 import pytest
 
 from tests.fuzz.attention import ATTENTION
+from tests.fuzz.decoding import DECODING
 from tests.fuzz.engine import run_for, run_seed
 
-FAMILIES = [ATTENTION]
+FAMILIES = [ATTENTION, DECODING]
 each = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
