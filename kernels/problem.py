@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +39,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         q, tiling = self.q, self.tiling
-        if q.dim() != 4:
-            raise UserError(f"q must be [batch, tokens, heads, head_dim], got {tuple(q.shape)}")
-        same = (self.q, self.k, self.v)
-        if len({x.shape for x in same}) > 1:
-            raise UserError(f"q, k and v must have one shape, got {', '.join(str(tuple(x.shape)) for x in same)}")
-        if len({x.dtype for x in same}) > 1 or not q.is_floating_point():
-            raise UserError(f"q, k and v must have one floating dtype, got {', '.join(str(x.dtype) for x in same)}")
+        check_tensors(q, self.k, self.v)
+        if q.shape != self.k.shape:
+            raise UserError(f"q, k and v must have one shape, got {tuple(q.shape)} and {tuple(self.k.shape)}")
+        softmax_scale(self.scale, q.shape[-1])
         batch, tokens, heads, head_dim = q.shape
         if tokens != tiling.tokens:
             raise UserError(
@@ -52,6 +50,7 @@ class Problem:
             )
         _check("keep", self.keep, (batch, heads, tiling.tiles, tiling.tiles), torch.bool)
         if self.text_mask is not None:
+            check_mask(self.text_mask, q)
             _check("text_mask", self.text_mask, (batch, tiling.text), torch.bool)
         if self.tail is not None:
             for name in ("k_mean", "v_mean"):
@@ -87,6 +86,34 @@ class Problem:
             video = self.tiling.video_tiles
             read[..., :video] |= ~self.keep[..., :video]
         return ~read.any(-1)
+
+
+def check_mask(text_mask: Any, q: Tensor) -> None:
+    """Raise ValueError unless it is a tensor of bool where q is."""
+    if not isinstance(text_mask, Tensor) or text_mask.dtype != torch.bool:
+        found = text_mask.dtype if isinstance(text_mask, Tensor) else type(text_mask).__name__
+        raise UserError(f"text_mask must be torch.bool, True for tokens and False for padding, got {found}")
+    if text_mask.device != q.device:
+        raise UserError(f"text_mask must be on {q.device} as q is, got {text_mask.device}")
+
+
+def check_tensors(q: Any, k: Any, v: Any) -> None:
+    """Raise ValueError unless q, k and v are [batch, tokens, heads, head_dim] of one floating dtype on one device,
+    alike but for the tokens of q, and none of them empty."""
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise UserError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or 0 in x.shape:
+            raise UserError(f"{name} must be [batch, tokens, heads, head_dim], none of them 0, got {tuple(x.shape)}")
+    if len({x.dtype for x in named.values()}) > 1 or not q.is_floating_point():
+        found = ", ".join(str(x.dtype) for x in named.values())
+        raise UserError(f"q, k and v must have one floating dtype, got {found}")
+    if len({x.device for x in named.values()}) > 1:
+        raise UserError(f"q, k and v must be on one device, got {', '.join(str(x.device) for x in named.values())}")
+    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in named.values())
+        raise UserError(f"q, k and v must have the same batch, heads and head_dim, got {shapes}")
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

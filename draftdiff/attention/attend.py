@@ -22,7 +22,7 @@ from draftdiff.core.select import with_text
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import block_sparse_attention
 from draftdiff.kernels.drafting import pool, select
-from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.problem import Problem, check_tensors
 
 STATS = ("density", "drafted_mass")
 
@@ -50,10 +50,8 @@ def attend(
     Returns the output like q, and what was done, fp32 [2]: density over all token pairs, and the mass that the draft
     gives to the kept tiles; NaN if q or k hold a NaN. Raises ValueError for shapes that do not fit the grid.
     """
+    check_tensors(q, k, v)
     text, absent = k.shape[1] - grid.tokens, k.shape[1] - q.shape[1]
-    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise UserError(f"q, k and v must have the same batch, heads and head_dim, got {shapes}")
     if text < 0:
         raise UserError(f"k has {k.shape[1]} tokens, fewer than the {grid.tokens} of the grid {grid}")
     if absent and (absent != text or lead != text):

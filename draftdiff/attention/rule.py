@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, choose_tile
 from draftdiff.core.select import SELECTIONS
+from draftdiff.core.values import is_whole, shown
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import BACKENDS
 
@@ -34,14 +35,15 @@ class Rule:
     def __post_init__(self) -> None:
         def require(valid: bool, name: str, allowed: str) -> None:
             if not valid:
-                raise UserError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
         require(self.selection in SELECTIONS, "selection", f"one of {', '.join(SELECTIONS)}")
         require(0 <= self.row_floor <= 1, "row_floor", "between 0 and 1")
         require(self.block_size in (None, *BLOCK_SIZES), "block_size", f"one of {BLOCK_SIZES}")
         if self.tile is not None:
             largest = self.block_size or max(BLOCK_SIZES)
-            fits = len(self.tile) == 3 and min(self.tile) >= 1 and math.prod(self.tile) <= largest
+            fits = len(self.tile) == 3 and all(is_whole(n) and n >= 1 for n in self.tile)
+            fits = fits and math.prod(self.tile) <= largest
             require(fits, "tile", f"(frames, rows, columns) of at most {largest} tokens")
         elif self.selection == "upstream":
             require(

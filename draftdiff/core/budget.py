@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftdiff.core.values import is_number, plain, shown
 from draftdiff.errors import UserError
 
 
 def check_sparsity(sparsity: float) -> float:
     """Return sparsity if it is a share in [0, 1), else raise ValueError naming it."""
-    if not 0 <= sparsity < 1:
-        raise UserError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+    if not is_number(sparsity) or not 0 <= sparsity < 1:
+        raise UserError(f"sparsity must be at least 0 and below 1, got {shown(sparsity)}")
     return float(sparsity)
 
 
@@ -26,6 +27,7 @@ class Budget:
     steps: weights over equal stretches of the sparse steps, first to last: (1.5, 1, 0.5) starts careful.
     layers: one weight per attention layer.
     heads: one weight per head, or one row of them per layer.
+    Lists and arrays are taken for tuples. Raises ValueError that names the value for anything else.
     """
 
     sparsity: float = 0.75
@@ -34,11 +36,16 @@ class Budget:
     heads: tuple[float, ...] | tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
+        object.__setattr__(self, "sparsity", check_sparsity(plain(self.sparsity)))
         for name in ("steps", "layers", "heads"):
-            weights = torch.tensor(getattr(self, name) or (1.0,), dtype=torch.float64)
-            if not bool((weights > 0).all()) or not bool(weights.isfinite().all()):
-                raise UserError(f"budget weights must be positive, got {name}={getattr(self, name)}")
+            weights = plain(getattr(self, name))
+            by_layer = name == "heads" and isinstance(weights, tuple) and any(isinstance(row, tuple) for row in weights)
+            rows = weights if by_layer else (weights,)
+            if not all(isinstance(row, tuple) and len(row) == len(rows[0]) for row in rows):
+                raise UserError(f"budget weights must be a tuple of numbers, got {name}={shown(getattr(self, name))}")
+            if not all(is_number(weight) and weight > 0 for row in rows for weight in row):
+                raise UserError(f"budget weights must be positive, got {name}={shown(getattr(self, name))}")
+            object.__setattr__(self, name, weights)
 
     def density(self, layers: int, heads: int, progress: float = 0.0) -> Tensor:
         """Kept share per layer and head, float64 [layers, heads], at `progress` in [0, 1) through the sparse steps.

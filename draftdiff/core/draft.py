@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
+from draftdiff.core.values import is_number, shown
+from draftdiff.errors import UserError
 
 
 def pool(x: Tensor, tiling: Tiling) -> Tensor:
@@ -34,8 +36,13 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
-    """The factor of the scores: scale, which may be 0, or 1/sqrt(head_dim) if None."""
-    return 1 / math.sqrt(head_dim) if scale is None else scale
+    """The factor of the scores: scale, which may be 0, or 1/sqrt(head_dim) if None. Raises ValueError for what is no
+    finite number."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if not is_number(scale):
+        raise UserError(f"scale must be a finite number or None, got {shown(scale)}")
+    return float(scale)
 
 
 def draft_map(q_mean: Tensor, k_mean: Tensor, *, scale: float | None = None, counts: Tensor | None = None) -> Tensor:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftdiff.core.values import is_whole, plain, shown
 from draftdiff.errors import UserError
 
 BLOCK_SIZES = (64, 128)
@@ -31,8 +33,18 @@ class LatentGrid:
     width: int
 
     def __post_init__(self) -> None:
-        if min(self.shape) < 1:
-            raise UserError(f"grid sizes must be positive, got {self}")
+        if not all(is_whole(size) and size >= 1 for size in self.shape):
+            raise UserError(f"grid sizes must be positive whole numbers, got {shown(self.shape)}")
+
+    @classmethod
+    def of(cls, value: Any) -> LatentGrid:
+        """A grid from itself or from three whole numbers. Raises ValueError for anything else."""
+        if isinstance(value, cls):
+            return value
+        sizes = plain(value)
+        if not isinstance(sizes, tuple) or len(sizes) != 3:
+            raise UserError(f"grid must be (frames, height, width), got {shown(value)}")
+        return cls(*sizes)
 
     @property
     def shape(self) -> tuple[int, int, int]:

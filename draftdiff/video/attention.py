@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from draftdiff.attention.attend import attend, attend_op, needs_gradient
 from draftdiff.core.devices import exact_dtype
+from draftdiff.core.draft import softmax_scale
 from draftdiff.core.grid import LatentGrid
+from draftdiff.core.values import plain, whole
+from draftdiff.kernels.problem import check_mask, check_tensors
 from draftdiff.video.config import DraftAttentionConfig
 
 
@@ -16,8 +22,8 @@ def draft_attention(
     k: Tensor,
     v: Tensor,
     *,
-    grid: LatentGrid | tuple[int, int, int],
-    config: DraftAttentionConfig | None = None,
+    grid: LatentGrid | Sequence[int],
+    config: DraftAttentionConfig | float | Mapping[str, Any] | None = None,
     lead: int = 0,
     text_mask: Tensor | None = None,
     scale: float | None = None,
@@ -26,11 +32,15 @@ def draft_attention(
 
     q, k, v: [batch, tokens, heads, head_dim] after normalisation and rotary embedding, in the model's order; gradients
     reach all three.  grid: (frames, height, width) of the video tokens, in raster order; all other tokens count as
-    text, which is always computed.  lead: how many text tokens stand before the video.  text_mask: bool [batch, text],
-    False for padding.
-    Returns the output like q. Raises ValueError for shapes that do not fit.
+    text, which is always computed.  config: also a sparsity, or a dict of a config's fields.  lead: how many text tokens
+    stand before the video.  text_mask: bool [batch, text], False for padding; one of numbers could be additive, and is
+    refused.  scale: of the scores, 1/sqrt(head_dim) if None.
+    Returns the output like q. Raises ValueError in one line for what does not fit.
     """
-    grid = grid if isinstance(grid, LatentGrid) else LatentGrid(*grid)
+    check_tensors(q, k, v)
+    grid, lead, scale = LatentGrid.of(grid), whole("lead", lead), softmax_scale(plain(scale), q.shape[-1])
+    if text_mask is not None:
+        check_mask(text_mask, q)
     config = DraftAttentionConfig.of(config)
     density = config.budget.density(1, q.shape[2])[0]
     dtype = exact_dtype(q.device)

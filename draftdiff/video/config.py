@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any
 
 from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
+from draftdiff.core.values import plain, shown
 from draftdiff.errors import UserError
 
 
@@ -31,8 +31,8 @@ class DraftAttentionConfig:
     dense_above: layers whose density is at least this are left to dense attention, in [0, 1]; None is where that is
         the faster one, by backend and kind of device (`draftdiff.kernels.crossover`).
 
-    Lists are taken for tuples and numbers of other libraries for Python's. Raises ValueError that names the value for
-    anything else.
+    Lists and arrays are taken for tuples, and numbers of other libraries for Python's. Raises ValueError that names the
+    value for anything else.
     """
 
     sparsity: float | Budget = 0.75
@@ -49,15 +49,15 @@ class DraftAttentionConfig:
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
-            value = _plain(getattr(self, name))
+            value = plain(getattr(self, name))
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 allowed = ", ".join("None" if kind is _NONE else kind.__name__ for kind in kinds)
-                raise UserError(f"{name} must be of type {allowed}, got {value!r}")
+                raise UserError(f"{name} must be of type {allowed}, got {shown(value)}")
             object.__setattr__(self, name, value)
 
         def require(valid: bool, name: str, allowed: str) -> None:
             if not valid:
-                raise UserError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
         _ = self.budget, self.rule
         share = isinstance(self.dense_steps, float)
@@ -83,10 +83,12 @@ class DraftAttentionConfig:
         """
         if value is None or isinstance(value, cls):
             return value or cls()
-        if isinstance(value, Budget) or (isinstance(value, numbers.Real) and not isinstance(value, bool)):
-            return cls(sparsity=value)  # type: ignore[arg-type]
+        if isinstance(value, Budget) or (isinstance(plain(value), (int, float)) and not isinstance(value, bool)):
+            return cls(sparsity=value)
         if not isinstance(value, Mapping):
-            raise UserError(f"config must be a DraftAttentionConfig, a sparsity or a dict of its fields, got {value!r}")
+            raise UserError(
+                f"config must be a DraftAttentionConfig, a sparsity or a dict of its fields, got {shown(value)}"
+            )
         names = [f.name for f in fields(cls)]
         unknown = [str(name) for name in value if name not in names]
         if unknown:
@@ -129,14 +131,3 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "backend": (str,),
     "dense_above": (float, int, _NONE),
 }
-
-
-def _plain(value: Any) -> Any:
-    """Lists as tuples, numbers of other libraries as Python's."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    if isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value

@@ -113,7 +113,7 @@ def _kandinsky(model: Any, arguments: Arguments) -> LatentGrid | None:
 def _packed(model: Any, arguments: Arguments) -> LatentGrid | None:
     """Tokens packed by the pipeline, which tells their grid unless it gives coordinates alone."""
     sizes = [arguments[name] for name in ("num_frames", "height", "width")]
-    return None if None in sizes else LatentGrid(*sizes)
+    return None if None in sizes else LatentGrid.of(sizes)
 
 
 def _ltx2(model: Any, arguments: Arguments) -> LatentGrid | None:
@@ -135,7 +135,7 @@ def _qwen(model: Any, arguments: Arguments) -> LatentGrid | None:
     shapes = arguments["img_shapes"][0]
     shapes = shapes if isinstance(shapes, list) else [shapes]
     # Images to edit and layers follow the new image: tokens on both sides of it.
-    return LatentGrid(*shapes[0]) if len(shapes) == 1 else None
+    return LatentGrid.of(shapes[0]) if len(shapes) == 1 else None
 
 
 def _wan(family: str, attention: str = r"blocks\.\d+\.attn1", note: str = "") -> Layout:

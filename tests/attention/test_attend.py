@@ -1,5 +1,8 @@
 """The method as one function: against dense attention, with gradients, and what it refuses."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,9 @@ import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.attention.attend import attend, attend_op, compute_dtype
 from draftdiff.attention.rule import Rule
+from draftdiff.core.budget import Budget
 from draftdiff.core.grid import LatentGrid
+from draftdiff.errors import UserError
 
 GRID = LatentGrid(2, 9, 11)
 BACKENDS = ("auto", "torch", "reference")
@@ -123,24 +128,103 @@ def test_autocast_is_what_attention_computes_in_and_does_not_reach_inside():
     assert torch.equal(plain, within)
 
 
+FITS = made(GRID.tokens + 2)
+SHORT = "q, k and v must have the same batch, heads and head_dim, got"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q, k[:, :, :1], v[:, :, :1]), "q, k and v must have the same batch, heads and head_dim, got"),
-        (lambda q, k, v: (q, k, v[..., :16]), "q, k and v must have the same batch, heads and head_dim, got"),
+        (lambda q, k, v: (q, k[:, :, :1], v[:, :, :1]), SHORT),
+        (lambda q, k, v: (q, k, v[..., :16]), SHORT),
+        (lambda q, k, v: (q, k[:1], v[:1]), SHORT),
         (lambda q, k, v: (q[:, :50], k[:, :50], v[:, :50]), "k has 50 tokens, fewer than the 198 of the grid 2x9x11"),
         (lambda q, k, v: (q[:, :199], k, v), "q has 199 tokens, needs the grid's 198 or all 200 of k"),
         (lambda q, k, v: (q, k.half(), v), "q, k and v must have one floating dtype, got"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), "q, k and v must have one floating dtype, got"),
+        (lambda q, k, v: (q[0], k[0], v[0]), r"q must be \[batch, tokens, heads, head_dim\], .* got \(200, 2, 32\)"),
+        (lambda q, k, v: (q, k, v[..., None]), r"v must be \[batch, tokens, heads, head_dim\]"),
+        (lambda q, k, v: (q[:0], k[:0], v[:0]), "none of them 0, got"),
+        (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), "none of them 0, got"),
+        (lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]), "none of them 0, got"),
+        (lambda q, k, v: (q, k.numpy(), v), "k must be a tensor, got ndarray"),
+        (lambda q, k, v: (q, None, v), "k must be a tensor, got NoneType"),
+        (lambda q, k, v: (q, k.to("meta"), v), "q, k and v must be on one device, got cpu, meta, cpu"),
     ],
 )
-def test_what_does_not_fit_is_named_in_one_line(change, message):
-    parts = change(*made(GRID.tokens + 2))
-    with pytest.raises(ValueError, match=message) as error:
+@pytest.mark.parametrize("gradient", [False, True])
+def test_tensors_that_do_not_fit_are_named_in_one_line(change, message, gradient):
+    q, k, v = FITS
+    parts = change(q.clone().requires_grad_(gradient), k, v)
+    with pytest.raises(UserError, match=message) as error:
         draftdiff.draft_attention(*parts, grid=GRID, lead=2)
     assert "\n" not in str(error.value)
 
 
-def test_a_text_mask_of_numbers_is_refused():
-    q, k, v = made(GRID.tokens + 2)
-    with pytest.raises(ValueError, match=r"text_mask must be torch\.bool"):
-        draftdiff.draft_attention(q, k, v, grid=GRID, text_mask=torch.ones(2, 2, dtype=torch.int64))
+TRUE = torch.ones(2, 2, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text_mask": TRUE.long()}, r"text_mask must be torch\.bool, .*got torch.int64"),
+        ({"text_mask": TRUE.byte()}, r"text_mask must be torch\.bool, .*got torch.uint8"),
+        ({"text_mask": TRUE.float()}, r"text_mask must be torch\.bool, .*got torch.float32"),
+        ({"text_mask": TRUE.tolist()}, r"text_mask must be torch\.bool, .*got list"),
+        ({"text_mask": TRUE.to("meta")}, "text_mask must be on cpu as q is, got meta"),
+        ({"text_mask": TRUE[:, :1]}, r"text_mask must be torch\.bool \(2, 2\), got torch\.bool \(2, 1\)"),
+        ({"text_mask": TRUE[0]}, r"text_mask must be torch\.bool \(2, 2\), got torch\.bool \(2,\)"),
+        ({"text_mask": TRUE[:, None, None]}, r"text_mask must be torch\.bool \(2, 2\), got"),
+        ({"scale": math.nan}, "scale must be a finite number or None, got nan"),
+        ({"scale": -math.inf}, "scale must be a finite number or None, got -inf"),
+        ({"scale": "1"}, "scale must be a finite number or None, got '1'"),
+        ({"scale": True}, "scale must be a finite number or None, got True"),
+        ({"scale": torch.ones(2)}, r"scale must be a finite number or None, got \(1.0, 1.0\)"),
+        ({"grid": (0, 9, 11)}, r"grid sizes must be positive whole numbers, got \(0, 9, 11\)"),
+        ({"grid": (2.0, 9, 11)}, r"grid sizes must be positive whole numbers, got \(2.0, 9, 11\)"),
+        ({"grid": (True, 18, 11)}, r"grid sizes must be positive whole numbers, got \(True, 18, 11\)"),
+        ({"grid": (2, 9, None)}, r"grid sizes must be positive whole numbers, got \(2, 9, None\)"),
+        ({"grid": (2, 99)}, r"grid must be \(frames, height, width\), got \(2, 99\)"),
+        ({"grid": np.zeros((30, 30))}, r"grid must be \(frames, height, width\), got array"),
+        ({"grid": None}, r"grid must be \(frames, height, width\), got None"),
+        ({"grid": 198}, r"grid must be \(frames, height, width\), got 198"),
+        ({"lead": 3}, "lead must be between 0 and the 2 text tokens, got 3"),
+        ({"lead": -1}, "lead must be between 0 and the 2 text tokens, got -1"),
+        ({"lead": 1.0}, "lead must be a whole number, got 1.0"),
+        ({"lead": None}, "lead must be a whole number, got None"),
+        ({"lead": True}, "lead must be a whole number, got True"),
+        ({"config": "0.8"}, "config must be a DraftAttentionConfig, a sparsity or a dict"),
+        ({"config": Budget(0.5, heads=(1.0, 1.0, 1.0))}, r"budget weights heads must have shape \(2,\) for this model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_arguments_that_cannot_be_are_named_in_one_line(given, message, gradient):
+    q, k, v = FITS
+    with pytest.raises(UserError, match=message) as error:
+        draftdiff.draft_attention(q.clone().requires_grad_(gradient), k, v, **{"grid": GRID, "lead": 2, **given})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"grid": [2, 9, 11]},
+        {"grid": np.array([2, 9, 11])},
+        {"grid": torch.Size([2, 9, 11])},
+        {"lead": np.int64(2)},
+        {"lead": torch.tensor(2)},
+        {"scale": np.float64(32**-0.5)},
+        {"scale": None},
+        {"config": 0.75},
+        {"config": {"sparsity": 0.75}},
+        {"config": np.float64(0.75)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_stands_for_an_argument_is_taken(given, gradient):
+    q, k, v = FITS
+    expected = draftdiff.draft_attention(q, k, v, grid=GRID, lead=2)
+    found = draftdiff.draft_attention(q.clone().requires_grad_(gradient), k, v, **{"grid": GRID, "lead": 2, **given})
+    assert torch.equal(found.detach(), expected)

@@ -1,9 +1,11 @@
 """Budgets multiply their weights and refuse what they cannot be."""
 
+import numpy as np
 import pytest
 import torch
 
 from draftdiff.core.budget import Budget
+from draftdiff.errors import UserError
 
 
 def test_a_plain_budget_is_the_same_everywhere():
@@ -37,3 +39,40 @@ def test_a_weight_that_is_not_positive_is_named(weights):
 def test_weights_for_another_model_are_refused():
     with pytest.raises(ValueError, match=r"budget weights layers must have shape \(4,\) for this model, got \(2,\)"):
         Budget(0.5, layers=(1.0, 1.0)).density(4, 2)
+
+
+@pytest.mark.parametrize("sparsity", ["0.8", True, None, (0.5,)])
+def test_a_sparsity_that_is_no_number_is_named(sparsity):
+    with pytest.raises(UserError, match="sparsity must be at least 0 and below 1, got") as error:
+        Budget(sparsity)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"heads": 1.0},
+        {"heads": "ab"},
+        {"heads": ("a", "b")},
+        {"heads": (True, True)},
+        {"heads": (1j, 1.0)},
+        {"heads": ((1.0, 2.0), (1.0,))},
+        {"heads": ((1.0, 2.0), 3.0)},
+        {"heads": np.zeros((40, 40))},
+        {"layers": 1},
+        {"layers": ((1.0,),)},
+        {"steps": None},
+        {"steps": ((1.0,), (2.0,))},
+    ],
+    ids=str,
+)
+def test_weights_of_another_kind_are_refused_when_the_budget_is_made(weights):
+    with pytest.raises(UserError, match=r"budget weights must be .*, got") as error:
+        Budget(0.5, **weights)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_lists_and_arrays_are_tuples():
+    budget = Budget(np.float64(0.5), steps=[1, 2], layers=np.array([1.0, 2.0]), heads=[[1.0, 2.0], (3, 4)])
+    assert budget == Budget(0.5, steps=(1, 2), layers=(1.0, 2.0), heads=((1.0, 2.0), (3, 4)))
+    assert hash(budget)

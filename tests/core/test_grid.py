@@ -88,5 +88,5 @@ def test_no_more_text_stands_before_the_video_than_there_is(lead):
 
 
 def test_an_empty_grid_is_refused():
-    with pytest.raises(ValueError, match="grid sizes must be positive"):
+    with pytest.raises(ValueError, match="grid sizes must be positive whole numbers"):
         LatentGrid(0, 8, 8)
