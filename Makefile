@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-portable test-oldest test-slow mutate lint clean
+.PHONY: demo test test-portable test-oldest test-slow fuzz mutate lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -46,6 +46,12 @@ mutate: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# Random cases of every family for FUZZ_SECONDS in all; what fails is printed as a small program. FUZZ_SEED repeats a
+# run, FAMILY takes one of attention, decoding, files.
+FUZZ_SECONDS ?= 120
+fuzz: $(READY)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -q -s -m fuzz --tb=short --show-capture=no tests/fuzz -k "$(FAMILY)"
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

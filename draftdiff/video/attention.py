@@ -32,8 +32,8 @@ def draft_attention(
 
     q, k, v: [batch, tokens, heads, head_dim] after normalisation and rotary embedding, in the model's order; gradients
     reach all three.  grid: (frames, height, width) of the video tokens, in raster order; all other tokens count as
-    text, which is always computed.  config: also a sparsity, or a dict of a config's fields.  lead: how many text tokens
-    stand before the video.  text_mask: bool [batch, text], False for padding; one of numbers could be additive, and is
+    text, which is always computed.  config: also a sparsity or a dict of its fields.  lead: how many text tokens stand
+    before the video.  text_mask: bool [batch, text], False for padding; numbers might be meant to be added, and are
     refused.  scale: of the scores, 1/sqrt(head_dim) if None.
     Returns the output like q. Raises ValueError in one line for what does not fit.
     """

@@ -8,8 +8,9 @@ import pytest
 from tests.fuzz.attention import ATTENTION
 from tests.fuzz.decoding import DECODING
 from tests.fuzz.engine import run_for, run_seed
+from tests.fuzz.files import FILES
 
-FAMILIES = [ATTENTION, DECODING]
+FAMILIES = [ATTENTION, DECODING, FILES]
 each = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
