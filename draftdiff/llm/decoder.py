@@ -40,6 +40,7 @@ class TreeDecoder:
         self.forwards = self.replays = 0
         self.next = [0] * rows
         self.valid, self.positions = np.ones((rows, 0), dtype=bool), np.zeros((rows, 0), dtype=np.int64)
+        self._unseen = np.zeros(rows, dtype=bool)  # rows whose first pending token none may see, not even itself
         # What a model finds out anew each time it is asked.
         self._device, self._attention, self._argument = (
             model.device,
@@ -65,14 +66,16 @@ class TreeDecoder:
         attention_mask: Tensor | None = None,
         cache: Any = None,
         *,
+        last_position: Tensor | None = None,
         chunk: int | None = None,
         hidden: bool = False,
     ) -> TreeDecoder:
         """A decoder that has read all tokens but the last, which is the first to be fed.
 
         model: a decoder-only language model of transformers.  ids: int64 [batch, tokens], left-padded.  attention_mask:
-        [batch, tokens], None without padding.  cache: may hold the first of these tokens already.  chunk: most tokens
-        of a forward.  hidden: also return the last hidden states.
+        [batch, tokens], None without padding; a host that guesses it from the ids may hide the last token, too.  cache:
+        may hold the first of these tokens already.  last_position: of the last tokens, int64 [batch], if the host has
+        counted them otherwise.  chunk: most tokens of a forward.  hidden: also return the last hidden states.
         Raises ValueError for a model or a cache that cannot be rolled back.
         """
         cache = DynamicCache(config=model.config) if cache is None else cache
@@ -87,6 +90,9 @@ class TreeDecoder:
             mask = None if bool(real.all()) else real[:, :stop].to(ids.dtype)
             decoder._forward(ids[:, start:stop], mask, positions[:, start:stop], **decoder._last_only)
         decoder._commit_prompt(real, positions)
+        decoder._unseen = (attention_mask[:, -1] == 0).cpu().numpy()
+        if last_position is not None:
+            decoder.next = last_position.tolist()
         return decoder
 
     def _commit_prompt(self, real: Tensor, positions: Tensor) -> None:
@@ -167,7 +173,7 @@ class TreeDecoder:
             self.rows == 1
             and parents[-1] == len(parents) - 2
             and parents == list(range(-1, len(parents) - 1))
-            and bool(self.valid.all())
+            and bool(self.valid.all() and not self._unseen.any())
         )
 
     def _mask(self, before: int, places: list[list[int]]) -> Any:
@@ -183,6 +189,7 @@ class TreeDecoder:
         full[:, :, :-pending] = self.valid[:, None]
         for row, seen in enumerate(self._seen):
             full[row, :, -pending:] = as_mask(seen[before:], pending)
+        full[self._unseen, :, -pending] = False
         if self._window is None or "sliding_attention" not in self._kinds:
             return self._fitted(full, self._physical(windowed=False))
         slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)
@@ -232,6 +239,8 @@ class TreeDecoder:
                 layer.forget()
         steps = np.arange(width)
         kept = steps < np.array([len(path) for path in paths])[:, None]
+        kept[self._unseen, :1] = False
+        self._unseen[:] = False
         places = steps + np.array(self.next)[:, None]
         self.valid = np.concatenate([self.valid, kept], axis=1)
         self.positions = np.concatenate([self.positions, places], axis=1)

@@ -58,7 +58,8 @@ def speculative(
     require(not unknown, f"speculative takes token ids only, got {', '.join(unknown)}")
     require(input_ids.shape[1] > 0, "the prompt is empty: speculative needs at least one token")
     require(model_kwargs.get("use_cache", True), "speculative needs a cache, got use_cache=False")
-    _check_positions(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+    guessed = (given_to_generate(model, "kwargs") or {}).get("attention_mask") is None
+    _check_positions(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), guessed)
     require(
         given_to_generate(model, "assistant_model") is None,
         "speculative takes a drafter in place of an assistant_model, got both",
@@ -99,8 +100,11 @@ def _check_config(config: GenerationConfig, rows: int) -> None:
     )
 
 
-def _check_positions(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
-    """Only whole prompts, padded on the left, with positions that follow from the mask."""
+def _check_positions(ids: Tensor, mask: Tensor | None, positions: Tensor | None, guessed: bool) -> None:
+    """Only whole prompts, padded on the left, with positions that follow from the mask.
+
+    A mask that generate has guessed from the padding token is taken as it is: the prompt may end with that token.
+    """
     # generate drops a mask without padding, but makes positions of its length before.
     known = positions if mask is None else mask
     length = ids.shape[1] if known is None else known.shape[-1]
@@ -110,7 +114,7 @@ def _check_positions(ids: Tensor, mask: Tensor | None, positions: Tensor | None)
         f"{length}",
     )
     require(
-        mask is None or bool(mask[:, -1].all()),
+        mask is None or guessed or bool(mask[:, -1].all()),
         "the padding must be on the left, and each row must have a token: the mask ends with a 0",
     )
     if positions is not None and positions.ndim == 2:
@@ -158,11 +162,12 @@ class _Generation:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         mask = None if mask is None else mask.to(prompt.device)
         hidden = drafter.reads_hidden_states
-        target = TreeDecoder.prefill(
-            self.model, prompt, mask, cache, chunk=self.config.prefill_chunk_size, hidden=hidden
-        )
-        if mask is not None:
-            self.padding = (mask == 0).sum(-1).tolist()
+        positions = kwargs.get("position_ids")
+        last = positions[:, -1].expand(len(prompt)) if positions is not None and positions.ndim == 2 else None
+        chunk = self.config.prefill_chunk_size
+        target = TreeDecoder.prefill(self.model, prompt, mask, cache, last_position=last, chunk=chunk, hidden=hidden)
+        if mask is not None:  # of a row of padding tokens alone the last one counts
+            self.padding = (mask == 0).sum(-1).clamp(max=prompt.shape[1] - 1).tolist()
         processors = [for_drafts(of_row) for of_row in self.processors]
         context = Context(target, self.padding, processors, self.sampling, self._ids(), self._room())
         report.cost = drafter.cost(self.model)

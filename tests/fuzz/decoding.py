@@ -34,7 +34,8 @@ class DecodingCase(Case):
 
     drafter: a kind of DRAFTERS and its arguments.  noise: between target and draft, None for another model.
     prompts: for each call the tokens of each row; shorter rows are padded on the left.  end: which token of the plain
-    text ends it, None for none.  options: more arguments of generate.
+    text ends it, None for none.  guessed: no mask is given, and the padding token stands anywhere in the prompts.
+    options: more arguments of generate.
     """
 
     seed: int
@@ -44,6 +45,7 @@ class DecodingCase(Case):
     noise: float | None = 0.05
     new: int = 12
     end: int | None = None
+    guessed: bool = False
     options: tuple[tuple[str, float], ...] = ()
 
 
@@ -121,6 +123,7 @@ def decoding_cases(draw: st.DrawFn) -> DecodingCase:
         noise=draw(st.sampled_from([0.0, 0.02, 0.05, 0.2, None])),
         new=draw(st.integers(1, 30)),
         end=draw(st.none() | st.integers(0, 12)),
+        guessed=drafter[0] != "assisted" and draw(st.sampled_from([False, False, False, True])),
         options=draw(options),
     )
 
@@ -135,6 +138,9 @@ def check_decoding(case: DecodingCase) -> str:
         mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
         options = {"attention_mask": mask.long(), "do_sample": False, "max_new_tokens": case.new, **dict(case.options)}
         ids = ids * mask
+        if case.guessed:
+            del options["attention_mask"]
+            ids[torch.rand(ids.shape, generator=generator) < 0.3] = 0
         plain = target.generate(ids, **options)
         if case.end is not None and case.end < case.new:
             options["eos_token_id"] = int(plain[0, max(lengths) + case.end])

@@ -374,3 +374,13 @@ def test_a_row_that_has_ended_is_drafted_for_no_more(pair, shape):
     assert min(lengths) == 3 < max(lengths)
     done = report(drafter)
     assert done.tokens == sum(lengths) and done.rounds < done.tokens < done.rounds + done.drafted
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "ids", [[[5, 6, 7, 0]], [[5, 0, 0]], [[0]], [[0, 5, 0]], [[5, 6, 7, 0], [0, 5, 6, 7]], [[0, 0], [5, 0]]], ids=str
+)
+def test_a_prompt_may_hold_the_padding_token_anywhere_if_no_mask_is_given(pair, shape, ids):
+    """generate then guesses a mask that hides it, also the last one."""
+    plain, fast = both(pair[0], ModelDrafter(pair[1], SHAPES[shape]), torch.tensor(ids))
+    assert torch.equal(plain, fast)
