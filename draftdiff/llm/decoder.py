@@ -32,14 +32,15 @@ class TreeDecoder:
     not wholly.
     forwards: of the model so far.  replays: those that brought recurrent states back to what was accepted.
     cache: the host's, in which a WindowLayer stands for each sliding layer.  next: position of each row's next token.
-    valid, positions: of the committed slots, [rows, slots].
+    valid, places: of the committed slots, [rows, slots]: a place counts padding too, as windows of attention do.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Any, rows: int, *, hidden: bool = False) -> None:
         self.model, self.cache, self.rows, self.hidden = model, cache, rows, hidden
         self.forwards = self.replays = 0
         self.next = [0] * rows
-        self.valid, self.positions = np.ones((rows, 0), dtype=bool), np.zeros((rows, 0), dtype=np.int64)
+        self.valid, self.places = np.ones((rows, 0), dtype=bool), np.zeros((rows, 0), dtype=np.int64)
+        self._length = [0] * rows  # place of each row's next token
         self._unseen = np.zeros(rows, dtype=bool)  # rows whose first pending token none may see, not even itself
         # What a model finds out anew each time it is asked.
         self._device, self._attention, self._argument = (
@@ -105,7 +106,9 @@ class TreeDecoder:
         self._no_branches = no_branches(self.model, recurrent=bool(self._recurrent))
         self._remember()
         self.next = positions[:, -1].tolist()
-        self.valid, self.positions = real.cpu().numpy(), positions[:, : real.shape[1]].cpu().numpy()
+        rows, length = real.shape
+        self.valid, self.places = real.cpu().numpy(), np.tile(np.arange(length), (rows, 1))
+        self._length = [length] * rows
 
     def _remember(self) -> None:
         """Copy recurrent states, which cannot forget a token once they have seen it."""
@@ -149,7 +152,7 @@ class TreeDecoder:
         """
         before = len(self._parents[0])
         width = max(map(len, tokens))
-        ids, places = [], []
+        ids, positions = [], []
         for row, (new, above) in enumerate(zip(tokens, parents)):
             padding = [0] * (width - len(new))
             depths, start = self._depths[row], self.next[row]
@@ -157,13 +160,13 @@ class TreeDecoder:
                 depths.append(0 if parent == ROOT else depths[parent] + 1)
             depths += padding
             ids.append([*new, *padding])
-            places.append([start + depth for depth in depths[before:]])
+            positions.append([start + depth for depth in depths[before:]])
             self._parents[row] += [*above, *[ROOT] * len(padding)]
             self._seen[row] = ancestors(self._parents[row], self._seen[row])
         if self._recurrent:
             self._fed += tokens[0]
-        both = torch.tensor([ids, places], dtype=torch.int64, device=self._device)
-        return self._forward(both[0], self._mask(before, places), both[1])
+        both = torch.tensor([ids, positions], dtype=torch.int64, device=self._device)
+        return self._forward(both[0], self._mask(before), both[1])
 
     def _is_plain_chain(self) -> bool:
         """Whether the host's own causal mask is the right one."""
@@ -176,7 +179,7 @@ class TreeDecoder:
             and bool(self.valid.all() and not self._unseen.any())
         )
 
-    def _mask(self, before: int, places: list[list[int]]) -> Any:
+    def _mask(self, before: int) -> Any:
         if self._is_plain_chain():
             return None
         require(not self._no_branches, self._no_branches or "")
@@ -185,16 +188,16 @@ class TreeDecoder:
             f"trees and batches need attention 'sdpa' or 'eager', got {self._attention!r}",
         )
         pending = len(self._seen[0])
-        full = np.empty((self.rows, len(places[0]), self.valid.shape[1] + pending), dtype=bool)
+        full = np.empty((self.rows, pending - before, self.valid.shape[1] + pending), dtype=bool)
         full[:, :, :-pending] = self.valid[:, None]
         for row, seen in enumerate(self._seen):
             full[row, :, -pending:] = as_mask(seen[before:], pending)
         full[self._unseen, :, -pending] = False
         if self._window is None or "sliding_attention" not in self._kinds:
             return self._fitted(full, self._physical(windowed=False))
-        slots = np.array([[self.next[r] + d for d in self._depths[r]] for r in range(self.rows)]).reshape(self.rows, -1)
-        keys = np.concatenate([self.positions, slots], axis=1)
-        near = np.array(places)[:, :, None] - keys[:, None, :] < self._window
+        places = np.array(self._depths).reshape(self.rows, -1) + np.array(self._length)[:, None]
+        keys = np.concatenate([self.places, places], axis=1)
+        near = places[:, before:, None] - keys[:, None, :] < self._window
         sliding = self._fitted(full & near, self._physical(windowed=True))
         if len(self._kinds) < 2:
             return sliding
@@ -241,10 +244,11 @@ class TreeDecoder:
         kept = steps < np.array([len(path) for path in paths])[:, None]
         kept[self._unseen, :1] = False
         self._unseen[:] = False
-        places = steps + np.array(self.next)[:, None]
+        places = steps + np.array(self._length)[:, None]
         self.valid = np.concatenate([self.valid, kept], axis=1)
-        self.positions = np.concatenate([self.positions, places], axis=1)
+        self.places = np.concatenate([self.places, places], axis=1)
         self.next = [start + len(path) for start, path in zip(self.next, paths)]
+        self._length = [start + len(path) for start, path in zip(self._length, paths)]
         for pending_of_rows in (self._parents, self._seen, self._depths):
             pending_of_rows[:] = [[] for _ in range(self.rows)]
         if self.rows > 1:
@@ -272,7 +276,7 @@ class TreeDecoder:
             layer.keys, layer.values = gather_kv(layer.keys, layer.values, index)
         order = _to_the_right(self.valid, needed)
         self.valid = np.take_along_axis(self.valid, order, axis=1)
-        self.positions = np.take_along_axis(self.positions, order, axis=1)
+        self.places = np.take_along_axis(self.places, order, axis=1)
 
 
 def _to_the_right(valid: np.ndarray, length: int) -> np.ndarray:

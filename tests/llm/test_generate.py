@@ -384,3 +384,12 @@ def test_a_prompt_may_hold_the_padding_token_anywhere_if_no_mask_is_given(pair, 
     """generate then guesses a mask that hides it, also the last one."""
     plain, fast = both(pair[0], ModelDrafter(pair[1], SHAPES[shape]), torch.tensor(ids))
     assert torch.equal(plain, fast)
+
+
+@pytest.mark.parametrize("name", ["mistral sliding", "gemma3_text"])
+def test_windows_count_the_padding_in_the_middle_of_a_prompt(name):
+    target = family(name)
+    ids = prompt(30, batch=2)
+    ids[0, 12:20] = ids[1, 25:] = 0
+    plain, fast = both(target, ModelDrafter(relative(target), SHAPES["best"]), ids, max_new_tokens=30)
+    assert torch.equal(plain, fast)
