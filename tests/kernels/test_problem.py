@@ -34,7 +34,7 @@ def tiny(**changes):
         ({"keep": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, r"keep must be torch.bool \(1, 2, 1, 1\), got torch.bool"),
         ({"keep": torch.ones(1, 2, 1, 1)}, r"keep must be torch.bool \(1, 2, 1, 1\), got torch.float32 \(1, 2, 1, 1\)"),
         ({"text_mask": torch.ones(1, 3, dtype=torch.bool)}, r"text_mask must be torch.bool \(1, 0\), got .* \(1, 3\)"),
-        ({"text_mask": torch.ones(1, 0, dtype=torch.int64)}, r"text_mask must be torch.bool .*, got torch.int64"),
+        ({"text_mask": torch.ones(1, 0, dtype=torch.int64)}, r"text_mask must be torch.bool, .*got torch.int64"),
         ({"tail": Tail(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 2, 16))}, r"tail.v_mean must be .*\(1, 2, 2, 16\)"),
         ({"tail": Tail(*torch.zeros(2, 1, 2, 1, 16).half())}, "tail.k_mean must be torch.float32 .*got torch.float16"),
     ],
