@@ -10,6 +10,7 @@ import torch
 
 from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
+from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, resolve, unavailable
 from draftdiff.kernels.problem import Problem
 from draftdiff.models.devices import device_name, devices, versions
@@ -82,11 +83,12 @@ def try_backend(name: str, device: torch.device) -> str:
 
 
 def _ffmpeg() -> dict[str, Any]:
-    from draftdiff.compare.metrics import ffmpeg, has_libvmaf
+    from draftdiff.compare.metrics import has_libvmaf
+    from draftdiff.models.frames import ffmpeg
 
     try:
         executable = ffmpeg()
-    except RuntimeError as error:
+    except UserError as error:
         return {"found": False, "libvmaf": False, "reason": str(error).splitlines()[0]}
     return {"found": True, "libvmaf": has_libvmaf(executable), "path": executable}
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A value, file or model that cannot be used; the message names it and what is allowed."""
 
 
+class NotWritten(OSError):
+    """A file or folder that could not be written, for a full disk say. What was there before is there still."""
+
+
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Around a check of what the user gave: its errors of these kinds, by default ValueError, become UserErrors.
@@ -19,7 +23,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     caught = kinds or (ValueError,)
     try:
         yield
-    except UserError:
+    except (UserError, NotWritten):
         raise
     except caught as error:
         raise UserError(str(error)) from error

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from draftdiff.errors import UserError
-from draftdiff.files import check_output
+from draftdiff.files import prepare_file, prepare_folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,15 +92,22 @@ def share(text: str) -> float:
 
 
 def new_file(*suffixes: str) -> Callable[[str], Path]:
-    """Reads files that can be written, with one of these endings; none: with any."""
+    """Reads files that can be written, with one of these endings; none: with any. Their folder is made."""
+    return _prepared(lambda path: prepare_file(path, suffixes or (path.suffix.lower(),)))
 
+
+def made_folder(text: str) -> Path:
+    """Reads a folder, which is made, and can be written to."""
+    return _prepared(prepare_folder)(text)
+
+
+def _prepared(prepare: Callable[[Path], None]) -> Callable[[str], Path]:
     def read(text: str) -> Path:
-        path = Path(text)
         try:
-            check_output(path, suffixes or (path.suffix.lower(),))
+            prepare(Path(text))
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None  # the only kind of which argparse shows the text
-        return path
+        return Path(text)
 
     return read
 

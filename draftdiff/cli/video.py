@@ -10,7 +10,7 @@ from typing import Any
 from draftdiff.cli.options import Field, Parser, add_place, add_seed, fields_of
 from draftdiff.cli.output import deliver, note, print_json
 from draftdiff.errors import UserError, user_errors
-from draftdiff.files import check_output
+from draftdiff.files import prepare_file
 from draftdiff.models.devices import about
 from draftdiff.video.config import DraftAttentionConfig
 
@@ -135,7 +135,7 @@ def _load(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple[Any,
 def _generate(options: Namespace) -> int:
     from draftdiff.models.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frames_of, write_frames
 
-    check_output(options.output, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+    prepare_file(options.output, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
     sparsity = {} if options.sparsity is None else {"sparsity": options.sparsity}
     config = None if options.dense else _config(sparsity, options)
     import torch
@@ -145,7 +145,7 @@ def _generate(options: Namespace) -> int:
     from draftdiff.models.video import world_judge
 
     model, call = _load(options, [config] if config else [])
-    check_output(options.output, VIDEO_SUFFIXES if model.makes_video else IMAGE_SUFFIXES)
+    prepare_file(options.output, VIDEO_SUFFIXES if model.makes_video else IMAGE_SUFFIXES)
     if options.model is None:
         for text in world_judge([options.prompt])[1]:
             note(text)
@@ -158,8 +158,7 @@ def _generate(options: Namespace) -> int:
         output = model.pipeline(prompt=options.prompt, generator=generator, output_type="np", **call)
     seconds = time.perf_counter() - start
     frames = frames_of(output)
-    with user_errors(OSError):
-        write_frames(options.output, frames, fps)
+    write_frames(options.output, frames, fps)
 
     done = report(model.pipeline) if config is not None else None
     if options.json:

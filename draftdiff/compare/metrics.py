@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftdiff.models.frames import ffmpeg
+
 PSNR_LIMIT = 100.0  # of identical frames, for which it is infinite
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM, as in its paper (Wang et al. 2004)
 _VMAF_SMALLEST, _LPIPS_SMALLEST = 32, 64  # pixels a side; libvmaf crashes below
@@ -106,13 +108,6 @@ def relative_l2(latents: Tensor, reference: Tensor) -> float:
     """|latents - reference| / |reference|."""
     latents, reference = latents.double(), reference.double()
     return float((latents - reference).norm() / reference.norm())
-
-
-def ffmpeg() -> str:
-    """Path of ffmpeg: the one that comes with imageio-ffmpeg unless IMAGEIO_FFMPEG_EXE names another."""
-    import imageio_ffmpeg
-
-    return imageio_ffmpeg.get_ffmpeg_exe()
 
 
 @lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
 """`draftdiff image`, its comparison and calibration, and `draftdiff convert`: whole files and one-line errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,25 +166,44 @@ def test_models_that_do_not_fit_are_named(pair, alone, tmp_path, capsys):
 
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("draftdiff.models.image.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
-    for name, reason in (("out.mp4", ".png"), ("no/out.png", "does not exist")):
+    (tmp_path / "notes.txt").write_text("keep")
+    for name, reason in (("out.mp4", ".png"), ("notes.txt/out.png", "cannot be written: ")):
         assert reason in fails_in_one_line(capsys, "image", "--class", "1", "-o", tmp_path / name)
     assert "-o FILE is needed" in fails_in_one_line(capsys, "image", "--class", "1")
-    (tmp_path / "notes.txt").write_text("keep")
     assert "other files" in fails_in_one_line(capsys, "image", "--compare", "--class", "1", "-o", tmp_path)
 
 
-def test_ctrl_c_while_writing_leaves_no_picture_behind(pair, tmp_path, monkeypatch):
-    saved = []
+def test_ctrl_c_while_writing_leaves_whole_pictures_alone(pair, tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
 
-    def save(self, path, **_kwargs):
-        if saved:
+    def interrupted(path, content):
+        write_bytes(path, content[:100])
+        if path.name == "out-2.png":
             raise KeyboardInterrupt
-        saved.append(path.write_bytes(b"a picture"))
+        write_bytes(path, content)
 
-    monkeypatch.setattr("PIL.Image.Image.save", save)
-    argv = ["image", "--model", pair, "--class", "1", "--count", "3", "-o", str(tmp_path / "out.png")]
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    argv = ["image", "--model", pair, "--class", "1", "--count", "3", "-o", str(tmp_path / "new" / "out.png")]
     assert main(argv) == 130
-    assert saved and not list(tmp_path.iterdir())
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "out-1.png"]
+    Image.open(tmp_path / "new" / "out-1.png").load()
+
+
+def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(pair, tmp_path):
+    for size in (1, 2, 5):
+        argv = ["image", "--model", pair, "--class", "1", "--class", "2", "--count", "3", "--batch-size", str(size)]
+        assert main([*argv, "-o", str(tmp_path / str(size) / "out.png")]) == 0
+    at_once = {path.name: path.read_bytes() for path in (tmp_path / "5").iterdir()}
+    assert len(at_once) == 6 and len(set(at_once.values())) > 1
+    for size in (1, 2):
+        assert {path.name: path.read_bytes() for path in (tmp_path / str(size)).iterdir()} == at_once
+
+
+def test_a_name_that_one_of_several_pictures_cannot_have_is_told_before_the_work(pair, tmp_path, capsys):
+    (tmp_path / "out-2.png").mkdir()
+    argv = ["image", "--model", pair, "--class", "1", "--count", "3", "-o", tmp_path / "out.png"]
+    assert "out-2.png' is a folder" in fails_in_one_line(capsys, *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["out-2.png"]
 
 
 def test_compare_measures_every_setting_and_writes_one_folder(pair, tmp_path, capsys):

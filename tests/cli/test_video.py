@@ -2,7 +2,6 @@
 
 import errno
 import json
-from pathlib import Path
 
 import imageio
 import pytest
@@ -125,7 +124,9 @@ def test_a_wrong_value_is_named_with_what_is_allowed(model, tmp_path, capsys, ar
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("draftdiff.models.video.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
     (tmp_path / "folder.mp4").mkdir()
-    for name, reason in (("out.avi", ".mp4"), ("no/out.mp4", "does not exist"), ("folder.mp4", "is a folder")):
+    (tmp_path / "notes.txt").write_text("keep")
+    reasons = {"out.avi": ".mp4", "notes.txt/out.mp4": "cannot be written: ", "folder.mp4": "is a folder"}
+    for name, reason in reasons.items():
         assert reason in fails_in_one_line(capsys, "generate", "--prompt", "a", "-o", tmp_path / name)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
@@ -219,14 +220,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_file(model, tmp_path, ca
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    line = fails_in_one_line(capsys, "generate", "--model", model, "--prompt", "a", *SIZE, "-o", out)
-    assert "No space left on device" in line
+    assert main(["generate", "--model", str(model), "--prompt", "a", *SIZE, "-o", str(out)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"draftdiff: error: {str(out)!r} cannot be written: No space left on device"
     assert out.read_bytes() == b"an earlier video" and list(tmp_path.iterdir()) == [out]
     argv = ["compare", "--model", model, "--prompt", "a", *SIZE, "--sparsity", "0.5", "--repeat", "1"]
-    assert main([*argv, "-o", str(tmp_path / "results")]) == 2
+    assert main([*argv, "-o", str(tmp_path / "results")]) == 1
     printed = capsys.readouterr()
     assert "sparsity 0.5" in printed.out  # hours of runs are not lost
-    assert printed.err.splitlines()[-1].startswith("draftdiff: error: [Errno 28] No space left on device")
+    assert printed.err.splitlines()[-1].endswith("results' cannot be written: No space left on device")
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -241,11 +243,11 @@ def test_what_the_pipeline_itself_refuses_is_one_line(model, tmp_path, capsys, m
 
 
 def test_ctrl_c_while_writing_leaves_nothing_behind(model, tmp_path, capsys, monkeypatch):
-    def writer(path, **_kwargs):
-        Path(path).write_bytes(b"half a video")
+    def encode(path, *_args):
+        path.write_bytes(b"half a video")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imageio.get_writer", writer)
+    monkeypatch.setattr("draftdiff.models.frames._write_mp4", encode)
     argv = ["--model", model, "--prompt", "a", *SIZE]
     assert main(["generate", *argv, "-o", str(tmp_path / "out.mp4")]) == 130
     assert main(["compare", *argv, "--sparsity", "0.5", "--repeat", "1", "-o", str(tmp_path / "out")]) == 130
