@@ -46,11 +46,16 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
-def is_private(path: Path) -> bool:
-    """Whether this user owns a file or folder, itself and not what a link names, and nobody else can write to it."""
+def is_ours(path: Path) -> bool:
+    """Whether this user owns a file or folder, itself and not what a link names."""
     found = path.lstat()
-    ours = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
-    return ours and not stat.S_ISLNK(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    # Windows keeps owners elsewhere.
+    return not stat.S_ISLNK(found.st_mode) and (os.name == "nt" or found.st_uid == os.geteuid())
+
+
+def is_private(path: Path) -> bool:
+    """Whether it is ours and nobody else can write to it."""
+    return is_ours(path) and (os.name == "nt" or not path.lstat().st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 @contextmanager
