@@ -17,7 +17,7 @@ from draftdiff.models.devices import device_name, devices, versions
 from draftdiff.models.loading import quiet_diffusers
 
 # Import names of what each extra of the package installs.
-_EXTRAS = {"metrics": ("stlpips_pytorch", "IPython", "torchsummary", "torchvision"), "plots": ("matplotlib",)}
+_EXTRAS = {"metrics": ("stlpips_pytorch",), "plots": ("matplotlib",)}
 # Largest error of a tiny call, by dtype: products of the half-precision types round at 2**-11 and 2**-8.
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
 

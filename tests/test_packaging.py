@@ -120,7 +120,7 @@ PUBLIC = {
 OTHERS = {
     "core": {"torch", "einops"},
     "errors": set(),
-    "files": set(),
+    "files": {"filelock"},
     "_version": set(),
 }  # packages that it may import
 

@@ -2,27 +2,25 @@
 
 PSNR and SSIM are a few lines of torch on RGB frames, as the papers of the field report them: ffmpeg's versions see
 luma only after a conversion to YUV, and cap PSNR. VMAF is ffmpeg's libvmaf, fed with raw frames, not with the encoded
-file. LPIPS is the shift-tolerant one of `stlpips-pytorch`, whose weights come with the package.
+file. LPIPS is the shift-tolerant one, with the weights of `stlpips-pytorch`.
 All work on uint8 frames [frames, height, width, 3]: what a viewer sees.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftdiff.compare.perceptual import ShiftTolerantLpips
 from draftdiff.models.frames import ffmpeg
 
 PSNR_LIMIT = 100.0  # of identical frames, for which it is infinite
@@ -141,14 +139,10 @@ def vmaf(frames: np.ndarray, reference: np.ndarray) -> float:
 
 
 @lru_cache(maxsize=1)
-def _lpips_network() -> Any:
+def _lpips_network() -> ShiftTolerantLpips:
     try:
-        # It greets on standard output.
-        with contextlib.redirect_stdout(io.StringIO()):
-            from stlpips_pytorch import stlpips
-
-            return stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    except Exception as error:  # a torchvision built for another torch fails with more than ImportError
+        return ShiftTolerantLpips()
+    except FileNotFoundError as error:
         raise Unavailable(f"needs draftdiff[metrics] ({error})") from None
 
 

@@ -66,7 +66,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     done = subprocess.run(command, input=memoryview(even).cast("B"), stderr=subprocess.PIPE, check=False)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise OSError(errno.EIO, f"the video encoder failed: {said[-1] if said else _ended(done.returncode)}")
+        raise OSError(errno.EIO, f"the video encoder failed: {said[0] if said else _ended(done.returncode)}")
 
 
 def _ended(status: int) -> str:
