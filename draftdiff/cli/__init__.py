@@ -94,6 +94,8 @@ def _told(error: Exception) -> tuple[int, str] | None:
         return 1, f"{error.filename!r} cannot be written: {error.strerror}"
     if isinstance(error, OSError) and error.errno in _FULL:
         return 1, f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "draftdiff":
+        return 1, f"the package {error.name!r} is not installed; draftdiff doctor tells all that is missing"
     short = memory.told(error)
     return None if short is None else (1, short)
 
