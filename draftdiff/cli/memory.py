@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
@@ -34,9 +35,12 @@ def _bytes(number: str, unit: str) -> float:
 
 
 def _largest_so_far() -> int:
-    """The most memory that this process has had, in bytes; 0 where the system does not tell."""
+    """The most memory that this process has had, in bytes, of the kind that is limited; 0 where nothing tells."""
     try:
         import resource
     except ImportError:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = re.search(r"VmPeak:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return int(peak[1]) * 1024 if peak else 0

@@ -4,11 +4,13 @@ import errno
 import json
 
 import imageio
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel, WanVideoToVideoPipeline
 
 from draftdiff.cli import main
+from draftdiff.models.frames import write_frames
 from tests.cli.one_line import fails_in_one_line
 from tests.tiny_pipeline import tiny_wan_pipeline
 
@@ -268,3 +270,51 @@ def test_a_value_error_from_elsewhere_is_a_bug_too(model, tmp_path, monkeypatch)
     monkeypatch.setattr("draftdiff.models.frames.frames_of", lambda _output: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["generate", "--model", model, "--prompt", "a", *SIZE, "-o", str(tmp_path / "out.mp4")])
+
+
+def test_a_prompt_given_twice_is_told_rather_than_dropped(tmp_path, capsys):
+    argv = ["generate", "--prompt", "a", "--prompt", "b", "-o", tmp_path / "x.mp4"]
+    assert "argument --prompt: given twice; draftdiff compare takes several" in fails_in_one_line(capsys, *argv)
+
+
+def test_a_video_to_video_pipeline_starts_from_a_clip(tmp_path, capsys):
+    pipe = tiny_wan_pipeline()
+    parts = {name: part for name, part in pipe.components.items() if name not in ("transformer_2", "boundary_ratio")}
+    WanVideoToVideoPipeline(**parts).save_pretrained(tmp_path / "model")
+    clip = np.random.RandomState(0).randint(0, 256, (9, 128, 128, 3), np.uint8)
+    write_frames(tmp_path / "clip.mp4", clip, 8)
+    given = ["generate", "--model", str(tmp_path / "model"), "--prompt", "a", "--height", "128", "--width", "128"]
+    out = tmp_path / "out.mp4"
+    assert main([*given, "--steps", "2", "--video", str(tmp_path / "clip.mp4"), "-o", str(out)]) == 0
+    assert len(imageio.mimread(out, memtest=False)) == 9
+    capsys.readouterr()
+    line = fails_in_one_line(capsys, *given, "-o", out)
+    assert "WanVideoToVideoPipeline needs a --video to start from" in line
+    (tmp_path / "notes.txt").write_text("no clip")
+    for name in ("nothing.mp4", "notes.txt"):
+        line = fails_in_one_line(capsys, *given, "--video", tmp_path / name, "-o", out)
+        assert f"video '{tmp_path / name}' cannot be read" in line
+
+
+def test_a_folder_of_a_variant_alone_is_read_by_its_name(tmp_path, capsys):
+    tiny_wan_pipeline().save_pretrained(tmp_path / "model", variant="fp16")
+    given = ["generate", "--model", str(tmp_path / "model"), "--prompt", "a", *SIZE]
+    assert main([*given, "--variant", "fp16", "-o", str(tmp_path / "out.mp4")]) == 0
+    capsys.readouterr()
+    assert "--variant is for --model" in fails_in_one_line(
+        capsys, "generate", "--prompt", "a", "--variant", "fp16", "-o", tmp_path / "out.mp4"
+    )
+
+
+def test_seed_minus_one_draws_a_seed_and_tells_it(model, tmp_path, capsys):
+    seeds = set()
+    for _ in range(2):
+        argv = ["generate", "--model", model, "--prompt", "a", *SIZE, "--seed", "-1", "--json"]
+        assert main([*argv, "-o", str(tmp_path / "out.mp4")]) == 0
+        printed = capsys.readouterr()
+        seed = json.loads(printed.out)["seed"]
+        assert f"draftdiff: note: seed {seed}\n" in printed.err
+        seeds.add(seed)
+    assert len(seeds) == 2 and min(seeds) >= 0
+    line = fails_in_one_line(capsys, "generate", "--prompt", "a", "--seed", "-2", "-o", "x.mp4")
+    assert "must be a whole number from -1" in line
