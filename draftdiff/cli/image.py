@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftdiff.cli.options import Parser, add_place, add_seed, whole
 from draftdiff.cli.output import deliver, print_json
-from draftdiff.errors import UserError
+from draftdiff.errors import UserError, user_errors
 from draftdiff.files import prepare_file, replacing
 
 if TYPE_CHECKING:
@@ -237,26 +237,31 @@ def _with_drafters(model: ImageModel, options: Namespace) -> ImageModel:
         return model
     if not options.scale_kv and not options.compare:
         raise UserError("--scale-kv-drafters needs --scale-kv BUDGET")
+    from draftdiff.stored import read_json
+
     path = Path(options.scale_kv_drafters)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = {
-            name: {int(scale): tuple(map(int, layers)) for scale, layers in content[name].items()}
-            for name in _DRAFTERS
-            if content.get(name) is not None
-        }
-        if "drafters" not in found:
-            raise KeyError("drafters")
-    except OSError as error:
-        raise UserError(f"drafters file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"drafters file {str(path)!r} was not made by draftdiff image calibrate") from None
+    with user_errors(FileNotFoundError):
+        content = read_json(path, "file of draftdiff image calibrate")
+    found = {name: content[name] for name in _DRAFTERS if content.get(name) is not None}
+    if "drafters" not in found or not all(map(_are_layers, found.values())):
+        raise UserError(f"drafters file {str(path)!r} was not made by draftdiff image calibrate")
+    found = {name: {int(scale): tuple(layers) for scale, layers in wide.items()} for name, wide in found.items()}
     if content.get("layers") != model.pipeline.transformer.config.num_layers:
         raise UserError(
             f"drafters file {str(path)!r} is of a model with {content.get('layers')} layers, "
             f"this one has {model.pipeline.transformer.config.num_layers}"
         )
+    if any(layer >= content["layers"] for layers in found["drafters"].values() for layer in layers):
+        raise UserError(f"drafters file {str(path)!r} names layers that its model does not have")
     return replace(model, drafters=found)
+
+
+def _are_layers(wide: Any) -> bool:
+    """Whether it is lists of layers by the number of their scale, as JSON has them."""
+    return isinstance(wide, dict) and all(
+        scale.isdecimal() and isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
+        for scale, layers in wide.items()
+    )
 
 
 def _calibrate(options: Namespace) -> int:

@@ -14,7 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from draftdiff.errors import UserError
-from draftdiff.models.devices import DTYPE_ARGUMENT, find_device, find_dtype
+from draftdiff.hosts.diffusers import with_one_dtype
+from draftdiff.models.devices import find_device, find_dtype
 from draftdiff.models.loading import loading, quiet_diffusers
 
 EMBEDDED = "mini-video"
@@ -100,7 +101,8 @@ def _pretrained(name: str, dtype: torch.dtype, variant: str | None) -> Model:
         raise UserError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
     with loading(name), quiet_diffusers():
         place = folder if folder.is_dir() else name
-        pipeline = DiffusionPipeline.from_pretrained(place, variant=variant, **{DTYPE_ARGUMENT: dtype})
+        options = {"variant": variant, "trust_remote_code": False, **with_one_dtype({"dtype": dtype})}
+        pipeline = DiffusionPipeline.from_pretrained(place, **options)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     fps = next((parameters[p].default for p in _FPS if p in parameters), None)
     return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)

@@ -109,6 +109,7 @@ def test_infinity_takes_prompts_sizes_and_aspect_ratios(infinity, tmp_path, caps
         (["--prompt", "a"], ["VARPipeline", "--class"]),
         (["--class", "1", "--size", "1M"], ["--size", "VARPipeline"]),
         (["--class", "1", "--dtype", "int8"], ["int8", "bfloat16"]),
+        (["--class", "1", "--guidance-scale", "nan"], ["guidance_scale must be from", "nan"]),
         (["--class", "1", "--device", "abacus"], ["abacus"]),
         (["--class", "1", "--scale-kv-drafters", "none.json"], ["--scale-kv"]),
         (["--class", "1", "--scale-kv", "0.1", "--scale-kv-drafters", "none.json"], ["none.json"]),
@@ -130,6 +131,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(pair, tmp_path, capsys, arg
     [
         (["--prompt", " "], ["--prompt is empty"]),
         (["--prompt", "a", "--aspect-ratio", "1.1"], ["1.1", "1.25"]),
+        (["--prompt", "a", "--aspect-ratio", "nan"], ["height / width", "nan"]),
         (["--prompt", "a", "--size", "2M"], ["2M", "0.06M"]),
         (["--prompt", "a", "--draft-scales", "3"], ["--draft-scales", "VAR"]),
         (["--class", "1"], ["InfinityPipeline", "--prompt"]),
@@ -247,6 +249,41 @@ def test_calibration_makes_a_file_that_scale_kv_takes(pair, alone, infinity, tmp
     assert ".json" in fails_in_one_line(capsys, "image", "calibrate", "--model", alone, "-o", tmp_path / "x.png")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "\x00\x01",
+        '{"layers": 4, "drafters": []}',
+        '{"layers": 4, "drafters": {"first": [0]}}',
+        '{"layers": 4, "drafters": {"-1": [0]}}',
+        '{"layers": 4, "drafters": {"0": 1}}',
+        '{"layers": 4, "drafters": {"0": [-1]}}',
+        '{"layers": 4, "drafters": {"0": [0.5]}}',
+        '{"layers": 4, "drafters": {"0": [true]}}',
+        '{"layers": 4, "drafters": {"0": ["0"]}}',
+        '{"layers": 4, "drafters": {"0": [NaN]}}',
+        '{"layers": 4, "drafters": {"0": [9]}}',
+        '{"layers": "4", "drafters": {"0": [0]}}',
+        '{"drafters": {"0": [0]}}',
+    ],
+)
+def test_a_file_of_drafters_that_is_none_is_named(alone, tmp_path, capsys, content):
+    file = tmp_path / "drafters.json"
+    file.write_text(content)
+    argv = ["image", "--model", alone, "--class", 1, "--scale-kv", 0.2, "-o", tmp_path / "x.png", "--scale-kv-drafters"]
+    assert str(file) in fails_in_one_line(capsys, *argv, file)
+
+
+def test_a_file_of_drafters_that_is_nowhere_or_a_folder_is_named(alone, tmp_path, capsys):
+    argv = ["image", "--model", alone, "--class", 1, "--scale-kv", 0.2, "-o", tmp_path / "x.png", "--scale-kv-drafters"]
+    assert f"{tmp_path} is a folder" in fails_in_one_line(capsys, *argv, tmp_path)
+    assert "at nowhere" in fails_in_one_line(capsys, *argv, "nowhere")
+
+
 def test_convert_makes_a_folder_that_image_reads(tmp_path, capsys):
     tensors = tiny.to_original(tiny.transformer())
     tensors["pos_1LC"] = tensors["pos_1LC"][None]
@@ -257,14 +294,17 @@ def test_convert_makes_a_folder_that_image_reads(tmp_path, capsys):
     argv = ["convert", tmp_path / "var.pth", tmp_path / "vae.pth"]
     result = run(capsys, *argv, tmp_path / "model")
     assert result["class"] == "VARPipeline"
-    run(capsys, "image", "--model", tmp_path / "model", "--class", 1, "-o", tmp_path / "out.png")
+    run(capsys, "image", "--model", tmp_path / "model", "--class", 1, "-o", tmp_path / "out.png", "--dtype", "bf16")
     assert "exists: convert writes to a new folder" in fails_in_one_line(capsys, *argv, tmp_path / "model")
     assert "no checkpoint at " in fails_in_one_line(capsys, "convert", tmp_path / "nothing.pth", tmp_path / "new")
     whole = (tmp_path / "var.pth").read_bytes()
     (tmp_path / "var.pth").write_bytes(whole[: len(whole) // 2])
     line = fails_in_one_line(capsys, *argv, tmp_path / "new")
-    assert "var.pth is not a readable checkpoint (truncated" in line
+    assert "var.pth is not a readable checkpoint (damaged, truncated" in line
     assert "dtype must be one of" in fails_in_one_line(capsys, *argv, tmp_path / "new", "--dtype", "int8")
+    (tmp_path / "var.pth").write_bytes(whole)
+    line = fails_in_one_line(capsys, *argv, tmp_path / "new", "--text-encoder", tmp_path)
+    assert "text_encoder is for an InfinityPipeline only" in line
     assert not (tmp_path / "new").exists()
 
 
