@@ -12,7 +12,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,plots]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,metrics,plots]"
 	touch $(READY)
 
 demo: $(READY)

@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from draftdiff.kernels.cache import cache_folder, new_file
+from draftdiff.kernels import cache
 
 Config = TypeVar("Config")
 _ROUNDS = 3
@@ -68,22 +67,31 @@ def _time(call: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def _file(device: torch.device) -> Path:
+def _file(device: torch.device) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
-    return cache_folder() / f"triton-{name}.json"
+    return f"triton-{name}.json"
 
 
 @lru_cache(maxsize=16)
 def _known(device: torch.device) -> dict[str, str]:
+    return _read(_file(device))
+
+
+def _read(name: str) -> dict[str, str]:
+    """What is kept; nothing of a file that another program wrote or that was cut off: it is measured again."""
+    path = cache.stored(name)
     try:
-        return dict(json.loads(_file(device).read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # not there yet, or cut off by a full disk: measured again
+        kept = json.loads(path.read_bytes()) if path else {}
+    except (OSError, ValueError, RecursionError):
         return {}
+    whole = isinstance(kept, dict) and all(isinstance(value, str) for value in kept.values())
+    return kept if whole else {}
 
 
 def _save(device: torch.device, known: dict[str, str]) -> None:
-    with new_file(_file(device)) as draft:
-        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    name = _file(device)
+    kept = _read(name) | known  # another process may have measured others meanwhile
+    cache.store(name, json.dumps(kept, indent=1).encode())
 
 
 @contextmanager

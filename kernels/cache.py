@@ -1,27 +1,57 @@
-"""The user's cache of compiled kernels and measured choices, into which a file comes whole or not at all."""
+"""The user's cache of compiled kernels and measured choices.
+
+A file counts only if this user owns it and its folder, and nobody else can write to either: what is loaded from here is
+run. Where nothing can be kept (no home, no room, someone else's folder) that is said once, and the work goes on.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """The folder, which need not be there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftdiff"
+from draftdiff.files import is_ours, is_private, replacing
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A place to write to, beside others of one's own; what stands there at the end becomes `path` at once.
+def stored(name: str) -> Path | None:
+    """The file of that name, or None if there is none that this user alone could have written."""
+    try:
+        path = _folder() / name
+        return path if path.is_file() and is_private(path) else None
+    except OSError as error:
+        _say_once(str(error))
+        return None
 
-    If the body raises, `path` stays as it was and nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        yield draft
-        os.replace(draft, path)
+
+def store(name: str, content: bytes) -> Path | None:
+    """Keep a file, whole or not at all; None where it cannot be kept."""
+    try:
+        path = _folder() / name
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+            partial.chmod(0o600)
+    except OSError as error:
+        _say_once(str(error))
+        return None
+    return path
+
+
+def _folder() -> Path:
+    """A folder of this user alone. Raises OSError where there can be none."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # no home
+        raise OSError(str(error)) from None
+    folder = (base / "draftdiff").resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_ours(folder):
+        raise PermissionError(f"{folder} belongs to another user")
+    if not is_private(folder):
+        folder.chmod(0o700)
+    return folder
+
+
+@lru_cache(maxsize=8)
+def _say_once(reason: str) -> None:
+    logging.getLogger("draftdiff").warning("compiled kernels cannot be kept for the next run: %s", reason)

@@ -13,13 +13,15 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from draftdiff.kernels.cache import cache_folder, new_file
+from draftdiff.kernels import cache
 from draftdiff.kernels.problem import Problem
 
 differentiable = False
@@ -51,10 +53,29 @@ def _load(march: str) -> ctypes.CDLL:
     if compiler is None:
         raise OSError("needs a C++ compiler (g++ or clang++), none was found")
     flags = (f"-march={march}", *_FLAGS)
-    path = cache_folder() / f"cpu-{_fingerprint(compiler, flags)}.so"
-    if not path.exists():
-        _compile(compiler, flags, path)
-    return ctypes.CDLL(str(path))
+    name = f"cpu-{_fingerprint(compiler, flags)}.so"
+    path = cache.stored(name)
+    content = _whole(path) if path else None
+    if content is None:
+        built = _compile(compiler, flags)
+        content = built + hashlib.sha256(built).digest()  # which loaders pass over
+        path = cache.store(name, content)
+    if path is not None:
+        with suppress(OSError):  # a disk from which nothing may be run
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="draftdiff.") as folder:
+        copy = Path(folder, name)
+        copy.write_bytes(content)
+        return ctypes.CDLL(str(copy))
+
+
+def _whole(path: Path) -> bytes | None:
+    """The content of a kept library, None unless it ends in its digest: a loader may crash on a file that was cut."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return content if hashlib.sha256(content[:-32]).digest() == content[-32:] else None
 
 
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
@@ -67,20 +88,22 @@ def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    logging.getLogger("draftdiff").warning("compiling the CPU kernel, once, into %s", path.parent)
-    with new_file(path) as built:
-        product = built.with_suffix(".o")
+def _compile(compiler: str, flags: tuple[str, ...]) -> bytes:
+    """The shared library. Raises OSError with the compiler's reason."""
+    logging.getLogger("draftdiff").warning("compiling the CPU kernel, once, by %s", compiler)
+    with tempfile.TemporaryDirectory(prefix="draftdiff.") as folder:
+        product, built = Path(folder, "cpu.o"), Path(folder, "cpu.so")
         # Linked without an OpenMP of its own: the symbols are found in the one that torch has loaded, so that two
         # thread pools do not fight for the cores.
         for command in (
             [compiler, *flags, "-c", str(SOURCE), "-o", str(product)],
             [compiler, "-shared", str(product), "-o", str(built)],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
                 raise OSError(f"could not be compiled with {compiler}: {reason}")
+        return built.read_bytes()
 
 
 class _Strides(ctypes.Structure):

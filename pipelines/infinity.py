@@ -10,13 +10,16 @@ import torch
 import transformers
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from packaging.version import Version
 from torch import Generator, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from draftdiff.errors import UserError
-from draftdiff.pipelines.inputs import check_call, check_sampling
-from draftdiff.pipelines.next_scale import NextScalePipeline
+from draftdiff.core.devices import chosen_dtype, dtype_named
+from draftdiff.errors import UserError, one_line
+from draftdiff.pipelines.inputs import check_call, check_embeds, check_sampling, plain_numbers
+from draftdiff.pipelines.next_scale import NextScalePipeline, put_together
+from draftdiff.stored import lfs_pointer
 from draftdiff.var.autoencoder_bsq import AutoencoderBSQ
 from draftdiff.var.decoding import ScaleDecoder
 from draftdiff.var.sampling import DRAWS, at
@@ -26,6 +29,8 @@ from draftdiff.var.transformer_infinity import InfinityTransformer2DModel
 
 # The argument's new name; the old one warns where the new one exists.
 _DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+
+logger = logging.get_logger(__name__)
 
 
 class InfinityPipeline(NextScalePipeline):
@@ -70,40 +75,53 @@ class InfinityPipeline(NextScalePipeline):
         vae: str | Path,
         *,
         text_encoder: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
     ) -> InfinityPipeline:
         """A pipeline from original checkpoints: `infinity_2b_reg.pth` or the folder `infinity_8b_weights`, and
         `infinity_vae_*.pth`.
 
-        text_encoder: folder or hub repository of flan-t5-xl; None for embeddings only.
-        Raises ValueError that names what does not fit.
+        text_encoder: folder or hub repository of flan-t5-xl; None for embeddings only.  dtype, or by its old name
+        torch_dtype: that of the files if None. Raises ValueError that names what does not fit.
         """
-        model = InfinityTransformer2DModel.from_single_file(transformer, torch_dtype=torch_dtype)
-        autoencoder = AutoencoderBSQ.from_single_file(vae, torch_dtype=torch_dtype)
-        patchify = model.config.bits != autoencoder.config.latent_channels
+        wanted = chosen_dtype(dtype, torch_dtype)
+        model = InfinityTransformer2DModel.from_single_file(transformer, dtype=wanted)
+        autoencoder = AutoencoderBSQ.from_single_file(vae, dtype=wanted)
+        bits, channels = model.config.bits, autoencoder.config.latent_channels
+        patchify = bits == 4 * channels
+        if not patchify and bits != channels:
+            raise UserError(
+                f"{transformer} and {vae} do not belong together: the transformer has {bits} bits per token, the vae "
+                f"{channels} latent channels, of which a token has all of one cell or of 2 x 2"
+            )
         # The authors' settings of their 2B and 8B models.
         scheduler = InfinityScheduler(patchify=patchify, temperature=1.0 if patchify else 0.5)
         encoder = tokenizer = None
         if text_encoder is not None:
             try:
-                encoder = T5EncoderModel.from_pretrained(text_encoder, **{_DTYPE: torch_dtype or "auto"})
-                tokenizer = AutoTokenizer.from_pretrained(text_encoder)
-            except (OSError, ValueError) as error:  # transformers' messages have several lines
-                reason = str(error).strip().splitlines()[0]
+                options: dict[str, Any] = {_DTYPE: wanted or "auto", "trust_remote_code": False}
+                encoder = T5EncoderModel.from_pretrained(text_encoder, **options)
+                tokenizer = AutoTokenizer.from_pretrained(text_encoder, trust_remote_code=False)
+            except Exception as error:  # transformers, the hub and safetensors each have their own
+                reason = lfs_pointer(text_encoder) or one_line(error)
                 raise UserError(f"text encoder {str(text_encoder)!r} cannot be loaded: {reason}") from error
-        return cls(model, autoencoder, scheduler, encoder, tokenizer)
+        with put_together(transformer, vae, text_encoder):
+            return cls(model, autoencoder, scheduler, encoder, tokenizer)
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings fp32 [prompts, tokens, channels] of the text encoder and their mask, bool [prompts, tokens]."""
+        """Embeddings fp32 [prompts, tokens, channels] of the text encoder and their mask, bool [prompts, tokens].
+
+        What a prompt has more than the transformer's text_tokens is cut, with a warning.
+        """
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError("this pipeline has no text encoder: pass prompt_embeds and prompt_mask")
-        tokens = self.tokenizer(
-            [prompt] if isinstance(prompt, str) else list(prompt),
-            max_length=self.transformer.config.text_tokens,
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self._execution_device)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        most = self.transformer.config.text_tokens
+        options = {"max_length": most, "padding": True, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(prompts, **options).to(self._execution_device)
+        for text, whole in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids):
+            if len(whole) > most:
+                logger.warning(f"The prompt has {len(whole)} tokens, of which only {most} are read: {text!r}")
         mask = tokens.attention_mask
         return self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state.float(), mask.bool()
 
@@ -126,7 +144,7 @@ class InfinityPipeline(NextScalePipeline):
         prompt_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_mask: Tensor | None = None,
-        cache_key_dtype: torch.dtype | None = None,
+        cache_key_dtype: str | torch.dtype | None = None,
         rng: str = "fast",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -139,12 +157,12 @@ class InfinityPipeline(NextScalePipeline):
         height, width: in pixels, one of the sizes of Infinity's schedules; or aspect_ratio (height / width) and size
             ("0.06M", "0.25M", "0.60M" or "1M" pixels).
         guidance_scale: Infinity's own convention: logits are g * conditional + (1 - g) * unconditional, the same at
-            every scale unless one per scale is given; 1 means off and halves the work.
+            every scale unless one per scale is given, in a list, a tensor or an array; 1 means off and halves the work.
         temperature, top_p: the scheduler's where None; temperature also one per scale.
         generator: one for all pictures, or one per picture, which then do not depend on the rest of the batch.
         prompt_embeds, negative_prompt_embeds: [prompts, tokens, channels] of the text encoder instead of prompts, with
-            masks bool [prompts, tokens] where some are padding.
-        cache_key_dtype: dtype of cached keys, that of the model if None; torch.float32 is what the original keeps.
+            masks [prompts, tokens] where some are padding, of False and True or 0 and 1.
+        cache_key_dtype: dtype of cached keys or its name, that of the model if None; the original keeps torch.float32.
         rng: "fast" draws one number per bit; "upstream" draws as the originals, so that a seed gives their pictures.
         output_type: "pil", "np", "pt" or "latent" (latents summed over all scales).
         callback_on_step_end: called as (pipeline, scale, scale, tensors) after each scale, with the tensors named, of
@@ -154,29 +172,35 @@ class InfinityPipeline(NextScalePipeline):
         Raises ValueError for an argument that cannot be; the message says what can.
         """
         scales = self._scales(height, width, aspect_ratio, size)
+        settings = plain_numbers({"guidance_scale": guidance_scale, "top_p": top_p, "temperature": temperature})
         self.check_inputs(
             texts={"prompt": prompt, "negative_prompt": negative_prompt},
-            embeds={"prompt": prompt_embeds, "negative_prompt": negative_prompt_embeds},
+            embeds={
+                "prompt": (prompt_embeds, prompt_mask),
+                "negative_prompt": (negative_prompt_embeds, negative_prompt_mask),
+            },
             scales=len(scales),
-            sampling={"top_p": top_p, "guidance_scale": guidance_scale, "temperature": temperature},
+            sampling=settings,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             rng=rng,
             output_type=output_type,
             callback_tensors=callback_on_step_end_tensor_inputs,
         )
+        key_dtype = None if cache_key_dtype is None else dtype_named(cache_key_dtype, "cache_key_dtype")
         text, mask = self._text(prompt, prompt_embeds, prompt_mask, times=num_images_per_prompt)
         latents = self._blank(len(text), self.scheduler.latent_size(scales[-1]))
-        guided = any(at(guidance_scale, scale) != 1 for scale in range(len(scales)))
+        guidance = settings["guidance_scale"]
+        guided = any(at(guidance, scale) != 1 for scale in range(len(scales)))
         if guided:
             negative = negative_prompt, negative_prompt_embeds, negative_prompt_mask
             text, mask = _stacked(text, mask, *self._negative_text(text, mask, *negative))
         latents = self._generate(
-            self._decoder(text, mask, scales, cache_key_dtype),
+            self._decoder(text, mask, scales, key_dtype),
             latents,
             scales,
-            guidance={"guidance_scale": guidance_scale if guided else None, "temperature": temperature},
-            sampling={"generator": DRAWS[rng](generator), "top_p": top_p},
+            guidance={"guidance_scale": guidance if guided else None, "temperature": settings["temperature"]},
+            sampling={"generator": DRAWS[rng](generator), "top_p": settings["top_p"]},
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
         )
@@ -223,33 +247,38 @@ class InfinityPipeline(NextScalePipeline):
         self,
         *,
         texts: dict[str, Any],
-        embeds: dict[str, Tensor | None],
+        embeds: dict[str, tuple[Tensor | None, Tensor | None]],
         scales: int,
         sampling: dict[str, Any],
         **call: Any,
     ) -> None:
         """Raise ValueError for what cannot be.
 
-        texts, embeds: of prompt and negative_prompt.  sampling: top_p, guidance_scale, temperature.  call: see
-        check_call.
+        texts, embeds: of prompt and negative_prompt, the embeddings with their masks.  sampling: top_p, guidance_scale,
+        temperature.  call: see check_call.
         """
-        if (texts["prompt"] is None) == (embeds["prompt"] is None):
+        if (texts["prompt"] is None) == (embeds["prompt"][0] is None):
             raise UserError("give either prompt or prompt_embeds")
-        if texts["negative_prompt"] is not None and embeds["negative_prompt"] is not None:
+        if texts["negative_prompt"] is not None and embeds["negative_prompt"][0] is not None:
             raise UserError("give either negative_prompt or negative_prompt_embeds")
-        prompts, negative = (self._count(name, texts[name], embeds[name]) for name in ("prompt", "negative_prompt"))
+        prompts, negative = (self._count(name, texts[name], *embeds[name]) for name in ("prompt", "negative_prompt"))
         if negative not in (None, 1, prompts):
             raise UserError(f"{prompts} prompts need 1 or as many negative ones: {negative}")
-        check_sampling(scales, **sampling)
+        check_sampling(
+            sampling,
+            scales,
+            defaults=("top_p", "temperature"),
+            per_scale=("guidance_scale", "temperature"),
+        )
         check_call(prompts=prompts or 0, known_tensors=self._callback_tensor_inputs, **call)
 
-    def _count(self, name: str, texts: Any, embeds: Tensor | None) -> int | None:
+    def _count(self, name: str, texts: Any, embeds: Tensor | None, mask: Tensor | None) -> int | None:
         """How many prompts there are, None without any. Raises ValueError for what is no prompt."""
         if embeds is not None:
-            channels = self.transformer.config.text_dim
-            if embeds.ndim != 3 or embeds.shape[-1] != channels or embeds.shape[1] == 0:
-                raise UserError(f"{name}_embeds must be [prompts, tokens, {channels}], got {tuple(embeds.shape)}")
+            check_embeds(name, embeds, mask, self.transformer.config.text_dim, self.transformer.config.text_tokens)
             return len(embeds)
+        if mask is not None:
+            raise UserError(f"{name}_mask is of {name}_embeds, which are not given")
         if texts is None:
             return None
         listed = [texts] if isinstance(texts, str) else texts

@@ -6,7 +6,8 @@ latents (VAR, arXiv 2404.02905; Infinity, arXiv 2412.04431).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
+from draftdiff.errors import UserError
+from draftdiff.hosts.custom_code import never_asked
+from draftdiff.hosts.diffusers import with_one_dtype
 from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.scale_kv import ScaleKVMixin
 from draftdiff.var.collaborative import CollaborativeDecoder
@@ -24,13 +28,28 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@contextmanager
+def put_together(*files: str | Path | None) -> Iterator[None]:
+    """Around making a pipeline of checkpoints: what does not fit is said with their names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{' and '.join(str(file) for file in files if file is not None)}: {error}") from None
+
+
 class NextScalePipeline(ScaleKVMixin, DiffusionPipeline):
     """Parts: `transformer`, `vae` and a `scheduler` that steps over scales (`scale_model_input`, `guide`, `step`)."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a saved pipeline: a folder, or a repository of the hub, which is downloaded first."""
-        return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
+        """Load a saved pipeline: a folder, or a repository of the hub, which is downloaded first.
+
+        dtype, or by its old name torch_dtype, may also be a name such as "bfloat16" or "bf16", or a dict of them by
+        part. Code that a folder brings with it is not run.
+        """
+        kwargs = {**with_one_dtype(kwargs), "trust_remote_code": False}
+        with never_asked():
+            return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
 
     def _generate(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Generator, Tensor
 
+from draftdiff.core.devices import chosen_dtype, dtype_named
 from draftdiff.errors import UserError
-from draftdiff.pipelines.inputs import check_call, check_sampling
-from draftdiff.pipelines.next_scale import NextScalePipeline
+from draftdiff.pipelines.in_painting import masks, pictures
+from draftdiff.pipelines.inputs import check_call, check_flag, check_sampling, plain_numbers
+from draftdiff.pipelines.next_scale import NextScalePipeline, put_together
 from draftdiff.pipelines.scale_kv import accepts_old_names
 from draftdiff.var.collaborative import CollaborativeDecoder, check_pair
 from draftdiff.var.decoding import ScaleDecoder
@@ -64,15 +66,22 @@ class VARPipeline(NextScalePipeline):
         refiner: str | Path | None = None,
         draft_scales: int | None = None,
         id2label: dict[int, str] | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
     ) -> VARPipeline:
         """A pipeline from original checkpoints: `var_d16.pth` and `vae_ch160v4096z32.pth`, or of CoDe `drafter_8.pth`
-        and as refiner `refiner_8.pth`. Raises ValueError that names what does not fit."""
-        model = VARTransformer2DModel.from_single_file(transformer, torch_dtype=torch_dtype)
-        second = None if refiner is None else VARTransformer2DModel.from_single_file(refiner, torch_dtype=torch_dtype)
+        and as refiner `refiner_8.pth`.
+
+        dtype, or by its old name torch_dtype: that of the files if None. Raises ValueError that names what does not
+        fit.
+        """
+        wanted = chosen_dtype(dtype, torch_dtype)
+        model = VARTransformer2DModel.from_single_file(transformer, dtype=wanted)
+        second = None if refiner is None else VARTransformer2DModel.from_single_file(refiner, dtype=wanted)
         patch_nums = model.config.patch_nums
-        vq = VQModel.from_single_file(vae, torch_dtype=torch_dtype, patch_nums=patch_nums)
-        return cls(model, vq, VARScheduler(patch_nums), second, draft_scales, id2label)
+        vq = VQModel.from_single_file(vae, dtype=wanted, patch_nums=patch_nums)
+        with put_together(transformer, refiner, vae):
+            return cls(model, vq, VARScheduler(patch_nums), second, draft_scales, id2label)
 
     def enable_collaborative(self, refiner: VARTransformer2DModel, draft_scales: int = 8) -> None:
         """From now on `transformer` draws scales 0 to draft_scales - 1 and `refiner` the others.
@@ -106,7 +115,7 @@ class VARPipeline(NextScalePipeline):
         """Class ids of names or ids, one or several. Raises ValueError for one that this model does not have."""
         if isinstance(labels, Tensor):
             labels = labels.flatten().tolist()
-        if isinstance(labels, (int, np.integer, str)):
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
             labels = [labels]
         known = {name: int(number) for number, name in (self.config.id2label or {}).items()}
         classes = self.transformer.config.num_classes
@@ -158,7 +167,7 @@ class VARPipeline(NextScalePipeline):
         more_smooth: bool = False,
         num_images_per_prompt: int = 1,
         generator: Generator | Sequence[Generator] | None = None,
-        cache_key_dtype: torch.dtype | None = None,
+        cache_key_dtype: str | torch.dtype | None = None,
         rng: str = "fast",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -168,13 +177,16 @@ class VARPipeline(NextScalePipeline):
         """Generate pictures.
 
         class_labels: ids or names, one or several; None draws num_images_per_prompt classes at random.
-        image, mask_image: in-painting: keep `image` where the mask is black, make new content where it is white.
+        image, mask_image: in-painting: keep `image` where the mask is black, make new content where it is at least half
+            white. Of PIL, numpy (channels last) or torch (channels first), or lists of these, in any size: uint8 up to
+            255, uint16 up to 65535, bool, or floating-point numbers from 0 to 1.
         guidance_scale: VAR's own convention: logits are (1 + t) * conditional - t * unconditional with t growing
-            linearly from 0 at the first scale to guidance_scale at the last; 0 means off and halves the work.
+            linearly from 0 at the first scale to guidance_scale at the last, so one number; 0 means off and halves the
+            work.
         top_k, top_p, temperature: the scheduler's where None; top_k and temperature also one per scale.
         more_smooth: Gumbel-softmax mixing of codes.
         generator: one for all pictures, or one per picture, which then do not depend on the rest of the batch.
-        cache_key_dtype: dtype of cached keys, that of the model if None; torch.float32 is what the original keeps.
+        cache_key_dtype: dtype of cached keys or its name, that of the model if None; the original keeps torch.float32.
         rng: "fast" draws what is needed; "upstream" also draws and discards what the originals do, so that a seed gives
             the same pictures as theirs.
         output_type: "pil", "np", "pt" or "latent" (latents summed over all scales).
@@ -184,36 +196,35 @@ class VARPipeline(NextScalePipeline):
 
         Raises ValueError for an argument that cannot be; the message says what can.
         """
+        settings = plain_numbers(
+            {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+        )
         self.check_inputs(
             class_labels=class_labels,
             image=image,
             mask_image=mask_image,
-            sampling={"top_p": top_p, "top_k": top_k, "temperature": temperature},
+            sampling=settings,
+            more_smooth=more_smooth,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             rng=rng,
             output_type=output_type,
             callback_tensors=callback_on_step_end_tensor_inputs,
         )
+        key_dtype = None if cache_key_dtype is None else dtype_named(cache_key_dtype, "cache_key_dtype")
+        guidance = settings.pop("guidance_scale")
         draws, scales = DRAWS[rng](generator), self.scheduler.scales
         labels = self._labels(class_labels, num_images_per_prompt, draws).to(self._execution_device)
         latents = self._blank(len(labels), scales[-1], self.vae.dtype)
         edit = self._in_painting(image, mask_image, latents)
-        if guidance_scale != 0:
+        if guidance != 0:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
         latents = self._generate(
-            self._decoder(labels, cache_key_dtype, draws),
+            self._decoder(labels, key_dtype, draws),
             latents,
             scales,
-            guidance={"guidance_scale": guidance_scale or None},
-            sampling={
-                "quantizer": self.vae.quantize,
-                "generator": draws,
-                "top_k": top_k,
-                "top_p": top_p,
-                "temperature": temperature,
-                "more_smooth": more_smooth,
-            },
+            guidance={"guidance_scale": guidance or None},
+            sampling={"quantizer": self.vae.quantize, "generator": draws, "more_smooth": bool(more_smooth), **settings},
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
             edit=edit,
@@ -221,14 +232,28 @@ class VARPipeline(NextScalePipeline):
         return self._finish(latents, output_type, return_dict)
 
     def check_inputs(
-        self, *, class_labels: Any, image: Any, mask_image: Any, sampling: dict[str, Any], **call: Any
+        self,
+        *,
+        class_labels: Any,
+        image: Any,
+        mask_image: Any,
+        sampling: dict[str, Any],
+        more_smooth: Any,
+        **call: Any,
     ) -> None:
-        """Raise ValueError for what cannot be. sampling: top_p, top_k and temperature.  call: see check_call."""
+        """Raise ValueError for what cannot be. sampling: guidance_scale, top_p, top_k and temperature.  call: see
+        check_call."""
         ids = [None] if class_labels is None else self.get_label_ids(class_labels)
         if not ids:
             raise UserError("class_labels is empty: give at least one class")
         check_call(prompts=len(ids), known_tensors=self._callback_tensor_inputs, **call)
-        check_sampling(len(self.scheduler), **sampling)
+        check_sampling(
+            sampling,
+            len(self.scheduler),
+            defaults=("top_k", "top_p", "temperature"),
+            per_scale=("top_k", "temperature"),
+        )
+        check_flag("more_smooth", more_smooth)
         if call["rng"] == "upstream" and call["generator"] is None:
             raise UserError("rng='upstream' repeats the draws of a seed: pass a generator")
         if (image is None) != (mask_image is None):
@@ -242,15 +267,15 @@ class VARPipeline(NextScalePipeline):
             return None
         side = latents.shape[-1]
         pixels = side * self.vae.downscale
-        picture = self.image_processor.preprocess(image, height=pixels, width=pixels)
-        masks = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True, resample="nearest")
-        mask = masks.preprocess(mask_image, height=pixels, width=pixels)
+        picture = self.image_processor.preprocess(pictures(image, "image"), height=pixels, width=pixels)
+        as_mask = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True, resample="nearest")
+        mask = as_mask.preprocess(masks(mask_image, "mask_image"), height=pixels, width=pixels)
         for name, tensor in (("image", picture), ("mask_image", mask)):
             if len(tensor) not in (1, len(latents)):
                 raise UserError(f"{name} must hold 1 or {len(latents)} pictures, got {len(tensor)}")
         indices = self.vae.encode(picture.to(latents.device, self.vae.dtype), self.scheduler.patch_nums)
         kept = self.vae.quantize.latents_by_scale(indices, self.scheduler.patch_nums)
-        hole = torch.nn.functional.interpolate(mask, size=(side, side), mode="nearest").round().to(kept[0])
+        hole = torch.nn.functional.interpolate(mask, size=(side, side), mode="nearest").to(kept[0])
         return lambda drawn, scale: kept[scale].lerp(drawn, hole)
 
 

@@ -8,21 +8,23 @@ likeness to the dense video. For figures to rely on use `draftdiff compare`: it 
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 import draftdiff
+from draftdiff.cli import run
+from draftdiff.cli.options import Parser, made_folder
 from draftdiff.compare.metrics import psnr, ssim
 from draftdiff.models.frames import frames_of, write_frames
 from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
 
 
-def run(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[np.ndarray, float]:
+def clip_of(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[np.ndarray, float]:
     """The clip, uint8 [frames, height, width, 3], and the seconds it took."""
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
@@ -30,26 +32,26 @@ def run(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[np.ndarray, flo
     return frames_of(output), time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="compare_settings", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--prompt", default="a large red circle moves right on a black background")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="write the clips into this folder")
-    options = parser.parse_args()
+    parser.add_argument("--save", type=made_folder, help="write the clips into this folder")
+    options = parser.parse_args(argv)
 
     pipe = load_mini_video()
     defaults = mini_video_defaults()
     call = defaults["generate"] | ({"num_inference_steps": options.steps} if options.steps else {})
 
-    dense, dense_seconds = run(pipe, options.prompt, options.seed, **call)
+    dense, dense_seconds = clip_of(pipe, options.prompt, options.seed, **call)
     clips = {"dense": dense}
     print(f"{'dense':<14} {dense_seconds:6.1f} s")
 
     for sparsity in options.sparsity:
         draftdiff.enable(pipe, draftdiff.DraftAttentionConfig(sparsity=sparsity))
-        clip, seconds = run(pipe, options.prompt, options.seed, **call)
+        clip, seconds = clip_of(pipe, options.prompt, options.seed, **call)
         report = draftdiff.report(pipe).transformers[0]
         draftdiff.disable(pipe)
 
@@ -63,10 +65,9 @@ def main() -> None:
         )
 
     if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
         for name, clip in clips.items():
             write_frames(options.save / f"{name.replace(' ', '-')}.mp4", clip, defaults["fps"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "compare_settings"))

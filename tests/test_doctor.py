@@ -1,7 +1,10 @@
 """The doctor tries what it reports."""
 
+import importlib.metadata
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,10 +47,65 @@ def test_each_device_is_listed_with_the_backend_that_auto_takes(monkeypatch, fin
     assert re.search(r"backends on xpu:0\n  auto +torch\n", to_text(found))
 
 
-def test_it_is_told_whether_wans_image_to_video_can_run(findings):
-    assert findings["ftfy"] is True
-    assert re.search(r"ftfy +ok\n", to_text(findings))
-    assert re.search(r"ftfy +missing: Wan's image-to-video needs it", to_text({**findings, "ftfy": False}))
+def test_what_is_required_and_not_there_is_told_by_how_to_install_it(findings, monkeypatch):
+    assert findings["missing"] == [] and set(findings["extras"]) == {"llm", "metrics", "plots"}
+    stock = importlib.metadata.version
+    old = {"transformers": "4.57.0", "einops": None}
+
+    def version(name):
+        if old.get(name, "") is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return old.get(name) or stock(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    found = examine()
+    assert found["missing"] == ["einops>=0.8"] and found["extras"]["llm"] == ["transformers>=5.8"]
+    assert re.search(r"required +missing: pip install 'einops>=0.8'\n", to_text(found)) and not is_healthy(found)
+
+
+WITHOUT = """
+import importlib.metadata, sys
+absent = set(sys.argv[1].split(","))
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+stock = importlib.metadata.version
+def version(name):
+    if name.replace("-", "_") in absent:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return stock(name)
+importlib.metadata.version = version
+from draftdiff.cli import main
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+ABSENT = [
+    "diffusers",
+    "torch",
+    "diffusers,imageio_ffmpeg,imageio,triton",
+    "einops,packaging",
+    "transformers,accelerate",
+]
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_it_works_where_packages_are_missing_and_says_which(absent):
+    run = [sys.executable, "-c", WITHOUT, absent]
+    done = subprocess.run([*run, "doctor", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    found = json.loads(done.stdout)
+    if "packaging" not in absent:
+        missing = " ".join(found["missing"])
+        assert all(name in missing for name in absent.split(",") if name != "imageio_ffmpeg")
+    assert found["unknown"] or found["missing"]
+    if "torch" not in absent and "einops" not in absent:
+        assert found["backends"]["cpu"]["reference"] == "ok"
+    image = subprocess.run([*run, "image", "--class", "1", "-o", "x.png"], capture_output=True, text=True, check=False)
+    (line,) = image.stderr.splitlines()
+    assert image.returncode == 1 and re.fullmatch(r"draftdiff: error: the package '\S+' is not installed; .*", line)
 
 
 def test_json_and_exit_code(findings, capsys, monkeypatch):

@@ -6,12 +6,13 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from draftdiff.errors import UserError, user_errors
-from draftdiff.files import check_output, check_writable, new_folder, replacing, replacing_folder
+from draftdiff.errors import NotWritten, UserError, user_errors
+from draftdiff.files import new_folder, prepare_file, prepare_folder, replacing, replacing_folder
 
 WRITERS = (replacing, new_folder, replacing_folder)
 
@@ -50,7 +51,10 @@ def test_an_interrupted_write_leaves_what_was_there_and_tells_its_error(writer, 
     with pytest.raises(type(error)) as told, writer(target) as partial:  # noqa: PT012
         write(partial, "half")
         raise error
-    assert told.value is error and list(tmp_path.iterdir()) == before
+    if isinstance(error, OSError):
+        told_name = (told.value.errno, told.value.strerror, told.value.filename)
+        assert told_name == (error.errno, error.strerror, str(target))
+    assert list(tmp_path.iterdir()) == before
     assert not before or read(target) == "old"
 
 
@@ -101,7 +105,7 @@ def test_a_disk_that_cannot_sync_folders_is_written_all_the_same(writer, tmp_pat
 
 
 def test_a_write_that_made_nothing_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"), replacing(tmp_path / "nothing.txt"):
+    with pytest.raises(NotWritten, match=r"nothing\.txt"), replacing(tmp_path / "nothing.txt"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -146,17 +150,86 @@ def test_a_new_folder_makes_its_parents_and_takes_nothings_place(tmp_path):
 
 
 def test_what_cannot_be_written_is_told_beforehand(tmp_path):
+    (tmp_path / "file.png").touch()
     with pytest.raises(UserError, match=r"must end in \.png or \.jpg"):
-        check_output(tmp_path / "x.txt", (".png", ".jpg"))
-    with pytest.raises(UserError, match="does not exist"):
-        check_output(tmp_path / "no" / "x.png", (".png",))
+        prepare_file(tmp_path / "x.txt", (".png", ".jpg"))
+    with pytest.raises(UserError, match=r"y\.png' cannot be written: "):
+        prepare_folder(tmp_path / "file.png" / "y.png")
     (tmp_path / "y.png").mkdir()
     with pytest.raises(UserError, match="is a folder"):
-        check_output(tmp_path / "y.png", (".png",))
-    check_output(tmp_path / "X.PNG", (".png",))
+        prepare_file(tmp_path / "y.png", (".png",))
+    prepare_file(tmp_path / "X.PNG", (".png",))
     with pytest.raises(UserError, match="cannot be written: "):
-        check_writable(Path("/proc"))
-    assert [path.name for path in tmp_path.iterdir()] == ["y.png"]
+        prepare_folder(Path("/proc"))
+    assert {path.name for path in tmp_path.iterdir()} == {"y.png", "file.png"}
+    prepare_file(tmp_path / "new" / "folder" / "x.png", (".png",))
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from draftdiff import files
+with getattr(files, sys.argv[1])(Path(sys.argv[2])) as partial:
+    (partial / "content" if partial.is_dir() else partial).write_text("half")
+    if sys.argv[3] == "between":  # the two renames of a folder that takes another's place
+        rename = Path.rename
+        Path.rename = lambda a, b: os.kill(os.getpid(), 9) if a.name == "new" else rename(a, b)
+    else:
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("writer", "moment"), [(replacing, "within"), (replacing_folder, "within"), (replacing_folder, "between")]
+)
+def test_the_next_write_removes_what_a_killed_process_left(writer, moment, tmp_path):
+    target = tmp_path / "result"
+    with writer(target) as partial:
+        write(partial, "old")
+    subprocess.run([sys.executable, "-c", KILLED, writer.__name__, str(target), moment], check=False)
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".draftdiff.")]) == 1
+    time.sleep(1.1)
+    with replacing(tmp_path / "other") as partial:
+        write(partial, "new")
+    assert read(target) == "old" and set(tmp_path.iterdir()) == {target, tmp_path / "other"}
+
+
+def test_a_write_leaves_alone_what_others_are_writing_and_what_is_not_its_own(tmp_path):
+    (tmp_path / ".draftdiff.open").mkdir()
+    (tmp_path / ".draftdiff.open").chmod(0o777)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / ".draftdiff.link").symlink_to(tmp_path / "linked")
+    for name in ("linked", ".draftdiff.open"):
+        write(tmp_path / name, "kept")
+    with replacing(tmp_path / "slow") as slow:
+        write(slow, "slow")
+        for folder in tmp_path.glob(".draftdiff.*"):
+            os.utime(folder, (0, 0))
+        with replacing(tmp_path / "quick") as quick:
+            write(quick, "quick")
+    assert read(tmp_path / "slow") == "slow" and read(tmp_path / "quick") == "quick"
+    assert read(tmp_path / ".draftdiff.open") == read(tmp_path / ".draftdiff.link") == "kept"
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("enforce fail at inline_container", errno.EIO),
+    ],
+)
+def test_what_a_library_raises_for_a_full_disk_names_the_file(said, number, tmp_path):
+    with pytest.raises(NotWritten) as told, replacing(tmp_path / "x"):
+        raise RuntimeError(said)
+    assert told.value.errno == number and told.value.filename == str(tmp_path / "x")
+
+
+def test_other_errors_within_a_write_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), replacing(tmp_path / "x"):
+        raise RuntimeError("a bug")
+    with pytest.raises(FileNotFoundError, match="source"), replacing(tmp_path / "x"):
+        (tmp_path / "source").read_text()
 
 
 def test_errors_of_a_check_are_the_users_and_others_are_not():

@@ -17,13 +17,13 @@ from draftdiff.bench.kernel_bars import bars
 from draftdiff.bench.peers import DENSE, SPARSE, Absent, Inputs, Prepare, reference_rows
 from draftdiff.bench.runner import Routine, check_names, in_turns, ratios, timed, warmed
 from draftdiff.compare.table import Column, spread, text_table, with_spread
+from draftdiff.core.devices import dtype_named
 from draftdiff.core.draft import Tail, draft_map
 from draftdiff.core.grid import LatentGrid, choose_tile, tiling_for
 from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
 from draftdiff.kernels.drafting import pool, select
 from draftdiff.kernels.problem import Problem
-from draftdiff.models.devices import DTYPES
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Kernels(Routine):
         self.known = CASES[self.device.type]
         self.names = options.cases or list(self.known)
         check_names("--cases", self.names, self.known)
-        self.dtype = DTYPES[options.dtype or ("bfloat16" if self.on_gpu else "float32")]
+        self.dtype = dtype_named(options.dtype or ("bfloat16" if self.on_gpu else "float32"))
         torch.backends.cuda.matmul.allow_tf32 = False
 
     def cases(self) -> list[tuple[str, float]]:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from draftdiff.errors import UserError
-from draftdiff.files import check_writable, replacing
+from draftdiff.files import prepare_folder, replacing
 from draftdiff.models.devices import device_name, find_device, versions
 
 NO_MEMORY = "not enough memory on this device"
@@ -57,7 +57,7 @@ class Routine(ABC):
         self.device = find_device(options.device)
         if self.device.type not in ("cpu", "cuda"):
             raise UserError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
-        check_writable(options.output)
+        prepare_folder(options.output)
         if options.threads:
             torch.set_num_threads(options.threads)
         self.failures: list[str] = []

@@ -123,7 +123,8 @@ class Prefill(Routine):
             vocab_size=1024,
             max_position_embeddings=tokens,
         )
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(self.device).eval()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+        model = model.to(self.device).eval()
         ids = torch.randint(1, 1024, (1, tokens)).to(self.device)
         dense, sparse = (
             partial(speckv, model, None, ids, SpecKVConfig(capacity=256, lookahead=0, sparse_prefill=pattern))

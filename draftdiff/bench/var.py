@@ -18,8 +18,8 @@ from draftdiff.bench.runner import Routine, check_names, in_turns, reason_of, re
 from draftdiff.bench.var_models import MODELS, BenchModel, RandomModel, build, subjects
 from draftdiff.compare.image import ImageComparison, SettingResult, untimed
 from draftdiff.compare.table import Column, megabytes, text_table, with_spread
+from draftdiff.core.devices import dtype_named
 from draftdiff.errors import user_errors
-from draftdiff.models.devices import DTYPES
 from draftdiff.models.image import PLAIN, Setting, settings_of
 from draftdiff.var.scale_kv import check_cache_budget
 
@@ -52,7 +52,7 @@ class Var(Routine):
                 check_cache_budget(value)
         self.draft_scales = list(dict.fromkeys(options.draft_scales))
         self.budgets = list(dict.fromkeys(options.budgets))
-        self.dtype = DTYPES[options.dtype or ("bfloat16" if self.on_gpu else "float32")]
+        self.dtype = dtype_named(options.dtype or ("bfloat16" if self.on_gpu else "float32"))
 
     def cases(self) -> list[tuple[str, int]]:
         return [

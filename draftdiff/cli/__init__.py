@@ -1,21 +1,27 @@
 """The command `draftdiff`: generate a video, pictures or text, compare runs, convert models, or see what works here.
 
-A mistake of the user is one line on standard error and exit code 2; Ctrl-C is 130, a reader that has enough (`| head`)
-141; a bug keeps its traceback, with exit code 1.
+A mistake of the user is one line on standard error and exit code 2, what the machine cannot do (a full disk, too little
+memory) one line and 1; Ctrl-C is 130, SIGTERM 143, a reader that has enough (`| head`) 141; a bug keeps its traceback,
+with exit code 1.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 
 from draftdiff._version import __version__
+from draftdiff.cli import memory
 from draftdiff.cli.options import Parser
-from draftdiff.errors import UserError
+from draftdiff.errors import NotWritten, UserError
 
 __all__ = ["main", "run"]
 
@@ -35,12 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         code = run(partial(_run, list(sys.argv[1:] if argv is None else argv)), "draftdiff")
-        sys.stdout.flush()  # here, where a closed pipe is understood
-        return code
     except BrokenPipeError:
-        # Python writes at its end what is still buffered: it must not meet the closed pipe again.
+        code = _CLOSED_PIPE
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python writes at its end what is still buffered: it must not meet the closed pipe or full disk again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as of a program that the signal ended
+        if isinstance(error, BrokenPipeError):
+            return _CLOSED_PIPE
+        print(f"draftdiff: error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return code
 
 
 def _run(argv: list[str]) -> int:
@@ -50,21 +62,66 @@ def _run(argv: list[str]) -> int:
 
 
 def run(call: Callable[[], int | None], name: str) -> int:
-    """The exit code of a command or a script of that name; a mistake of the user and Ctrl-C are one line."""
+    """The exit code of a command or a script of that name; what is no bug of ours is one line."""
     try:
-        return call() or 0
+        with _signals_as_exits():
+            return call() or 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except SystemExit as done:  # --help and --version
-        return int(done.code or 0)
+    except SystemExit as done:  # --help and --version, and signals
+        if isinstance(done.code, str):
+            print(f"{name}: {done.code}", file=sys.stderr)
+            return 1
+        code = int(done.code or 0)
+        if code > _SIGNALLED:
+            print(f"{name}: ended by {signal.Signals(code - _SIGNALLED).name}", file=sys.stderr)
+        return code
     except Exception as error:
-        too_small = type(error).__name__ == "OutOfMemoryError"  # torch's, which may not be imported
-        if not isinstance(error, UserError) and not too_small:
+        told = _told(error)
+        if told is None:
             raise
-        message = " ".join(str(error).split()).removeprefix("draftdiff: ")
-        print(f"{name}: error: {message}", file=sys.stderr)
-        return 2
+        code, message = told
+        print(f"{name}: error: {' '.join(message.split()).removeprefix('draftdiff: ')}", file=sys.stderr)
+        return code
+
+
+def _told(error: Exception) -> tuple[int, str] | None:
+    """Exit code and message of what is no bug of ours, else None."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, NotWritten):
+        return 1, f"{error.filename!r} cannot be written: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return 1, f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "draftdiff":
+        return 1, f"the package {error.name!r} is not installed; draftdiff doctor tells all that is missing"
+    short = memory.told(error)
+    return None if short is None else (1, short)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_SIGNALLED = 128  # added to the number of the signal that ended a program, as shells do
+_CLOSED_PIPE = 141
+
+
+@contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """What schedulers and closed terminals send ends the program as Ctrl-C does: what it was writing is removed."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(_SIGNALLED + number)
+
+    here = threading.current_thread() is threading.main_thread()
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [number for number in known if here and signal.getsignal(number) is signal.SIG_DFL]  # not under nohup
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _parser() -> Parser:

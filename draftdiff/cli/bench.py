@@ -124,8 +124,7 @@ def _add_models(parser: Parser) -> None:
 
 
 def _add_dtype(parser: Parser) -> None:
-    names = ["float32", "float16", "bfloat16"]
-    parser.add_argument("--dtype", choices=names, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: bfloat16 on a GPU, float32 on a CPU)")
 
 
 def _common(

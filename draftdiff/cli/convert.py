@@ -28,7 +28,7 @@ def _convert(options: Namespace) -> int:
     from draftdiff.pipelines.convert import convert
 
     dtype = None if options.dtype is None else dtype_named(options.dtype)
-    with user_errors(OSError):
+    with user_errors(FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError):
         kind = convert(
             options.sources,
             options.destination,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftdiff.cli.options import Parser, add_place, add_seed
+from draftdiff.cli.options import Parser, add_place, add_seed, whole
 from draftdiff.cli.output import deliver, print_json
 from draftdiff.errors import UserError, user_errors
-from draftdiff.files import check_output, replacing
+from draftdiff.files import prepare_file, replacing
 
 if TYPE_CHECKING:
     from draftdiff.models.image import ImageModel
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 # torch and diffusers take seconds to import: only inside the commands that need them.
 
 _MODEL = "folder or Hub id of a VARPipeline or InfinityPipeline"
+_BATCH = 8
 
 
 def add_image(image: Parser) -> None:
@@ -29,6 +29,11 @@ def add_image(image: Parser) -> None:
         "-o", "--output", type=Path, metavar="FILE", help=".png or .jpg, numbered if several; with --compare a folder"
     )
     image.add_argument("--count", type=int, help="pictures of each class or prompt (default: 1; with --compare: 4)")
+    image.add_argument(
+        "--batch-size",
+        type=whole(1),
+        help="pictures at once: changes the memory needed, no picture (default: 8)",
+    )
     image.add_argument(
         "--draft-scales",
         type=int,
@@ -119,11 +124,14 @@ def _needed(subjects: list[Any], model: ImageModel) -> list[Any]:
 def _image(options: Namespace) -> int:
     if options.compare:
         return _compare(options)
-    from draftdiff.models.frames import IMAGE_SUFFIXES
+    from tqdm import tqdm
+
+    from draftdiff.models.frames import IMAGE_SUFFIXES, write_picture
+    from draftdiff.models.image import Setting
 
     if options.output is None:
         raise UserError("-o FILE is needed: where to write the picture")
-    check_output(options.output, IMAGE_SUFFIXES)
+    prepare_file(options.output, IMAGE_SUFFIXES)
     for name in ("draft_scales", "scale_kv"):
         if len(getattr(options, name)) > 1:
             raise UserError(f"--{name.replace('_', '-')} takes one value, or several with --compare")
@@ -132,24 +140,30 @@ def _image(options: Namespace) -> int:
     count = 1 if options.count is None else options.count
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
-    from PIL import Image
-
-    from draftdiff.models.image import Setting
 
     model, subjects, call = _load(options)
     subjects = [subject for subject in _needed(subjects, model) for _ in range(count)]
+    paths = _numbered(options.output, len(subjects))
+    for path in paths:
+        prepare_file(path, IMAGE_SUFFIXES)
     model = _with_drafters(model, options)
     draft_scales = options.draft_scales[0] if options.draft_scales else model.saved_setting.draft_scales
     setting = Setting(draft_scales, options.scale_kv[0] if options.scale_kv else None)
     model.check(setting, call)
     model.apply(setting)
-    start = time.perf_counter()
-    pictures = model.pictures(subjects, options.seed, **call)
-    seconds = time.perf_counter() - start
-    paths = _numbered(options.output, len(pictures))
-    with user_errors(OSError), ExitStack() as stack:  # all of them or none
-        for path, picture in zip(paths, pictures):
-            Image.fromarray(picture).save(stack.enter_context(replacing(path)))
+    seconds, right = 0.0, []
+    size = options.batch_size or _BATCH
+    several = len(subjects) > size
+    if several:
+        model.pipeline.set_progress_bar_config(leave=False)
+    for first in tqdm(range(0, len(subjects), size), desc="pictures", unit="batch", disable=not several):
+        batch = subjects[first : first + size]
+        start = time.perf_counter()
+        pictures = model.pictures(batch, options.seed + first, **call)
+        seconds += time.perf_counter() - start
+        for path, subject, picture in zip(paths[first:], batch, pictures):
+            write_picture(path, picture)  # each as it comes: what was made is not lost with what fails
+            right.append(model.judge(subject, picture) if model.judge else None)
     if options.json:
         result = {
             "outputs": list(map(str, paths)),
@@ -161,7 +175,7 @@ def _image(options: Namespace) -> int:
             "call": call,
             "size": list(pictures.shape[1:3]),
             "seconds": seconds,
-            "right": [model.judge(s, p) for s, p in zip(subjects, pictures)] if model.judge else None,
+            "right": right if model.judge else None,
         }
         print_json(result, model.device)
     else:
@@ -223,32 +237,37 @@ def _with_drafters(model: ImageModel, options: Namespace) -> ImageModel:
         return model
     if not options.scale_kv and not options.compare:
         raise UserError("--scale-kv-drafters needs --scale-kv BUDGET")
+    from draftdiff.stored import read_json
+
     path = Path(options.scale_kv_drafters)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = {
-            name: {int(scale): tuple(map(int, layers)) for scale, layers in content[name].items()}
-            for name in _DRAFTERS
-            if content.get(name) is not None
-        }
-        if "drafters" not in found:
-            raise KeyError("drafters")
-    except OSError as error:
-        raise UserError(f"drafters file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"drafters file {str(path)!r} was not made by draftdiff image calibrate") from None
+    with user_errors(FileNotFoundError):
+        content = read_json(path, "file of draftdiff image calibrate")
+    found = {name: content[name] for name in _DRAFTERS if content.get(name) is not None}
+    if "drafters" not in found or not all(map(_are_layers, found.values())):
+        raise UserError(f"drafters file {str(path)!r} was not made by draftdiff image calibrate")
+    found = {name: {int(scale): tuple(layers) for scale, layers in wide.items()} for name, wide in found.items()}
     if content.get("layers") != model.pipeline.transformer.config.num_layers:
         raise UserError(
             f"drafters file {str(path)!r} is of a model with {content.get('layers')} layers, "
             f"this one has {model.pipeline.transformer.config.num_layers}"
         )
+    if any(layer >= content["layers"] for layers in found["drafters"].values() for layer in layers):
+        raise UserError(f"drafters file {str(path)!r} names layers that its model does not have")
     return replace(model, drafters=found)
+
+
+def _are_layers(wide: Any) -> bool:
+    """Whether it is lists of layers by the number of their scale, as JSON has them."""
+    return isinstance(wide, dict) and all(
+        scale.isdecimal() and isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
+        for scale, layers in wide.items()
+    )
 
 
 def _calibrate(options: Namespace) -> int:
     if options.output is None:
         raise UserError("-o FILE is needed: where to write the layers")
-    check_output(options.output, (".json",))
+    prepare_file(options.output, (".json",))
     from draftdiff.models.image import PLAIN, calibrated
     from draftdiff.var.selectivity import WIDE_SHARE
 
@@ -271,7 +290,7 @@ def _calibrate(options: Namespace) -> int:
         "call": call,
         **calibrated(model, subjects, options.seed, share, call),
     }
-    with user_errors(OSError), replacing(options.output) as partial:
+    with replacing(options.output) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(content))

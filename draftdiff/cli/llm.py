@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftdiff.cli.options import Parser, add_place, add_seed
+from draftdiff.cli.options import Once, Parser, add_place, add_seed
 from draftdiff.cli.output import deliver, print_json
 from draftdiff.errors import UserError, user_errors
 
@@ -28,7 +28,8 @@ def add_llm(llm: Parser) -> None:
     parts = llm.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     generate = parts.add_parser("generate", help="continue one prompt")
-    generate.add_argument("--prompt", metavar="TEXT", help='for example "def "')
+    hint = "draftdiff llm compare takes several"
+    generate.add_argument("--prompt", metavar="TEXT", action=Once, hint=hint, help='for example "def "')
     generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file instead")
     generate.add_argument("--method", default="chain", metavar="NAME", help=f"{_METHODS} (default: chain)")
     _add_common(generate, tokens=128)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from draftdiff.cli.output import note
 from draftdiff.errors import UserError
-from draftdiff.files import check_output
+from draftdiff.files import prepare_file, prepare_folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,8 +33,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+class Once(argparse.Action):
+    """An option that may be given once. hint: what to do instead."""
+
+    def __init__(self, *args: Any, hint: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hint = hint
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"argument {option_string}: given twice; {self.hint}")
+        setattr(namespace, self.dest, values)
+
+
 def add_seed(parser: Any, of: str = "") -> None:
-    parser.add_argument("--seed", type=seed, default=0, help=f"{of}default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help=f"{of}-1 draws one and tells it; default: 0")
 
 
 def add_place(parser: Any) -> None:
@@ -41,13 +56,11 @@ def add_place(parser: Any) -> None:
 
 
 def seed(text: str) -> int:
-    """A seed that PyTorch's generators take."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 2**63
-    if not -(2**63) <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {text!r}")
+    """A seed that PyTorch's generators take; for -1, as elsewhere, one that chance chooses."""
+    number = whole(-1, 2**63 - 1)(text)
+    if number == -1:
+        number = random.SystemRandom().randrange(2**32)
+        note(f"seed {number}")
     return number
 
 
@@ -92,15 +105,22 @@ def share(text: str) -> float:
 
 
 def new_file(*suffixes: str) -> Callable[[str], Path]:
-    """Reads files that can be written, with one of these endings; none: with any."""
+    """Reads files that can be written, with one of these endings; none: with any. Their folder is made."""
+    return _prepared(lambda path: prepare_file(path, suffixes or (path.suffix.lower(),)))
 
+
+def made_folder(text: str) -> Path:
+    """Reads a folder, which is made, and can be written to."""
+    return _prepared(prepare_folder)(text)
+
+
+def _prepared(prepare: Callable[[Path], None]) -> Callable[[str], Path]:
     def read(text: str) -> Path:
-        path = Path(text)
         try:
-            check_output(path, suffixes or (path.suffix.lower(),))
+            prepare(Path(text))
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None  # the only kind of which argparse shows the text
-        return path
+        return Path(text)
 
     return read
 

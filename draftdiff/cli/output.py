@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftdiff.errors import user_errors
-
 if TYPE_CHECKING:
     import torch
 
@@ -31,8 +29,7 @@ def deliver(comparison: Any, write: Callable[[Any, Path], Any], folder: Path, op
     """Print a comparison as a table, or as JSON, and write its folder; the exit code."""
     # Printed before it is written: hours of runs should not be lost to a full disk.
     print(json.dumps(comparison.to_dict(), default=str) if options.json else comparison.table())
-    with user_errors(OSError):
-        write(comparison, folder)
+    write(comparison, folder)
     if not options.json:
         print(folder / "report.html")
     return 0

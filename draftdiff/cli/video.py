@@ -7,10 +7,10 @@ from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from draftdiff.cli.options import Field, Parser, add_place, add_seed, fields_of
+from draftdiff.cli.options import Field, Once, Parser, add_place, add_seed, fields_of
 from draftdiff.cli.output import deliver, note, print_json
 from draftdiff.errors import UserError, user_errors
-from draftdiff.files import check_output
+from draftdiff.files import prepare_file
 from draftdiff.models.devices import about
 from draftdiff.video.config import DraftAttentionConfig
 
@@ -21,7 +21,7 @@ _CALL = ("frames", "height", "width", "steps", "guidance", "fps", "negative_prom
 
 
 def add_generate(parser: Parser) -> None:
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--prompt", required=True, action=Once, hint="draftdiff compare takes several")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".mp4, or .png for an image")
     how = parser.add_mutually_exclusive_group()
     _FIELDS["sparsity"].add_to(how)
@@ -64,7 +64,9 @@ def _add_model(parser: Parser) -> None:
     group = parser.add_argument_group("model and size (defaults: the model's)")
     group.add_argument("--model", help="folder or Hub id of a diffusers pipeline (default: the embedded mini model)")
     group.add_argument("--negative-prompt")
+    group.add_argument("--variant", metavar="NAME", help="of the weight files, for example fp16")
     group.add_argument("--image", metavar="FILE", help="first frame, for image-to-video pipelines")
+    group.add_argument("--video", metavar="FILE", help="clip to start from, for video-to-video pipelines")
     group.add_argument("--frames", type=int)
     group.add_argument("--height", type=int, help="pixels")
     group.add_argument("--width", type=int, help="pixels")
@@ -115,27 +117,29 @@ def _pair(setting: str, pair: str) -> tuple[str, Any]:
 
 def _load(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple[Any, dict[str, Any]]:
     """The model, and the arguments of its call, checked as far as can be before running it."""
-    from diffusers.utils import load_image
+    from diffusers.utils import load_image, load_video
 
     from draftdiff.models.video import call_arguments, load
     from draftdiff.video.patch import check
 
-    image = None
-    if options.image is not None:
+    given = {}
+    for name, read in (("image", load_image), ("video", load_video)):
+        path = getattr(options, name)
         try:
-            image = load_image(options.image)
-        except (OSError, ValueError):
-            raise UserError(f"image {options.image!r} cannot be read") from None
-    model = load(options.model, dtype=options.dtype, device=options.device, offload=options.offload)
+            given[name] = None if path is None else read(path)
+        except Exception:  # Pillow and imageio have many
+            raise UserError(f"{name} {path!r} cannot be read") from None
+    places = {name: getattr(options, name) for name in ("dtype", "device", "offload", "variant")}
+    model = load(options.model, **places)
     for config in configs:
         check(model.pipeline, config)
-    return model, call_arguments(model, image=image, **{name: getattr(options, name) for name in _CALL})
+    return model, call_arguments(model, **given, **{name: getattr(options, name) for name in _CALL})
 
 
 def _generate(options: Namespace) -> int:
     from draftdiff.models.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frames_of, write_frames
 
-    check_output(options.output, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+    prepare_file(options.output, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
     sparsity = {} if options.sparsity is None else {"sparsity": options.sparsity}
     config = None if options.dense else _config(sparsity, options)
     import torch
@@ -145,7 +149,7 @@ def _generate(options: Namespace) -> int:
     from draftdiff.models.video import world_judge
 
     model, call = _load(options, [config] if config else [])
-    check_output(options.output, VIDEO_SUFFIXES if model.makes_video else IMAGE_SUFFIXES)
+    prepare_file(options.output, VIDEO_SUFFIXES if model.makes_video else IMAGE_SUFFIXES)
     if options.model is None:
         for text in world_judge([options.prompt])[1]:
             note(text)
@@ -158,8 +162,7 @@ def _generate(options: Namespace) -> int:
         output = model.pipeline(prompt=options.prompt, generator=generator, output_type="np", **call)
     seconds = time.perf_counter() - start
     frames = frames_of(output)
-    with user_errors(OSError):
-        write_frames(options.output, frames, fps)
+    write_frames(options.output, frames, fps)
 
     done = report(model.pipeline) if config is not None else None
     if options.json:

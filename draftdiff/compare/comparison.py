@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from draftdiff.compare.table import Column, text_table
 from draftdiff.errors import UserError
-from draftdiff.files import check_writable, replacing_folder
+from draftdiff.files import prepare_folder, replacing_folder
 
 Result = TypeVar("Result")
 
@@ -75,7 +75,7 @@ def check_folder(folder: Path, made_by: str) -> None:
         raise UserError(f"output {str(folder)!r} is a file, not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not _is_from(folder, made_by):
         raise UserError(f"output folder {str(folder)!r} holds other files; name a new or an empty one")
-    check_writable(folder.absolute().parent)
+    prepare_folder(folder.absolute().parent)
 
 
 def _is_from(folder: Path, made_by: str) -> bool:

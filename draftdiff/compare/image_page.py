@@ -15,6 +15,7 @@ from draftdiff.compare.charts import bars, scatter
 from draftdiff.compare.clips import contact_sheet, side_by_side
 from draftdiff.compare.html import document, figure
 from draftdiff.compare.image import ImageComparison
+from draftdiff.models.frames import write_picture
 
 SHEET_ROWS, PAGE_ROWS = 8, 4  # pictures per setting that are shown
 LARGEST = 512  # pixels a side of a picture in the page
@@ -33,11 +34,9 @@ def fill(comparison: ImageComparison, folder: Path) -> None:
 
 def write_sheet(comparison: ImageComparison, path: Path) -> None:
     """One PNG: a column per setting under its name, a row per picture."""
-    from PIL import Image
-
     rows = _some(len(comparison.subjects), SHEET_ROWS)
     together = side_by_side({result.setting.name: result.pictures[rows] for result in comparison.results})
-    Image.fromarray(contact_sheet(together, moments=len(rows))).save(path)
+    write_picture(path, contact_sheet(together, moments=len(rows)))
 
 
 def _some(count: int, most: int) -> list[int]:

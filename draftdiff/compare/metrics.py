@@ -2,26 +2,26 @@
 
 PSNR and SSIM are a few lines of torch on RGB frames, as the papers of the field report them: ffmpeg's versions see
 luma only after a conversion to YUV, and cap PSNR. VMAF is ffmpeg's libvmaf, fed with raw frames, not with the encoded
-file. LPIPS is the shift-tolerant one of `stlpips-pytorch`, whose weights come with the package.
+file. LPIPS is the shift-tolerant one, with the weights of `stlpips-pytorch`.
 All work on uint8 frames [frames, height, width, 3]: what a viewer sees.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from draftdiff.compare.perceptual import ShiftTolerantLpips
+from draftdiff.models.frames import ffmpeg
 
 PSNR_LIMIT = 100.0  # of identical frames, for which it is infinite
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM, as in its paper (Wang et al. 2004)
@@ -108,13 +108,6 @@ def relative_l2(latents: Tensor, reference: Tensor) -> float:
     return float((latents - reference).norm() / reference.norm())
 
 
-def ffmpeg() -> str:
-    """Path of ffmpeg: the one that comes with imageio-ffmpeg unless IMAGEIO_FFMPEG_EXE names another."""
-    import imageio_ffmpeg
-
-    return imageio_ffmpeg.get_ffmpeg_exe()
-
-
 @lru_cache(maxsize=4)
 def has_libvmaf(executable: str) -> bool:
     filters = subprocess.run([executable, "-hide_banner", "-filters"], capture_output=True, text=True, check=False)
@@ -146,14 +139,10 @@ def vmaf(frames: np.ndarray, reference: np.ndarray) -> float:
 
 
 @lru_cache(maxsize=1)
-def _lpips_network() -> Any:
+def _lpips_network() -> ShiftTolerantLpips:
     try:
-        # It greets on standard output.
-        with contextlib.redirect_stdout(io.StringIO()):
-            from stlpips_pytorch import stlpips
-
-            return stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    except Exception as error:  # a torchvision built for another torch fails with more than ImportError
+        return ShiftTolerantLpips()
+    except FileNotFoundError as error:
         raise Unavailable(f"needs draftdiff[metrics] ({error})") from None
 
 

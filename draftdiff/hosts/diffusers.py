@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
@@ -27,17 +28,33 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.modular_pipelines import ModularPipeline
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from draftdiff.core.devices import chosen_dtype
 from draftdiff.errors import UserError
 
 BACKEND = "draftdiff"
+# Of from_pretrained: the old name warns where the new one exists.
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 # (layer, query, key, value [batch, tokens, heads, head_dim], options of the call, processes that share the heads,
 # dense) -> output like query. dense() is the attention that would have been without us.
 Attend = Callable[[Any, Tensor, Tensor, Tensor, dict[str, Any], int, Callable[[], Tensor]], Tensor]
+
+
+def with_one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a from_pretrained whose `dtype` or `torch_dtype`, which may be names, become the one that this
+    version knows; diffusers takes any name for float32. Raises ValueError for what is no dtype."""
+    rest = {name: value for name, value in arguments.items() if name not in ("dtype", "torch_dtype")}
+    given = [arguments.get(name) for name in ("dtype", "torch_dtype")]
+    one_each = next((value for value in given if isinstance(value, dict)), None)
+    if one_each is not None:  # of a pipeline, by part
+        return rest | {DTYPE_ARGUMENT: {part: chosen_dtype(value, None) for part, value in one_each.items()}}
+    dtype = chosen_dtype(*given)
+    return rest if dtype is None else rest | {DTYPE_ARGUMENT: dtype}
 
 
 class _Calling(threading.local):

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from draftdiff._version import __version__
-from draftdiff.errors import UserError
+from draftdiff.core.devices import dtype_named
+from draftdiff.errors import UserError, one_line
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Of diffusers' from_pretrained: the old name warns where the new one exists.
-DTYPE_ARGUMENT = "dtype" if Version(version("diffusers")) >= Version("0.42") else "torch_dtype"
 _ACCELERATORS = ("cuda", "mps", "xpu", "hpu", "npu")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
 
@@ -42,25 +39,12 @@ def devices() -> list[torch.device]:
     return found
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """The dtype of that name. Raises UserError for another name."""
-    if name not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
-
-
 def find_dtype(name: str | None, device: torch.device, *, embedded: bool) -> torch.dtype:
     """The dtype of that name; for None float32 on a CPU and for an embedded model, whose weights are few, else
     bfloat16. Raises UserError for another name."""
     if name is not None:
         return dtype_named(name)
     return torch.float32 if embedded or device.type == "cpu" else torch.bfloat16
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks, cut where it grows long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def versions() -> dict[str, str | None]:

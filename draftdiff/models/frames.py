@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import shutil
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from draftdiff.errors import UserError
+from draftdiff.errors import UserError, user_errors
 from draftdiff.files import replacing
 
 VIDEO_SUFFIXES = (".mp4",)
@@ -28,33 +33,55 @@ def to_uint8(pictures: np.ndarray) -> np.ndarray:
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 frames [frames, height, width, 3] to an mp4, or the first one to an image file."""
-    with replacing(path) as partial:
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            from PIL import Image
+    """Write uint8 frames [frames, height, width, 3] to an mp4, or the first one to an image file.
 
-            Image.fromarray(frames[0]).save(partial)
-        else:
-            _write_mp4(partial, frames, fps)
+    Raises NotWritten, which says why, for a full disk or an encoder that fails.
+    """
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        write_picture(path, frames[0])
+        return
+    with replacing(path) as partial:
+        _write_mp4(partial, frames, fps)
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a uint8 picture [height, width, 3] in the format of the file's ending."""
+    from PIL import Image
+
+    # Not to the file at once: Pillow writes a JPEG on a full disk half, and says nothing.
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, Image.registered_extensions()[path.suffix.lower()])
+    with replacing(path) as partial:
+        partial.write_bytes(content.getvalue())
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    # diffusers' export_to_video rounds sizes to multiples of 16 and frames down.
-    import imageio
+    # By ffmpeg itself, whose exit status tells a failure that imageio's writer keeps to itself. diffusers'
+    # export_to_video also rounds sizes to multiples of 16 and frames down.
+    height, width = (side // 2 * 2 for side in frames.shape[1:3])  # 4:2:0 colour needs even sizes; all models' are
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "17", "-movflags", "+faststart", str(path)]
+    even: Any = np.ascontiguousarray(frames[:, :height, :width])
+    command = [ffmpeg(), "-v", "error", "-y", *source, *target]
+    done = subprocess.run(command, input=memoryview(even).cast("B"), stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise OSError(errno.EIO, f"the video encoder failed: {said[0] if said else _ended(done.returncode)}")
 
-    height, width = frames.shape[1:3]
-    # 4:2:0 colour needs even sizes; all models' sizes are.
-    even = frames[:, : height // 2 * 2, : width // 2 * 2]
-    writer = imageio.get_writer(
-        path,
-        format="FFMPEG",  # type: ignore[arg-type]
-        fps=fps,
-        codec="libx264",
-        pixelformat="yuv420p",
-        quality=None,
-        macro_block_size=1,
-        output_params=["-crf", "17", "-movflags", "+faststart"],
-    )
-    with writer:
-        for frame in even:
-            writer.append_data(np.ascontiguousarray(frame))
+
+def _ended(status: int) -> str:
+    return f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def ffmpeg() -> str:
+    """Path of ffmpeg: the one that comes with imageio-ffmpeg unless IMAGEIO_FFMPEG_EXE names another.
+
+    Raises UserError where there is none.
+    """
+    import imageio_ffmpeg
+
+    with user_errors(RuntimeError):
+        found = imageio_ffmpeg.get_ffmpeg_exe()
+    if shutil.which(found) is None:
+        raise UserError(f"IMAGEIO_FFMPEG_EXE names no program: {found!r}")
+    return found

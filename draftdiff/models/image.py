@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +12,13 @@ import numpy as np
 import torch
 
 from draftdiff.errors import UserError, user_errors
-from draftdiff.models.devices import DTYPE_ARGUMENT, find_device, find_dtype
+from draftdiff.models.devices import find_device, find_dtype
 from draftdiff.models.frames import to_uint8
 from draftdiff.models.loading import inputs_refused, loading, quiet_diffusers
 from draftdiff.pipelines.hub import local_folder
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
+from draftdiff.stored import read_json
 from draftdiff.var.collaborative import check_draft_scales, check_pair
 from draftdiff.var.scale_kv import check_cache_budget
 from draftdiff.var.transformer_var import VARTransformer2DModel
@@ -167,7 +167,7 @@ def _embedded(dtype: torch.dtype) -> ImageModel:
     from draftdiff.pipelines.mini.picture_judge import judge
 
     with loading(EMBEDDED), quiet_diffusers():
-        pipeline, refiner = load_mini_image(torch_dtype=dtype), load_mini_refiner(dtype)
+        pipeline, refiner = load_mini_image(dtype=dtype), load_mini_refiner(dtype)
         defaults = mini_image_defaults()["generate"]
 
     def shows(subject: Any, picture: np.ndarray) -> bool:
@@ -183,13 +183,13 @@ def _pretrained(name: str, dtype: torch.dtype, expect: str | None = None) -> Any
         raise UserError(f"model {name!r} is a file; make a folder of original checkpoints by: draftdiff convert")
     with loading(name):
         folder = local_folder(path if path.is_dir() else name, {})
-        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+        kind = read_json(folder / "model_index.json", "index of a pipeline").get("_class_name")
     allowed = list(PIPELINES) if expect is None else [expect]
     if kind not in allowed:
         hint = "" if expect else "; diffusers' own pipelines run by: draftdiff generate"
         raise UserError(f"model {name!r} is a {kind}, not a {' or '.join(allowed)}{hint}")
     with loading(name), quiet_diffusers():
-        return PIPELINES[kind].from_pretrained(folder, **{DTYPE_ARGUMENT: dtype})
+        return PIPELINES[kind].from_pretrained(folder, dtype=dtype)
 
 
 def default_settings(scales: int, pair: bool) -> tuple[list[int], list[float]]:

@@ -63,7 +63,8 @@ def pretrained(kind: str, name: str, **options: Any) -> Any:
 
     folder = Path(name).expanduser()
     with loading(name):
-        return getattr(transformers, kind).from_pretrained(folder if folder.is_dir() else name, **options)
+        place = folder if folder.is_dir() else name
+        return getattr(transformers, kind).from_pretrained(place, trust_remote_code=False, **options)
 
 
 def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:

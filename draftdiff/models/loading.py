@@ -7,19 +7,22 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from draftdiff.errors import UserError, user_errors
-from draftdiff.models.devices import one_line
+from draftdiff.errors import UserError, one_line, user_errors
+from draftdiff.hosts.custom_code import never_asked
+from draftdiff.stored import lfs_pointer
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Around the loading of a model: whatever it raises becomes a UserError that names the model."""
+    """Around the loading of a model: whatever it raises becomes a UserError that names the model, and no question is
+    asked."""
     try:
-        yield
+        with never_asked():
+            yield
     except UserError:
         raise
     except Exception as error:  # the hub, transformers and safetensors each have their own
-        raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"model {name!r} cannot be loaded: {lfs_pointer(name) or one_line(error)}") from error
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from draftdiff.errors import UserError
-from draftdiff.models.devices import DTYPE_ARGUMENT, find_device, find_dtype
+from draftdiff.hosts.diffusers import with_one_dtype
+from draftdiff.models.devices import find_device, find_dtype
 from draftdiff.models.loading import loading, quiet_diffusers
 
 EMBEDDED = "mini-video"
@@ -44,26 +45,36 @@ class Model:
 
     @property
     def makes_video(self) -> bool:
-        return "num_frames" in self.parameters
+        return hasattr(self.pipeline, "video_processor") or "num_frames" in self.parameters
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(type(self.pipeline).__call__).parameters)
 
 
-def load(name: str | None, *, dtype: str | None = None, device: str | None = None, offload: str | None = None) -> Model:
+def load(
+    name: str | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    offload: str | None = None,
+    variant: str | None = None,
+) -> Model:
     """Load a pipeline and put it on its device.
 
     name: folder or Hugging Face Hub id; None is the embedded mini model.  dtype: float32, float16 or bfloat16; None is
     bfloat16 on a GPU, and float32 on a CPU and for the embedded model.  device: as in torch; None is CUDA if there is.
-    offload: "model" or "sequential" keep weights in main memory until they are needed.
+    offload: "model" or "sequential" keep weights in main memory until they are needed.  variant: of the weight files,
+    as diffusers names them.
     Raises UserError, in one line, for what cannot be loaded.
     """
     place = find_device(device)
     wanted = find_dtype(dtype, place, embedded=name is None)
     if offload is not None and place.type == "cpu":
         raise UserError("--offload needs a GPU")
-    model = _embedded(wanted) if name is None else _pretrained(name, wanted)
+    if name is None and variant is not None:
+        raise UserError("--variant is for --model: the embedded model has none")
+    model = _embedded(wanted) if name is None else _pretrained(name, wanted, variant)
     if offload == "model":
         model.pipeline.enable_model_cpu_offload(device=place)
     elif offload == "sequential":
@@ -81,7 +92,7 @@ def _embedded(dtype: torch.dtype) -> Model:
         return Model(EMBEDDED, load_mini_video(dtype), dict(defaults["generate"]), defaults["fps"])
 
 
-def _pretrained(name: str, dtype: torch.dtype) -> Model:
+def _pretrained(name: str, dtype: torch.dtype, variant: str | None) -> Model:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -89,7 +100,9 @@ def _pretrained(name: str, dtype: torch.dtype) -> Model:
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
     with loading(name), quiet_diffusers():
-        pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name, **{DTYPE_ARGUMENT: dtype})
+        place = folder if folder.is_dir() else name
+        options = {"variant": variant, "trust_remote_code": False, **with_one_dtype({"dtype": dtype})}
+        pipeline = DiffusionPipeline.from_pretrained(place, **options)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     fps = next((parameters[p].default for p in _FPS if p in parameters), None)
     return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)
@@ -126,6 +139,7 @@ def call_arguments(
     fps: float | None = None,
     negative_prompt: str | None = None,
     image: Any = None,
+    video: Any = None,
 ) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call, prompt and generator excepted; None leaves the model's default.
 
@@ -139,6 +153,7 @@ def call_arguments(
         "guidance": ("guidance_scale", guidance),
         "negative-prompt": ("negative_prompt", negative_prompt),
         "image": ("image", image),
+        "video": ("video", video),
     }
     kind = type(model.pipeline).__name__
     arguments = dict(model.defaults)
@@ -154,6 +169,8 @@ def call_arguments(
         arguments |= {name: fps for name in _FPS if name in model.parameters}
     if "image" in model.parameters and image is None and model.parameters["image"].default is inspect.Parameter.empty:
         raise UserError(f"{kind} needs an --image to start from")
+    if "VideoToVideo" in kind and video is None:  # its own default is None, which it refuses
+        raise UserError(f"{kind} needs a --video to start from")
     check_sizes(model, arguments)
     return arguments
 
@@ -194,6 +211,6 @@ def _spatial_unit(model: Model) -> int:
 def _temporal_stride(model: Model) -> int | None:
     """Frames per latent frame after the first, None where the pipeline's own default does not follow that rule."""
     stride = next((getattr(model.pipeline, name) for name in _TEMPORAL if hasattr(model.pipeline, name)), None)
-    default = model.parameters["num_frames"].default if model.makes_video else None
+    default = model.parameters["num_frames"].default if "num_frames" in model.parameters else None
     follows = isinstance(default, int) and stride and (default - 1) % stride == 0
     return int(stride) if follows and stride else None

@@ -31,7 +31,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     )
 
 
-class AutoencoderBSQ(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
+class AutoencoderBSQ(OriginalCheckpointMixin, ModelMixin, ConfigMixin):
     """Pictures to bits of every scale and back; residual blocks only, no attention.
 
     block_out_channels: channels per level, finest first; each level but the last halves the resolution.
@@ -98,7 +98,7 @@ class AutoencoderBSQ(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     def original_config(cls, tensors: Tensors) -> dict[str, Any]:
         """Constructor arguments that fit a checkpoint."""
         config = vqgan_config(tensors, wrapper="conv.")
-        return {**config, "latent_channels": shape(tensors, "decoder.conv_in.conv.weight")[1]}
+        return {**config, "latent_channels": shape(tensors, "decoder.conv_in.conv.weight", 4)[1]}
 
     def original_names(self, tensors: Tensors) -> Callable[[str], str]:
         """From our parameter names to those of a checkpoint."""

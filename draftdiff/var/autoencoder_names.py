@@ -37,7 +37,7 @@ def vqgan_config(tensors: Tensors, wrapper: str = "") -> dict[str, object]:
     """
     levels = count(tensors, r"decoder\.up\.(\d+)\.")
     conv = f"conv1.{wrapper}weight"
-    channels = [shape(tensors, f"decoder.up.{level}.block.0.{conv}")[0] for level in range(levels)]
+    channels = [shape(tensors, f"decoder.up.{level}.block.0.{conv}", 4)[0] for level in range(levels)]
     return {
         "block_out_channels": tuple(channels),
         "layers_per_block": count(tensors, r"decoder\.up\.0\.block\.(\d+)\.") - 1,

@@ -144,7 +144,7 @@ class FeedForward(nn.Module):
         return self.linear_out(F.gelu(self.linear_in(x), approximate="tanh"))
 
 
-class NextScaleModel(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class NextScaleModel(OriginalCheckpointMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """What the transformers share: blocks over the tokens of one scale or of several, under the law of the scales."""
 
     _supports_gradient_checkpointing = True

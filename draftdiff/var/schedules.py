@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 from draftdiff.errors import UserError
 
 Scales = tuple[tuple[int, int], ...]
@@ -31,10 +34,16 @@ SCHEDULES: dict[float, Scales] = _PORTRAIT | {
 }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def scales_for(aspect_ratio: float, size: str) -> Scales:
     """The scales of an aspect ratio (height / width) and size. Raises ValueError if either is unknown."""
-    if size not in SIZES:
+    if not isinstance(size, str) or size not in SIZES:
         raise UserError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    if not _is_number(aspect_ratio):
+        raise UserError(f"aspect_ratio must be one number, height / width, so 9 / 16 for 16:9, got {aspect_ratio!r}")
     nearest = min(SCHEDULES, key=lambda ratio: abs(ratio - aspect_ratio))
     if abs(nearest - aspect_ratio) > 0.02 * nearest:
         known = ", ".join(f"{ratio:g}" for ratio in sorted(SCHEDULES))
@@ -44,8 +53,8 @@ def scales_for(aspect_ratio: float, size: str) -> Scales:
 
 def scales_for_pixels(height: int, width: int) -> Scales:
     """The scales that end at this size in pixels. Raises ValueError if none do, naming those of the nearest ratio."""
-    if height < 1 or width < 1:
-        raise UserError(f"height and width must be positive, got {height}x{width}")
+    if not (_is_number(height) and _is_number(width) and height >= 1 and width >= 1):
+        raise UserError(f"height and width must be positive numbers of pixels, got {height!r} x {width!r}")
     ends = {}
     for scales in SCHEDULES.values():
         for count in SIZES.values():

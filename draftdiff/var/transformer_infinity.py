@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
-from draftdiff.var.checkpoint import Tensors, count, rename, shape
+from draftdiff.var.checkpoint import Tensors, count, heads, rename, shape
 from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, NextScaleModel, Step, modulate
 
 TEXT_HEAD_DIM = 128  # of the pooling over text: its heads are text channels / 128
@@ -244,26 +244,24 @@ class InfinityTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads
     @classmethod
     def original_config(cls, tensors: Tensors) -> dict[str, Any]:
         """Constructor arguments that fit a checkpoint."""
-        dim, bits = shape(tensors, "word_embed.weight")
+        dim, bits = shape(tensors, "word_embed.weight", 2)
         block = "block_chunks.0.module.0" if "block_chunks.0.module.0.ada_gss" in tensors else "blocks.0"
-        text_tokens, text_dim = shape(tensors, "cfg_uncond")
-        if f"{block}.sa.scale_mul_1H11" not in tensors:
-            raise UserError(f"the checkpoint lacks {block}.sa.scale_mul_1H11")
-        heads = tensors[f"{block}.sa.scale_mul_1H11"].numel()
+        text_tokens, text_dim = shape(tensors, "cfg_uncond", 2)
+        number = heads(tensors, f"{block}.sa.scale_mul_1H11")
         return {
             "num_layers": count(tensors, r"((?:block_chunks\.\d+\.module|blocks)\.\d+)\."),
-            "num_attention_heads": heads,
-            "attention_head_dim": dim // heads,
+            "num_attention_heads": number,
+            "attention_head_dim": dim // number,
             "bits": bits,
             "text_dim": text_dim,
             "text_tokens": text_tokens,
-            "num_levels": shape(tensors, "lvl_embed.weight")[0],
-            "mlp_ratio": shape(tensors, f"{block}.ffn.fc1.weight")[0] / dim,
+            "num_levels": shape(tensors, "lvl_embed.weight", 2)[0],
+            "mlp_ratio": shape(tensors, f"{block}.ffn.fc1.weight", 2)[0] / dim,
         }
 
     def original_names(self, tensors: Tensors) -> Callable[[str], str]:
         """From our parameter names to those of a checkpoint, whose blocks may stand in chunks."""
-        chunks = count(tensors, r"block_chunks\.(\d+)\.")
+        chunks = count(tensors, r"block_chunks\.(\d+)\.module\.\d+\.")
         per_chunk = self.config.num_layers // chunks if chunks else 0
 
         def chunked(match: re.Match) -> str:

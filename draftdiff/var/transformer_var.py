@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
-from draftdiff.var.checkpoint import Tensors, count, rename, shape
+from draftdiff.var.checkpoint import Tensors, count, heads, rename, shape
 from draftdiff.var.layers import AdaLayerNormOut, CosineAttention, FeedForward, NextScaleModel, Step, modulate
 from draftdiff.var.vq_model import PATCH_NUMS_256, PATCH_NUMS_512
 
@@ -171,18 +171,19 @@ class VARTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads a cl
     @classmethod
     def original_config(cls, tensors: Tensors) -> dict[str, Any]:
         """Constructor arguments that fit a checkpoint."""
-        vocabulary, dim = shape(tensors, "head.weight")
-        qk_norm = "blocks.0.attn.scale_mul_1H11" in tensors
-        heads = tensors["blocks.0.attn.scale_mul_1H11"].numel() if qk_norm else dim // 64
+        vocabulary, dim = shape(tensors, "head.weight", 2)
+        scale = "blocks.0.attn.scale_mul_1H11"
+        qk_norm = scale in tensors
+        number = heads(tensors, scale) if qk_norm else max(dim // 64, 1)
         return {
             "num_layers": count(tensors, r"blocks\.(\d+)\."),
-            "num_attention_heads": heads,
-            "attention_head_dim": dim // heads,
-            "in_channels": shape(tensors, "word_embed.weight")[1],
+            "num_attention_heads": number,
+            "attention_head_dim": dim // number,
+            "in_channels": shape(tensors, "word_embed.weight", 2)[1],
             "vocab_size": vocabulary,
-            "num_classes": shape(tensors, "class_emb.weight")[0] - 1,
+            "num_classes": shape(tensors, "class_emb.weight", 2)[0] - 1,
             "patch_nums": _patch_nums(tensors),
-            "mlp_ratio": shape(tensors, "blocks.0.ffn.fc1.weight")[0] / dim,
+            "mlp_ratio": shape(tensors, "blocks.0.ffn.fc1.weight", 2)[0] / dim,
             "shared_adaln": "shared_ada_lin.1.weight" in tensors,
             "qk_norm": qk_norm,
         }
@@ -195,8 +196,13 @@ class VARTransformer2DModel(NextScaleModel, ModelMixin):  # diffusers loads a cl
 def _patch_nums(tensors: Tensors) -> tuple[int, ...]:
     """Sides of the scales: from the level of each token if that was saved, else a released schedule of that length."""
     if "lvl_1L" in tensors:
-        return tuple(math.isqrt(n) for n in tensors["lvl_1L"].flatten().bincount().tolist())
-    tokens = shape(tensors, "pos_1LC")[1]
+        # Their numbers may have been cast with the weights; up to 2048 half precision holds them.
+        levels, lengths = tensors["lvl_1L"].flatten().double().unique_consecutive(return_counts=True)
+        sides = tuple(math.isqrt(n) for n in lengths.tolist())
+        if levels.tolist() != list(range(len(levels))) or [n * n for n in sides] != lengths.tolist():
+            raise UserError("its lvl_1L does not number the tokens by scales that are squares, from 0 on")
+        return sides
+    tokens = shape(tensors, "pos_1LC", 3)[1]
     for known in (PATCH_NUMS_256, PATCH_NUMS_512):
         if sum(side**2 for side in known) == tokens:
             return known

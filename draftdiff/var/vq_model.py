@@ -33,7 +33,7 @@ class VQTrainingOutput(BaseOutput):
     indices: list[Tensor]
 
 
-class VQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
+class VQModel(OriginalCheckpointMixin, ModelMixin, ConfigMixin):
     """Pictures to code indices of every scale and back.
 
     block_out_channels: channels per level, finest first; each level but the last halves the resolution, and the lowest
@@ -107,7 +107,7 @@ class VQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     @classmethod
     def original_config(cls, tensors: Tensors) -> dict[str, Any]:
         """Constructor arguments that fit a checkpoint."""
-        vocabulary, channels = shape(tensors, "quantize.embedding.weight")
+        vocabulary, channels = shape(tensors, "quantize.embedding.weight", 2)
         phi = "quantize.quant_resi."
         return {
             **vqgan_config(tensors),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from draftdiff.core.devices import chosen_dtype
 from draftdiff.pipelines.mini import weights
 
 WEIGHTS = Path(__file__).with_name("llm_weights")
@@ -26,16 +27,19 @@ FILES = (
 
 
 def load_mini_llm(
-    dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS
+    dtype: str | torch.dtype | None = None, folder: Path = WEIGHTS, *, torch_dtype: str | torch.dtype | None = None
 ) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Load target, draft and tokenizer, the models for inference.
 
+    dtype, or by its old name torch_dtype: float32 if None.
     A missing file raises FileNotFoundError and a damaged one ValueError, each naming the file.
     """
 
+    wanted = chosen_dtype(dtype, torch_dtype) or torch.float32
+
     def trio() -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
         target, draft = (
-            LlamaForCausalLM.from_pretrained(folder / model, dtype=dtype, local_files_only=True).eval()
+            LlamaForCausalLM.from_pretrained(folder / model, dtype=wanted, local_files_only=True).eval()
             for model in MODELS
         )
         return target, draft, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 
+from draftdiff.core.devices import chosen_dtype
+from draftdiff.hosts.diffusers import with_one_dtype
 from draftdiff.pipelines.mini import weights
 
 WEIGHTS = Path(__file__).with_name("video_weights")
@@ -30,7 +32,12 @@ def mini_video_defaults(folder: Path = WEIGHTS) -> dict[str, Any]:
     return weights.settings(TITLE, folder)
 
 
-def load_mini_video(torch_dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS) -> WanPipeline:
-    """Load the pipeline. A missing file raises FileNotFoundError and a damaged one ValueError, each naming the file."""
-    options = {"local_files_only": True, weights.DTYPE_ARGUMENT: torch_dtype}
+def load_mini_video(
+    torch_dtype: str | torch.dtype | None = None, folder: Path = WEIGHTS, *, dtype: str | torch.dtype | None = None
+) -> WanPipeline:
+    """Load the pipeline. dtype, or by its old name torch_dtype: float32 if None.
+
+    A missing file raises FileNotFoundError and a damaged one ValueError, each naming the file.
+    """
+    options = with_one_dtype({"dtype": chosen_dtype(dtype, torch_dtype) or torch.float32, "local_files_only": True})
     return weights.load(TITLE, folder, FILES, lambda: WanPipeline.from_pretrained(folder, **options))

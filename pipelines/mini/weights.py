@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
-from draftdiff.errors import UserError
+from draftdiff.errors import UserError, one_line
+from draftdiff.stored import read_json
 
 DEFAULTS_FILE = "draftdiff.json"
-# diffusers' new name of the argument; the old one warns where the new one exists.
-DTYPE_ARGUMENT = "dtype" if Version(importlib.metadata.version("diffusers")) >= Version("0.42") else "torch_dtype"
 
 Loaded = TypeVar("Loaded")
 
@@ -30,11 +26,11 @@ def settings(title: str, folder: Path) -> dict[str, Any]:
     """
     file = folder / DEFAULTS_FILE
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file, "file of settings")
     except FileNotFoundError:
         raise FileNotFoundError(f"{title} settings are missing: {file}") from None
-    except ValueError as error:
-        raise UserError(f"{title} settings are unreadable: {file}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{title} settings are unreadable: {error}") from None
 
 
 def load(title: str, folder: Path, files: Sequence[str], loader: Callable[[], Loaded]) -> Loaded:
@@ -57,8 +53,7 @@ def load(title: str, folder: Path, files: Sequence[str], loader: Callable[[], Lo
         with _no_progress_bars():
             return loader()
     except Exception as error:  # diffusers, transformers and safetensors each have their own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{title} weights cannot be loaded: {folder}: {reason}") from error
+        raise UserError(f"{title} weights cannot be loaded: {folder}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

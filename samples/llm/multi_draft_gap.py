@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from draftdiff.bench.runner import write_json
 from draftdiff.cli import run
-from draftdiff.cli.options import Parser, whole
+from draftdiff.cli.options import Parser, new_file, whole
 from draftdiff.files import replacing
 from draftdiff.llm import acceptance_upper_bound, expected_acceptance
 from draftdiff.llm.train.stdlib_corpus import PYTHON
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the lines over drafts (default 1)")
     parser.add_argument("--n", type=whole(1), default=4, help="drafts of the lines over temperature (default 4)")
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads (default 1)")
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--plot", type=Path, help="file for the curves (.png)")
+    parser.add_argument("--json", type=new_file(), help="file for the rows")
+    parser.add_argument("--plot", type=new_file(".png"), help="file for the curves (.png)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     model = load(options.model, options.draft)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from draftdiff.bench.runner import write_json
 from draftdiff.cli.options import Parser, new_file, whole
 from draftdiff.errors import UserError
-from draftdiff.files import check_writable, new_folder
+from draftdiff.files import new_folder, prepare_folder
 from draftdiff.llm import (
     DistillationSet,
     DraftTrainer,
@@ -56,7 +56,7 @@ def check_new_folder(path: Path) -> None:
     """Raise UserError if there is something at `path`, or no folder can be made there."""
     if path.exists():
         raise UserError(f"{path} exists: choose a new folder with -o")
-    check_writable(next(parent for parent in path.absolute().parents if parent.exists()))
+    prepare_folder(path.absolute().parent)
 
 
 class Recipe:

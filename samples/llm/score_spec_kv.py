@@ -29,7 +29,7 @@ from draftdiff.cli import run
 from draftdiff.cli.options import Parser, whole
 from draftdiff.compare.table import Column, text_table
 from draftdiff.errors import UserError
-from draftdiff.files import check_writable
+from draftdiff.files import prepare_folder
 from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import SpecKVConfig, SpecPCConfig, speckv, speckv_pc, specpc
 from draftdiff.llm.future_attention import future_attention, kept_mass, kept_recall
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--capacity must be at least twice the window of {options.window}, got {capacity}")
         if capacity >= options.tokens:
             raise UserError(f"--capacity must be less than the {options.tokens} tokens of a prompt, got {capacity}")
-    check_writable(options.output)
+    prepare_folder(options.output)
     rows = Scores(options).rows()
     payload = {
         "made_by": "samples/llm/score_spec_kv.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from draftdiff.files import replacing
+from draftdiff.cli.options import Parser, made_folder
+from draftdiff.errors import UserError
+from draftdiff.files import prepare_folder, replacing
 from draftdiff.pipelines.mini.weights import DEFAULTS_FILE
 
 WORK = Path(__file__).resolve().parents[2] / ".train"
@@ -72,6 +73,7 @@ class Phase(ABC):
     warm_up = 50  # steps
 
     def __init__(self, file: Path, model: nn.Module, optimizer: Optimizer, average: bool = False) -> None:
+        prepare_folder(file.parent)
         self.file, self.model, self.optimizer = file, model, optimizer
         self.average = copy.deepcopy(model).requires_grad_(False) if average else None
         self.step, self.seconds, self.loss, self.factor = 0, 0.0, 0.0, 1.0
@@ -89,7 +91,6 @@ class Phase(ABC):
         state |= {"step": self.step, "seconds": self.seconds, "kept": self.kept}
         if self.average is not None:
             state["average"] = self.average.state_dict()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as partial:
             torch.save(state, partial)
 
@@ -147,9 +148,9 @@ class Phase(ABC):
 
 
 def existing(file: Path, phase: str) -> Path:
-    """A file that a phase has left. Ends the script if it has not been run."""
+    """A file that a phase has left. Raises UserError if it has not been run."""
     if not file.exists():
-        raise SystemExit(f"there is no {file}: run the phase {phase!r} first")
+        raise UserError(f"there is no {file}: run the phase {phase!r} first")
     return file
 
 
@@ -171,13 +172,13 @@ def write_settings(folder: Path, settings: Mapping[str, Any], long: Mapping[str,
     (folder / DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def parser(doc: str | None, phases: Iterable[str], minutes: float, threads: int) -> argparse.ArgumentParser:
+def parser(doc: str | None, phases: Iterable[str], minutes: float, threads: int) -> Parser:
     """The options that the scripts have."""
-    made = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
+    made = Parser(description=(doc or "").split("\n\n")[0])
     made.add_argument("phase", choices=[*phases, "export"])
     made.add_argument(
         "--minutes", type=float, default=minutes, help=f"how long this phase trains in all (default {minutes:g})"
     )
-    made.add_argument("--work", type=Path, default=WORK, help="folder for checkpoints (default .train)")
+    made.add_argument("--work", type=made_folder, default=str(WORK), help="folder for checkpoints (default .train)")
     made.add_argument("--threads", type=int, default=threads, help=f"CPU threads (default {threads})")
     return made

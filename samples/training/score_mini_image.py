@@ -10,10 +10,10 @@ its 95% confidence interval (Wilson's):
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from draftdiff.bench.runner import write_json
+from draftdiff.cli import run
+from draftdiff.cli.options import Parser, made_folder, new_file
+from draftdiff.models.frames import to_uint8, write_picture
 from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
 from draftdiff.pipelines.mini.picture_judge import accuracy
 from draftdiff.pipelines.mini.pictures import CLASSES
@@ -48,8 +52,8 @@ def generate(
     return np.concatenate(pictures)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="score_mini_image", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--per-class", type=int, default=2, help="pictures of each of the classes (default 2)")
     parser.add_argument("--code", type=int, nargs="*", default=[], help="numbers of drafted scales to score CoDe at")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
@@ -58,9 +62,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20, help="pictures per pipeline call (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default 0)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file")
-    parser.add_argument("--save", type=Path, help="write a contact sheet per setting into this folder")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=new_file(), help="also write the scores to this file")
+    parser.add_argument("--save", type=made_folder, help="write a contact sheet per setting into this folder")
+    arguments = parser.parse_args(argv)
     if arguments.per_class < 1 or arguments.batch < 1:
         parser.error("--per-class and --batch must be at least 1")
     if arguments.threads:
@@ -102,19 +106,16 @@ def main() -> None:
         print(f"{row['setting']:<12}{interval:>18}{shown}{1000 * row['seconds']:>10.1f}")
     if arguments.json:
         report = {"pictures": len(labels), "seed": arguments.seed, "call": call, "batch": arguments.batch, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, report)
 
 
 def save_sheet(pictures: np.ndarray, file: Path, columns: int = 15) -> None:
     """All pictures, in rows, by class."""
-    from PIL import Image
-
     blank = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), pictures.dtype)
     rows = np.concatenate([pictures, blank]).reshape(-1, columns, *pictures.shape[1:])
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().clip(0, 255).astype(np.uint8)).save(file)
+    write_picture(file, to_uint8(sheet))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "score_mini_image"))

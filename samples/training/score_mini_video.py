@@ -10,9 +10,8 @@ draftdiff enabled at each given sparsity, from the same starting noise, and prin
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,10 @@ import torch
 from diffusers import WanPipeline
 from tqdm import tqdm
 
+from draftdiff.bench.runner import write_json
+from draftdiff.cli import run
+from draftdiff.cli.options import Parser, made_folder, new_file
+from draftdiff.models.frames import to_uint8, write_picture
 from draftdiff.pipelines.mini import judge as mini_judge
 from draftdiff.pipelines.mini import world as mini_world
 from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
@@ -66,8 +69,8 @@ def accuracy(clips: Sequence[np.ndarray], scenes: Sequence[mini_world.Scene]) ->
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="score_mini_video", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--prompts", type=int, default=48, help="how many prompts (default 48)")
     parser.add_argument(
         "--seen", action="store_true", help="use combinations seen in training instead of held-out ones"
@@ -83,9 +86,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="prompts per pipeline call (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip (default 0)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file")
-    parser.add_argument("--save", type=Path, help="write a contact sheet of the clips per setting into this folder")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=new_file(), help="also write the scores to this file")
+    parser.add_argument("--save", type=made_folder, help="write a contact sheet of each setting here")
+    arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
@@ -128,17 +131,14 @@ def main() -> None:
         print(f"{row['setting']:<16}{shares}{row['seconds_per_clip']:>12.1f}")
     if arguments.json:
         report = {"prompts": len(scenes), "combinations": kind, "seed": arguments.seed, "call": call, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, report)
 
 
 def save_sheet(clips: Sequence[np.ndarray], file: Path) -> None:
     """One row of six frames per clip."""
-    from PIL import Image
-
     rows = [np.concatenate(list(clip[np.linspace(0, len(clip) - 1, 6).astype(int)]), axis=1) for clip in clips]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((np.concatenate(rows) * 255).round().clip(0, 255).astype(np.uint8)).save(file)
+    write_picture(file, to_uint8(np.concatenate(rows)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "score_mini_video"))

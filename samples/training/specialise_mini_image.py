@@ -11,12 +11,10 @@ The shipped pair itself stays as it is: it serves every number of drafted scales
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,9 @@ import torch
 from score_mini_image import generate, wilson_interval
 from torch import Tensor
 
+from draftdiff.bench.runner import write_json
+from draftdiff.cli import run
+from draftdiff.cli.options import Parser, new_file
 from draftdiff.pipelines.mini.image import load_mini_image, load_mini_refiner, mini_image_defaults
 from draftdiff.pipelines.mini.picture_judge import judge
 from draftdiff.pipelines.mini.pictures import CLASSES, random_pictures
@@ -85,16 +86,16 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     return min(1.0, 2 * tail / 2**differing)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="specialise_mini_image", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--draft-scales", type=int, default=4, help="scales that the drafter draws (default 4)")
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, for each model (default 200)")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step (default 32)")
     parser.add_argument("--per-class", type=int, default=4, help="pictures of each class to judge (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="of training pictures and of scored ones (default 0)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=new_file(), help="also write the scores to this file")
+    arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -150,8 +151,8 @@ def main() -> None:
         print(f"{name:<22}{shown.mean():>8.1%}   95% interval {low:.1%} - {high:.1%}   p against shipped {p_value:.3g}")
     if arguments.json:
         report = {**sizes, "batch": arguments.batch, "pictures": len(labels), "call": call, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, report)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "specialise_mini_image"))

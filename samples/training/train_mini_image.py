@@ -16,6 +16,7 @@ saves a checkpoint once a minute and when interrupted, and resumes from it:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from loop import Optimizer, Phase, existing, parser, spent, write_settings
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from draftdiff.cli import run
 from draftdiff.files import replacing_folder
 from draftdiff.pipelines.mini import pictures as mini_pictures
 from draftdiff.pipelines.mini.image import WEIGHTS, load_mini_image
@@ -250,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "train_mini_image"))

@@ -15,6 +15,7 @@ checkpoint once a minute and when interrupted, and resume from it; the alignment
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from draftdiff.cli import run
 from draftdiff.files import replacing, replacing_folder
 from draftdiff.llm import (
     DistillationSet,
@@ -246,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "train_mini_llm"))

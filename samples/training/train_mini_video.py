@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from score_mini_video import accuracy, generate, scoring_scenes
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from draftdiff.cli import run
 from draftdiff.files import replacing_folder
 from draftdiff.pipelines.mini import world as mini_world
 from draftdiff.pipelines.mini.video import WEIGHTS, load_mini_video
@@ -362,4 +364,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "train_mini_video"))

@@ -1,6 +1,7 @@
 """`draftdiff image`, its comparison and calibration, and `draftdiff convert`: whole files and one-line errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,7 @@ def test_infinity_takes_prompts_sizes_and_aspect_ratios(infinity, tmp_path, caps
         (["--prompt", "a"], ["VARPipeline", "--class"]),
         (["--class", "1", "--size", "1M"], ["--size", "VARPipeline"]),
         (["--class", "1", "--dtype", "int8"], ["int8", "bfloat16"]),
+        (["--class", "1", "--guidance-scale", "nan"], ["guidance_scale must be from", "nan"]),
         (["--class", "1", "--device", "abacus"], ["abacus"]),
         (["--class", "1", "--scale-kv-drafters", "none.json"], ["--scale-kv"]),
         (["--class", "1", "--scale-kv", "0.1", "--scale-kv-drafters", "none.json"], ["none.json"]),
@@ -129,6 +131,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(pair, tmp_path, capsys, arg
     [
         (["--prompt", " "], ["--prompt is empty"]),
         (["--prompt", "a", "--aspect-ratio", "1.1"], ["1.1", "1.25"]),
+        (["--prompt", "a", "--aspect-ratio", "nan"], ["height / width", "nan"]),
         (["--prompt", "a", "--size", "2M"], ["2M", "0.06M"]),
         (["--prompt", "a", "--draft-scales", "3"], ["--draft-scales", "VAR"]),
         (["--class", "1"], ["InfinityPipeline", "--prompt"]),
@@ -165,25 +168,44 @@ def test_models_that_do_not_fit_are_named(pair, alone, tmp_path, capsys):
 
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("draftdiff.models.image.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
-    for name, reason in (("out.mp4", ".png"), ("no/out.png", "does not exist")):
+    (tmp_path / "notes.txt").write_text("keep")
+    for name, reason in (("out.mp4", ".png"), ("notes.txt/out.png", "cannot be written: ")):
         assert reason in fails_in_one_line(capsys, "image", "--class", "1", "-o", tmp_path / name)
     assert "-o FILE is needed" in fails_in_one_line(capsys, "image", "--class", "1")
-    (tmp_path / "notes.txt").write_text("keep")
     assert "other files" in fails_in_one_line(capsys, "image", "--compare", "--class", "1", "-o", tmp_path)
 
 
-def test_ctrl_c_while_writing_leaves_no_picture_behind(pair, tmp_path, monkeypatch):
-    saved = []
+def test_ctrl_c_while_writing_leaves_whole_pictures_alone(pair, tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
 
-    def save(self, path, **_kwargs):
-        if saved:
+    def interrupted(path, content):
+        write_bytes(path, content[:100])
+        if path.name == "out-2.png":
             raise KeyboardInterrupt
-        saved.append(path.write_bytes(b"a picture"))
+        write_bytes(path, content)
 
-    monkeypatch.setattr("PIL.Image.Image.save", save)
-    argv = ["image", "--model", pair, "--class", "1", "--count", "3", "-o", str(tmp_path / "out.png")]
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    argv = ["image", "--model", pair, "--class", "1", "--count", "3", "-o", str(tmp_path / "new" / "out.png")]
     assert main(argv) == 130
-    assert saved and not list(tmp_path.iterdir())
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "out-1.png"]
+    Image.open(tmp_path / "new" / "out-1.png").load()
+
+
+def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(pair, tmp_path):
+    for size in (1, 2, 5):
+        argv = ["image", "--model", pair, "--class", "1", "--class", "2", "--count", "3", "--batch-size", str(size)]
+        assert main([*argv, "-o", str(tmp_path / str(size) / "out.png")]) == 0
+    at_once = {path.name: path.read_bytes() for path in (tmp_path / "5").iterdir()}
+    assert len(at_once) == 6 and len(set(at_once.values())) > 1
+    for size in (1, 2):
+        assert {path.name: path.read_bytes() for path in (tmp_path / str(size)).iterdir()} == at_once
+
+
+def test_a_name_that_one_of_several_pictures_cannot_have_is_told_before_the_work(pair, tmp_path, capsys):
+    (tmp_path / "out-2.png").mkdir()
+    argv = ["image", "--model", pair, "--class", "1", "--count", "3", "-o", tmp_path / "out.png"]
+    assert "out-2.png' is a folder" in fails_in_one_line(capsys, *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["out-2.png"]
 
 
 def test_compare_measures_every_setting_and_writes_one_folder(pair, tmp_path, capsys):
@@ -227,6 +249,41 @@ def test_calibration_makes_a_file_that_scale_kv_takes(pair, alone, infinity, tmp
     assert ".json" in fails_in_one_line(capsys, "image", "calibrate", "--model", alone, "-o", tmp_path / "x.png")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "\x00\x01",
+        '{"layers": 4, "drafters": []}',
+        '{"layers": 4, "drafters": {"first": [0]}}',
+        '{"layers": 4, "drafters": {"-1": [0]}}',
+        '{"layers": 4, "drafters": {"0": 1}}',
+        '{"layers": 4, "drafters": {"0": [-1]}}',
+        '{"layers": 4, "drafters": {"0": [0.5]}}',
+        '{"layers": 4, "drafters": {"0": [true]}}',
+        '{"layers": 4, "drafters": {"0": ["0"]}}',
+        '{"layers": 4, "drafters": {"0": [NaN]}}',
+        '{"layers": 4, "drafters": {"0": [9]}}',
+        '{"layers": "4", "drafters": {"0": [0]}}',
+        '{"drafters": {"0": [0]}}',
+    ],
+)
+def test_a_file_of_drafters_that_is_none_is_named(alone, tmp_path, capsys, content):
+    file = tmp_path / "drafters.json"
+    file.write_text(content)
+    argv = ["image", "--model", alone, "--class", 1, "--scale-kv", 0.2, "-o", tmp_path / "x.png", "--scale-kv-drafters"]
+    assert str(file) in fails_in_one_line(capsys, *argv, file)
+
+
+def test_a_file_of_drafters_that_is_nowhere_or_a_folder_is_named(alone, tmp_path, capsys):
+    argv = ["image", "--model", alone, "--class", 1, "--scale-kv", 0.2, "-o", tmp_path / "x.png", "--scale-kv-drafters"]
+    assert f"{tmp_path} is a folder" in fails_in_one_line(capsys, *argv, tmp_path)
+    assert "at nowhere" in fails_in_one_line(capsys, *argv, "nowhere")
+
+
 def test_convert_makes_a_folder_that_image_reads(tmp_path, capsys):
     tensors = tiny.to_original(tiny.transformer())
     tensors["pos_1LC"] = tensors["pos_1LC"][None]
@@ -237,14 +294,17 @@ def test_convert_makes_a_folder_that_image_reads(tmp_path, capsys):
     argv = ["convert", tmp_path / "var.pth", tmp_path / "vae.pth"]
     result = run(capsys, *argv, tmp_path / "model")
     assert result["class"] == "VARPipeline"
-    run(capsys, "image", "--model", tmp_path / "model", "--class", 1, "-o", tmp_path / "out.png")
+    run(capsys, "image", "--model", tmp_path / "model", "--class", 1, "-o", tmp_path / "out.png", "--dtype", "bf16")
     assert "exists: convert writes to a new folder" in fails_in_one_line(capsys, *argv, tmp_path / "model")
     assert "no checkpoint at " in fails_in_one_line(capsys, "convert", tmp_path / "nothing.pth", tmp_path / "new")
     whole = (tmp_path / "var.pth").read_bytes()
     (tmp_path / "var.pth").write_bytes(whole[: len(whole) // 2])
     line = fails_in_one_line(capsys, *argv, tmp_path / "new")
-    assert "var.pth is not a readable checkpoint (truncated" in line
+    assert "var.pth is not a readable checkpoint (damaged, truncated" in line
     assert "dtype must be one of" in fails_in_one_line(capsys, *argv, tmp_path / "new", "--dtype", "int8")
+    (tmp_path / "var.pth").write_bytes(whole)
+    line = fails_in_one_line(capsys, *argv, tmp_path / "new", "--text-encoder", tmp_path)
+    assert "text_encoder is for an InfinityPipeline only" in line
     assert not (tmp_path / "new").exists()
 
 

@@ -1,7 +1,10 @@
 """The command as a whole: its exit codes, and who is told of what."""
 
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,8 +44,71 @@ def test_a_bug_in_our_own_code_ends_with_a_traceback_and_exit_code_1():
 def test_what_we_tell_the_user_is_one_line_whatever_the_message(monkeypatch, capsys):
     doctor_that_raises(monkeypatch, UserError("draftdiff: a message\n  of two lines"))
     assert fails_in_one_line(capsys, "doctor") == "draftdiff: error: a message of two lines"
-    doctor_that_raises(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
-    assert fails_in_one_line(capsys, "doctor") == "draftdiff: error: CUDA out of memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "least"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.6 "
+         "GiB of which 1.0 GiB is free. Including other memory, this process has 21.50 GiB memory in use."), 44.5),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+         "tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"), 4000),
+        (MemoryError("Unable to allocate 5.00 GiB for an array with shape (10, 10) and data type float64"), 5.4),
+    ],
+)  # fmt: skip
+def test_memory_that_does_not_suffice_is_one_line_with_the_size_that_is_needed(error, least, monkeypatch, capsys):
+    doctor_that_raises(monkeypatch, error)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().err
+    told = re.fullmatch(r"draftdiff: error: not enough memory: at least (\S+) GB .* are needed; .*\n", printed)
+    assert told and least * 0.97 <= float(told[1]) <= least * 1.05 + 20
+
+
+def test_memory_without_a_size_is_one_line_and_other_runtime_errors_are_bugs(monkeypatch, capsys):
+    doctor_that_raises(monkeypatch, MemoryError("std::bad_alloc"))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "draftdiff: error: not enough memory: std::bad_alloc\n"
+    doctor_that_raises(monkeypatch, RuntimeError("tried to allocate 5 bytes"))
+    with pytest.raises(RuntimeError):
+        main(["doctor"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_full_disk_behind_standard_output_is_one_line(lines):
+    code = (
+        "import draftdiff.doctor as d; from draftdiff.cli import main\n"
+        f"d.examine = lambda: {{'lines': ['x'] * {lines}}}\n"
+        "raise SystemExit(main(['doctor', '--json']))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"draftdiff: error: .*No space left on device\n", done.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_program_cleans_up_and_is_told(number):
+    code = (
+        "import draftdiff.doctor as d, time\nfrom draftdiff.cli import main\n"
+        "def examine():\n"
+        "    try: print('here', flush=True); time.sleep(60)\n"
+        "    finally: print('cleaned', flush=True)\n"
+        "d.examine = examine\nraise SystemExit(main(['doctor']))"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as running:
+        assert running.stdout.readline() == "here\n"
+        running.send_signal(number)
+        out, err = running.communicate(timeout=60)
+    assert (out, running.returncode) == ("cleaned\n", 128 + number)
+    assert err == f"draftdiff: ended by {number.name}\n"
+
+
+def test_a_command_leaves_the_handlers_of_signals_as_they_were():
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--version"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_is_130(monkeypatch, capsys):

@@ -2,14 +2,15 @@
 
 import errno
 import json
-from pathlib import Path
 
 import imageio
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel, WanVideoToVideoPipeline
 
 from draftdiff.cli import main
+from draftdiff.models.frames import write_frames
 from tests.cli.one_line import fails_in_one_line
 from tests.tiny_pipeline import tiny_wan_pipeline
 
@@ -125,7 +126,9 @@ def test_a_wrong_value_is_named_with_what_is_allowed(model, tmp_path, capsys, ar
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("draftdiff.models.video.load", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
     (tmp_path / "folder.mp4").mkdir()
-    for name, reason in (("out.avi", ".mp4"), ("no/out.mp4", "does not exist"), ("folder.mp4", "is a folder")):
+    (tmp_path / "notes.txt").write_text("keep")
+    reasons = {"out.avi": ".mp4", "notes.txt/out.mp4": "cannot be written: ", "folder.mp4": "is a folder"}
+    for name, reason in reasons.items():
         assert reason in fails_in_one_line(capsys, "generate", "--prompt", "a", "-o", tmp_path / name)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
@@ -219,14 +222,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_file(model, tmp_path, ca
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    line = fails_in_one_line(capsys, "generate", "--model", model, "--prompt", "a", *SIZE, "-o", out)
-    assert "No space left on device" in line
+    assert main(["generate", "--model", str(model), "--prompt", "a", *SIZE, "-o", str(out)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"draftdiff: error: {str(out)!r} cannot be written: No space left on device"
     assert out.read_bytes() == b"an earlier video" and list(tmp_path.iterdir()) == [out]
     argv = ["compare", "--model", model, "--prompt", "a", *SIZE, "--sparsity", "0.5", "--repeat", "1"]
-    assert main([*argv, "-o", str(tmp_path / "results")]) == 2
+    assert main([*argv, "-o", str(tmp_path / "results")]) == 1
     printed = capsys.readouterr()
     assert "sparsity 0.5" in printed.out  # hours of runs are not lost
-    assert printed.err.splitlines()[-1].startswith("draftdiff: error: [Errno 28] No space left on device")
+    assert printed.err.splitlines()[-1].endswith("results' cannot be written: No space left on device")
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -241,11 +245,11 @@ def test_what_the_pipeline_itself_refuses_is_one_line(model, tmp_path, capsys, m
 
 
 def test_ctrl_c_while_writing_leaves_nothing_behind(model, tmp_path, capsys, monkeypatch):
-    def writer(path, **_kwargs):
-        Path(path).write_bytes(b"half a video")
+    def encode(path, *_args):
+        path.write_bytes(b"half a video")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imageio.get_writer", writer)
+    monkeypatch.setattr("draftdiff.models.frames._write_mp4", encode)
     argv = ["--model", model, "--prompt", "a", *SIZE]
     assert main(["generate", *argv, "-o", str(tmp_path / "out.mp4")]) == 130
     assert main(["compare", *argv, "--sparsity", "0.5", "--repeat", "1", "-o", str(tmp_path / "out")]) == 130
@@ -266,3 +270,51 @@ def test_a_value_error_from_elsewhere_is_a_bug_too(model, tmp_path, monkeypatch)
     monkeypatch.setattr("draftdiff.models.frames.frames_of", lambda _output: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["generate", "--model", model, "--prompt", "a", *SIZE, "-o", str(tmp_path / "out.mp4")])
+
+
+def test_a_prompt_given_twice_is_told_rather_than_dropped(tmp_path, capsys):
+    argv = ["generate", "--prompt", "a", "--prompt", "b", "-o", tmp_path / "x.mp4"]
+    assert "argument --prompt: given twice; draftdiff compare takes several" in fails_in_one_line(capsys, *argv)
+
+
+def test_a_video_to_video_pipeline_starts_from_a_clip(tmp_path, capsys):
+    pipe = tiny_wan_pipeline()
+    parts = {name: part for name, part in pipe.components.items() if name not in ("transformer_2", "boundary_ratio")}
+    WanVideoToVideoPipeline(**parts).save_pretrained(tmp_path / "model")
+    clip = np.random.RandomState(0).randint(0, 256, (9, 128, 128, 3), np.uint8)
+    write_frames(tmp_path / "clip.mp4", clip, 8)
+    given = ["generate", "--model", str(tmp_path / "model"), "--prompt", "a", "--height", "128", "--width", "128"]
+    out = tmp_path / "out.mp4"
+    assert main([*given, "--steps", "2", "--video", str(tmp_path / "clip.mp4"), "-o", str(out)]) == 0
+    assert len(imageio.mimread(out, memtest=False)) == 9
+    capsys.readouterr()
+    line = fails_in_one_line(capsys, *given, "-o", out)
+    assert "WanVideoToVideoPipeline needs a --video to start from" in line
+    (tmp_path / "notes.txt").write_text("no clip")
+    for name in ("nothing.mp4", "notes.txt"):
+        line = fails_in_one_line(capsys, *given, "--video", tmp_path / name, "-o", out)
+        assert f"video '{tmp_path / name}' cannot be read" in line
+
+
+def test_a_folder_of_a_variant_alone_is_read_by_its_name(tmp_path, capsys):
+    tiny_wan_pipeline().save_pretrained(tmp_path / "model", variant="fp16")
+    given = ["generate", "--model", str(tmp_path / "model"), "--prompt", "a", *SIZE]
+    assert main([*given, "--variant", "fp16", "-o", str(tmp_path / "out.mp4")]) == 0
+    capsys.readouterr()
+    assert "--variant is for --model" in fails_in_one_line(
+        capsys, "generate", "--prompt", "a", "--variant", "fp16", "-o", tmp_path / "out.mp4"
+    )
+
+
+def test_seed_minus_one_draws_a_seed_and_tells_it(model, tmp_path, capsys):
+    seeds = set()
+    for _ in range(2):
+        argv = ["generate", "--model", model, "--prompt", "a", *SIZE, "--seed", "-1", "--json"]
+        assert main([*argv, "-o", str(tmp_path / "out.mp4")]) == 0
+        printed = capsys.readouterr()
+        seed = json.loads(printed.out)["seed"]
+        assert f"draftdiff: note: seed {seed}\n" in printed.err
+        seeds.add(seed)
+    assert len(seeds) == 2 and min(seeds) >= 0
+    line = fails_in_one_line(capsys, "generate", "--prompt", "a", "--seed", "-2", "-o", "x.mp4")
+    assert "must be a whole number from -1" in line

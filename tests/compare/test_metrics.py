@@ -1,6 +1,7 @@
 """Metrics have their known values where there is a formula, and say why where they cannot be had."""
 
 import math
+import subprocess
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from draftdiff.compare import metrics
 from draftdiff.compare.metrics import Unavailable, lpips, psnr, quality, relative_l2, ssim, vmaf
+from draftdiff.compare.perceptual import ShiftTolerantLpips
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_latents_are_compared_relative_to_the_dense_ones():
 
 
 def test_what_is_not_there_is_none_with_its_reason(video, monkeypatch):
-    monkeypatch.setitem(sys.modules, "stlpips_pytorch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     metrics._lpips_network.cache_clear()
     result = quality(video, video)
     assert result.lpips is None and "draftdiff[metrics]" in result.missing["lpips"]
@@ -100,10 +102,27 @@ def test_a_failing_ffmpeg_is_told(video, monkeypatch):
 
 
 def test_lpips_tells_alike_from_unlike(video):
-    pytest.importorskip("stlpips_pytorch")
     metrics._lpips_network.cache_clear()
     assert lpips(video, video) == pytest.approx(0, abs=1e-6)
     assert lpips(noisy(video, 60), video) > lpips(noisy(video, 6), video) > 0
+
+
+# By the authors' own code.
+@pytest.mark.parametrize(("size", "distance"), [((64, 64), 0.030341673642396927), ((65, 97), 0.021132908761501312)])
+def test_lpips_is_the_authors(size, distance):
+    rng = np.random.RandomState(1)
+    x, y = (rng.uniform(-1, 1, (1, 3, *size)).astype(np.float32) for _ in range(2))
+    found = ShiftTolerantLpips()(torch.from_numpy(x), torch.from_numpy((x + y) / 2))
+    assert found.item() == pytest.approx(distance, rel=1e-4)
+
+
+def test_lpips_runs_no_code_of_the_package_that_holds_its_weights():
+    code = (
+        "import sys; from draftdiff.compare.perceptual import ShiftTolerantLpips; ShiftTolerantLpips()\n"
+        "print({'stlpips_pytorch', 'torchvision', 'IPython'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_videos_of_other_sizes_are_refused(video):

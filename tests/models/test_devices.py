@@ -19,6 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (None, GPU, True, torch.float32),
         ("float16", CPU, False, torch.float16),
         ("bfloat16", GPU, True, torch.bfloat16),
+        ("bf16", CPU, False, torch.bfloat16),
     ],
 )
 def test_the_dtype_is_that_asked_for_or_suits_the_device(name, device, embedded, expected):

@@ -41,3 +41,18 @@ def test_a_model_that_cannot_be_loaded_is_named_in_one_short_line():
     assert "\n" not in str(told.value) and len(str(told.value)) < 400
     with pytest.raises(UserError, match=r"^as it was$"), loading("a/b"):
         raise UserError("as it was")
+
+
+def test_a_folder_that_was_cloned_without_its_large_files_is_told(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    said = rf"cannot be loaded: {tmp_path}/vae/model.safetensors is a Git LFS pointer .*: run git lfs pull$"
+    with pytest.raises(UserError, match=said), loading(str(tmp_path)):
+        raise RuntimeError("header too large")
+
+
+@pytest.mark.parametrize("word", ["weights_only", "trust_remote_code"])
+def test_no_message_advises_to_switch_a_safety_off(word):
+    with pytest.raises(UserError) as told, loading("a/b"):
+        raise ValueError(f"\x1b[1mset {word} as you like\x1b[0m")
+    assert word not in str(told.value) and str(told.value).isprintable()

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import T5Config, T5EncoderModel
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.convert import convert
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.pipelines.var import VARPipeline
@@ -55,6 +58,78 @@ def test_a_folder_stands_for_its_files(files, tmp_path_factory):
     assert convert([folder], files / "plain", torch_dtype=torch.float16) == "VARPipeline"
     loaded = VARPipeline.from_pretrained(files / "plain")
     assert loaded.refiner is None
+
+
+@pytest.mark.parametrize(
+    ("sources", "option", "message"),
+    [
+        (
+            ("drafter_3", "vae"),
+            {"text_encoder": "nowhere"},
+            "text_encoder is for an InfinityPipeline only, got 'nowhere'",
+        ),
+        (("infinity",), {"text_encoder": "nowhere"}, "text_encoder is for an InfinityPipeline only, got 'nowhere'"),
+        (("drafter_3", "vae"), {"draft_scales": 3}, "draft_scales is for a pair of VARTransformer2DModel only, got 3"),
+        (("infinity", "bsq"), {"draft_scales": 3}, "draft_scales is for a pair of VARTransformer2DModel only, got 3"),
+        (("vae",), {"draft_scales": 3}, "draft_scales is for a pair of VARTransformer2DModel only, got 3 for VQModel"),
+    ],
+)
+def test_an_option_of_another_kind_of_pipeline_is_refused(files, sources, option, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        convert([files / f"{name}.pth" for name in sources], files / "out", **option)
+    assert not (files / "out").exists()
+
+
+def test_a_dtype_may_be_a_name(files):
+    for option in ({"dtype": "bf16"}, {"torch_dtype": "bfloat16"}):
+        folder = files / next(iter(option))
+        convert([files / "drafter_3.pth"], folder, **option)
+        saved = load_file(folder / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    with pytest.raises(UserError, match=r"^dtype must be one of float32, float16, bfloat16, got 'int8'$"):
+        convert([files / "drafter_3.pth"], files / "out", dtype="int8")
+
+
+def test_files_that_do_not_belong_together_are_named_with_their_facts(files, tmp_path):
+    torch.save(tiny.to_original(AutoencoderBSQ((32,) * 5, 1, latent_channels=4)), tmp_path / "other.pth")
+    infinity, other = files / "infinity.pth", tmp_path / "other.pth"
+    message = f"^{infinity} and {other} do not belong together: the transformer has 6 bits per token, the vae 4 latent"
+    with pytest.raises(UserError, match=message):
+        InfinityPipeline.from_single_file(infinity, other)
+    vq = VQModel((32, 32), 1, latent_channels=4, num_vq_embeddings=16, patch_nums=tiny.PATCH_NUMS)
+    torch.save(tiny.to_original(vq), tmp_path / "vq.pth")
+    message = (
+        f"^{files / 'drafter_3.pth'} and {tmp_path / 'vq.pth'}: transformer and vae must agree: vocab_size is 32, "
+    )
+    with pytest.raises(UserError, match=message):
+        VARPipeline.from_single_file(files / "drafter_3.pth", tmp_path / "vq.pth")
+
+
+def test_tokens_of_two_by_two_cells_are_told_by_their_bits(files, tmp_path):
+    torch.save(tiny.to_original(tiny_infinity.transformer(bits=24)), tmp_path / "large.pth")
+    pipe = InfinityPipeline.from_single_file(tmp_path / "large.pth", files / "bsq.pth")
+    assert pipe.scheduler.config.patchify
+    assert not InfinityPipeline.from_single_file(files / "infinity.pth", files / "bsq.pth").scheduler.config.patchify
+
+
+def test_a_text_encoder_that_cannot_be_loaded_or_used_is_one_line(files, tmp_path):
+    sources = files / "infinity.pth", files / "bsq.pth"
+    (tmp_path / "empty").mkdir()
+    tokenizer = tiny_infinity.infinity_pipeline().tokenizer
+    config = T5Config(vocab_size=12, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    for folder in (tmp_path / "narrow", tmp_path / "damaged"):
+        T5EncoderModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    for name, said in (
+        ("nowhere", "cannot be loaded: "),
+        ("empty", "cannot be loaded: "),
+        ("damaged", "cannot be loaded: "),
+        ("narrow", "transformer and text_encoder must agree: text_dim is 128, the encoder has 64 channels"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            InfinityPipeline.from_single_file(*sources, text_encoder=tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_makes_no_pipeline_is_named_and_nothing_is_left(files):

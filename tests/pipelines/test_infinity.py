@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.infinity import InfinityPipeline
 from draftdiff.var.schedules import SCHEDULES
 from tests.rounding import rounded
@@ -126,18 +127,90 @@ def test_half_precision_works(pipe):
             r"guidance_scale must be one number or one for each of 7 scales, got \[3.0, 3.0\]",
         ),
         ({"generator": [seeded(), seeded()]}, "1 pictures need one generator or a list of 1, got 2"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number, at least 1"),
         ({"output_type": "jpeg"}, "output_type must be"),
-        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"temperature": 0}, "temperature must be positive, from 1e-06 to 1e.06, got 0"),
         ({"top_p": -1}, "top_p must be from 0 to 1, got -1"),
         ({"rng": "slow"}, "rng must be one of fast, upstream"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback tensors must be of"),
+        ({"generator": 42}, r"generator must be a torch.Generator, .*, got 42"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt must be a whole number, at least 1, got True"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be from -1e.06 to 1e.06, got nan"),
+        ({"guidance_scale": torch.full((7,), torch.inf)}, "guidance_scale must be from -1e.06 to 1e.06, got inf"),
+        ({"guidance_scale": None}, "guidance_scale must be one number or one for each of 7 scales, got None"),
+        ({"temperature": float("nan")}, "temperature must be positive, .*, got nan"),
+        ({"top_p": "most"}, "top_p must be one number, got 'most'"),
+        ({"cache_key_dtype": "int8"}, "cache_key_dtype must be one of float32, float16, bfloat16, got 'int8'"),
+        ({"aspect_ratio": "16:9"}, "aspect_ratio must be one number, height / width, so 9 / 16 for 16:9, got '16:9'"),
+        ({"aspect_ratio": float("nan")}, "aspect_ratio must be one number, .*, got nan"),
+        ({"size": ["1M"]}, "size must be one of"),
+        ({"height": "256", "width": 256}, "height and width must be positive numbers of pixels, got '256' x 256"),
+        ({"prompt_mask": torch.ones(1, 3)}, "prompt_mask is of prompt_embeds, which are not given"),
+        ({"negative_prompt_mask": torch.ones(1, 3)}, "negative_prompt_mask is of negative_prompt_embeds, which are"),
     ],
 )
 def test_what_cannot_be_is_named_in_one_line(pipe, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(**{"prompt": "a red circle", "size": "0.06M", **arguments})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize(
+    ("embeds", "mask", "message"),
+    [
+        ([[[0.0]]], None, "embeds must be a tensor, got a list"),
+        (torch.zeros(3, 128), None, r"embeds must be \[prompts, tokens, 128\], got \(3, 128\)"),
+        (torch.zeros(1, 0, 128), None, r"embeds must be \[prompts, tokens, 128\], got \(1, 0, 128\)"),
+        (torch.zeros(1, 17, 128), None, "embeds must have at most 16 tokens, got 17"),
+        (torch.zeros(1, 5, 128, dtype=torch.int64), None, "embeds must be of floating-point numbers, got torch.int64"),
+        (torch.full((1, 5, 128), torch.nan), None, "embeds hold NaN or inf"),
+        (torch.zeros(1, 5, 128), [1] * 5, "mask must be a tensor, got a list"),
+        (torch.zeros(1, 5, 128), torch.ones(1, 4), r"mask must be \(1, 5\) like its embeddings, got \(1, 4\)"),
+        (torch.zeros(1, 5, 128), torch.full((1, 5), 0.5), "mask must hold 1 for tokens and 0 for padding, or"),
+        (torch.zeros(1, 5, 128), torch.full((1, 5), torch.nan), "mask must hold 1 for tokens and 0 for padding, or"),
+        (torch.zeros(1, 5, 128), torch.zeros(1, 5), "mask leaves a prompt without any token"),
+    ],
+)
+def test_embeddings_and_masks_that_cannot_be_are_named(pipe, name, embeds, mask, message):
+    call = {f"{name}_embeds": embeds, f"{name}_mask": mask}
+    call |= {} if name == "prompt" else {"prompt": "a red circle"}
+    with pytest.raises(UserError, match=rf"^{name}_{message}") as error:
+        pipe(**call, **SMALL)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_a_mask_of_0_and_1_is_one_of_false_and_true(pipe, dtype):
+    embeds, mask = torch.randn(1, 5, 128), torch.tensor([[True, True, True, False, False]])
+    expected = pipe(prompt_embeds=embeds, prompt_mask=mask, generator=seeded(), **SMALL).images
+    found = pipe(prompt_embeds=embeds, prompt_mask=mask.to(dtype), generator=seeded(), **SMALL).images
+    assert torch.equal(found, expected)
+    assert not torch.equal(pipe(prompt_embeds=embeds, generator=seeded(), **SMALL).images, expected)
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(pipe, monkeypatch):
+    said = []
+    monkeypatch.setattr("draftdiff.pipelines.infinity.logger.warning", said.append)
+    pipe("red " * 16, **SMALL, generator=seeded())
+    assert not said
+    pipe("red " * 17, **SMALL, generator=seeded())
+    assert len(said) == 1 and "17 tokens, of which only 16 are read" in said[0]
+
+
+def test_guidance_per_scale_may_be_a_list_a_tensor_or_an_array(pipe):
+    each = [1.0, 2.0, 3.0, 4.0, 3.0, 2.0, 1.0]
+    expected = pipe("a red circle", guidance_scale=each, generator=seeded(), **SMALL).images
+    for kind in (torch.tensor, np.array):
+        found = pipe("a red circle", guidance_scale=kind(each), generator=seeded(), **SMALL).images
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_a_saved_pipeline_loads_in_a_dtype_by_name(pipe, tmp_path, argument):
+    InfinityPipeline(pipe.transformer, pipe.vae, pipe.scheduler).save_pretrained(tmp_path)
+    loaded = InfinityPipeline.from_pretrained(tmp_path, **{argument: "half"})
+    assert loaded.transformer.dtype == loaded.vae.dtype == torch.float16
 
 
 def test_parts_that_do_not_fit_together_are_named(pipe):

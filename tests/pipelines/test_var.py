@@ -5,8 +5,11 @@ import PIL.Image
 import pytest
 import torch
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.var import VARPipeline
 from draftdiff.var.scheduler_var import VARScheduler
+from draftdiff.var.transformer_var import VARTransformer2DModel
+from draftdiff.var.vq_model import VQModel
 from tests.rounding import rounded
 from tests.var import tiny
 
@@ -174,7 +177,7 @@ def test_half_precision_stays_close(pipe, tmp_path):
         ({"class_labels": [1.5]}, "class label must be from 0 to 4"),
         ({"class_labels": "hexagon"}, "unknown class 'hexagon'; this model's classes are: circle, square"),
         ({"class_labels": []}, "class_labels is empty"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number, at least 1, got 0"),
         ({"generator": [seeded(), seeded()]}, "1 pictures need one generator or a list of 1, got 2"),
         ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),
         ({"rng": "original"}, "rng must be one of fast, upstream, got 'original'"),
@@ -182,16 +185,97 @@ def test_half_precision_stays_close(pipe, tmp_path):
         ({"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
         ({"top_k": [5, 5]}, r"top_k must be one number or one for each of 6 scales, got \[5, 5\]"),
         ({"top_k": -3}, "top_k must be a whole number, 0 for all, got -3"),
-        ({"temperature": [1, 1, 1, 1, 1, 0]}, "temperature must be positive, got 0"),
+        ({"top_k": 5.0}, "top_k must be a whole number, 0 for all, got 5.0"),
+        ({"temperature": [1, 1, 1, 1, 1, 0]}, "temperature must be positive, from 1e-06 to 1e.06, got 0"),
         ({"temperature": "hot"}, "temperature must be one number or one for each of 6 scales, got 'hot'"),
         ({"mask_image": PIL.Image.new("L", (8, 8))}, "in-painting needs both image and mask_image"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback tensors must be of .*, got 'noise'"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "callback tensors must be a list of names, got 'latents'"),
+        ({"class_labels": 1.5}, "class label must be from 0 to 4, or 5 for no class, got 1.5"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt must be a whole number, at least 1, got True"),
+        ({"generator": 42}, r"generator must be a torch.Generator, as torch.Generator\(\).manual_seed\(42\), got 42"),
+        ({"generator": [42]}, r"generator must be a torch.Generator, .*, got \[42\]"),
+        ({"guidance_scale": [1.0] * 6}, "guidance_scale must be one number, got"),
+        ({"more_smooth": 1}, "more_smooth must be True or False, got 1"),
+        ({"more_smooth": torch.ones(2, 3)}, "more_smooth must be True or False, got tensor"),
+        ({"cache_key_dtype": "int8"}, "cache_key_dtype must be one of float32, float16, bfloat16, got 'int8'"),
+        ({"cache_key_dtype": torch.int64}, "cache_key_dtype must be one of .*, got torch.int64"),
     ],
 )
 def test_what_cannot_be_is_named_in_one_line(pipe, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(**{"class_labels": [1], **arguments})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "top_k", "top_p", "temperature", "more_smooth"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        1e300,
+        "warm",
+        {},
+        1 + 2j,
+        [1.0, 2.0],
+        np.full(6, np.nan),
+        np.ones((2, 3)),
+    ],
+    ids=repr,
+)
+def test_a_setting_that_is_no_number_of_its_range_is_named_before_any_work(pipe, name, value):
+    with pytest.raises(UserError, match=rf"^{name} must be ") as error:
+        pipe([1], **{name: value}, callback_on_step_end=lambda *_: pytest.fail("it has begun"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "top_k", "top_p", "temperature"])
+def test_true_is_no_number_and_none_stands_for_documented_defaults_only(pipe, name):
+    with pytest.raises(UserError, match=rf"^{name} must be .*, got True$"):
+        pipe([1], **{name: True})
+    call = {"generator": seeded(), "output_type": "latent"}
+    if name == "guidance_scale":
+        with pytest.raises(UserError, match=r"^guidance_scale must be one number, got None$"):
+            pipe([1], guidance_scale=None)
+    else:
+        plain = pipe([1], **call).images
+        assert torch.equal(plain, pipe([1], **{**call, "generator": seeded(), name: None}).images)
+
+
+def test_a_setting_per_scale_may_be_a_list_a_tensor_or_an_array(pipe):
+    heats, kept = [1.0, 1.5, 1.0, 0.5, 1.0, 2.0], [20, 5, 20, 3, 20, 0]
+    call = {"output_type": "latent"}
+    expected = pipe([1], temperature=heats, top_k=kept, generator=seeded(), **call).images
+    assert not torch.equal(expected, pipe([1], generator=seeded(), **call).images)
+    for kind in (tuple, torch.tensor, np.array):
+        found = pipe([1], temperature=kind(heats), top_k=kind(kept), generator=seeded(), **call).images
+        assert torch.equal(found, expected)
+    one = pipe([1], temperature=torch.tensor(1.5), guidance_scale=np.float32(2), generator=seeded(), **call).images
+    assert torch.equal(one, pipe([1], temperature=1.5, guidance_scale=2.0, generator=seeded(), **call).images)
+
+
+def test_the_dtype_of_cached_keys_may_be_a_name(pipe):
+    call = {"output_type": "latent"}
+    expected = pipe([1], cache_key_dtype=torch.bfloat16, generator=seeded(), **call).images
+    assert torch.equal(pipe([1], cache_key_dtype="bf16", generator=seeded(), **call).images, expected)
+
+
+@pytest.mark.parametrize("name", ["bf16", "torch.bfloat16", torch.bfloat16])
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_a_saved_pipeline_and_its_parts_load_in_a_dtype_by_either_name(pipe, tmp_path, name, argument):
+    pipe.save_pretrained(tmp_path)
+    loaded = VARPipeline.from_pretrained(tmp_path, **{argument: name})
+    assert loaded.transformer.dtype == loaded.vae.dtype == torch.bfloat16
+    by_part = VARPipeline.from_pretrained(tmp_path, **{argument: {"transformer": name, "default": "fp32"}})
+    assert by_part.transformer.dtype == torch.bfloat16 and by_part.vae.dtype == torch.float32
+    for kind, part in ((VARTransformer2DModel, "transformer"), (VQModel, "vae")):
+        assert kind.from_pretrained(tmp_path / part, **{argument: name}).dtype == torch.bfloat16
+        with pytest.raises(UserError, match=rf"^{argument} must be one of float32, float16, bfloat16, got 'auto'$"):
+            kind.from_pretrained(tmp_path / part, **{argument: "auto"})
+    with pytest.raises(UserError, match=r"^dtype and torch_dtype are one argument, got bf16 and fp16$"):
+        VARPipeline.from_pretrained(tmp_path, dtype="bf16", torch_dtype="fp16")
 
 
 def test_parts_that_do_not_fit_together_are_named():
@@ -206,6 +290,9 @@ def test_a_path_that_is_nowhere_is_named(tmp_path):
         VARPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no diffusers pipeline"):
         VARPipeline.from_pretrained(tmp_path)
+    (tmp_path / "var.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"var.pth is a file: original checkpoints are read by from_single_file$"):
+        VARPipeline.from_pretrained(tmp_path / "var.pth")
 
 
 def test_a_repository_of_the_hub_is_downloaded_and_then_loaded(pipe, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from draftdiff.errors import UserError
+
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "training"
 
 
@@ -92,7 +94,7 @@ def test_settings_name_the_digest_of_every_weight_and_keep_long_values_on_a_line
 
 def test_the_image_phases_follow_one_another(script, tmp_path):
     train = script("train_mini_image")
-    with pytest.raises(SystemExit, match="run the phase 'vq' first"):
+    with pytest.raises(UserError, match="run the phase 'vq' first"):
         train.PHASES["drafter"](tmp_path)
     for name, shown in (("vq", "quantiser="), ("decoder", "L1="), ("drafter", "cross-entropy="), ("refiner", "cross-")):
         phase = train.PHASES[name](tmp_path)

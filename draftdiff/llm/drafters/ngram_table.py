@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
+from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm.checks import require, vocabulary_size
+from draftdiff.stored import read_tensors
 
 _SHIFT = 32
 _MASK = (1 << _SHIFT) - 1
@@ -97,9 +100,12 @@ class NGramTable:
 
     @classmethod
     def load(cls, file: Path, **options: int | float) -> NGramTable:
-        """A table written by `save`; options as for a new one, and what they have no room for is left out."""
+        """A table written by `save`; options as for a new one, and what they have no room for is left out.
+
+        Raises FileNotFoundError or, for any other file, ValueError.
+        """
         table = cls(**options)  # type: ignore[arg-type]
-        tensors = load_file(file)
+        tensors = _saved(file)
         pairs: dict[int, dict[int, float]] = {}
         for (a, b, c), weight in zip(tensors["trigrams"].tolist(), tensors["weights"].tolist()):
             pairs.setdefault(a << _SHIFT | b, {})[c] = weight
@@ -107,6 +113,20 @@ class NGramTable:
             table._pairs[key] = _heaviest(found, table.successors)
         table.largest = table._largest()
         return table
+
+
+def _saved(file: Path) -> dict[str, Tensor]:
+    """What `save` wrote: trigrams of ids and as many positive weights."""
+    what = "saved n-gram table"
+    tensors = read_tensors(file, what, {"trigrams": (torch.int64, (None, 3)), "weights": (torch.float64, (None,))})
+    trigrams, weights = tensors["trigrams"], tensors["weights"]
+    if len(trigrams) != len(weights):
+        raise UserError(f"{file} is not a readable {what}: {len(trigrams)} trigrams have {len(weights)} weights")
+    if ((trigrams < 0) | (trigrams > _MASK)).any():
+        raise UserError(f"{file} is not a readable {what}: its ids go from {trigrams.min()} to {trigrams.max()}")
+    if not (weights.isfinite() & (weights > 0)).all():
+        raise UserError(f"{file} is not a readable {what}: its weights must be positive numbers")
+    return tensors
 
 
 def check_table(table: NGramTable, model: Any) -> None:

@@ -61,7 +61,7 @@ def draft_config(target_config: PretrainedConfig, params: float = 50e6) -> Pretr
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of a config's causal language model, tied weights counted once; allocates nothing."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

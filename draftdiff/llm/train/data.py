@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm.plain_config import own_law
 from draftdiff.llm.train.modes import in_eval_mode
+from draftdiff.stored import read_tensors
 
 TEMPERATURES = (0.0, 0.6, 0.8, 1.0)  # of FastDraft (arXiv 2411.11055)
 
@@ -53,12 +53,23 @@ class DistillationSet(Dataset[dict[str, Tensor]]):
     @classmethod
     def load(cls, file: str | Path) -> DistillationSet:
         """Read what `save` wrote. Raises FileNotFoundError or, for any other file, ValueError."""
-        try:
-            saved = load_file(file)
-            lengths = saved["lengths"].tolist()
-            return cls(saved["ids"].split(lengths), saved["written"].split(lengths), bool(saved["distil"]))
-        except (SafetensorError, KeyError) as error:
-            raise UserError(f"{file} is not a saved distillation set: {error}") from None
+        what, any_length = "saved distillation set", (None,)
+        saved = read_tensors(
+            file,
+            what,
+            {
+                "ids": (torch.int64, any_length),
+                "written": (torch.bool, any_length),
+                "lengths": (torch.int64, any_length),
+                "distil": (torch.bool, (1,)),
+            },
+        )
+        lengths = saved["lengths"].tolist()
+        if min(lengths, default=0) < 0 or not sum(lengths) == len(saved["ids"]) == len(saved["written"]):
+            raise UserError(f"{file} is not a readable {what}: its lengths, ids and written do not fit together")
+        if (saved["ids"] < 0).any():
+            raise UserError(f"{file} is not a readable {what}: it holds negative ids")
+        return cls(saved["ids"].split(lengths), saved["written"].split(lengths), bool(saved["distil"]))
 
 
 @torch.no_grad()

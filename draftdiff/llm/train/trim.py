@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftdiff.errors import UserError
+from draftdiff.errors import UserError, one_line
 from draftdiff.files import new_folder, replacing
 
 TOKEN_MAP_FILE = "token_map.json"
@@ -132,17 +133,20 @@ def load_trimmed(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     file = folder / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}")
-    with safe_open(file, "pt") as saved:
-        names = saved.keys()
-        if "d2t" not in names:
-            raise UserError(f"{folder} holds no trimmed draft: {file.name} has no d2t")
-        d2t = saved.get_tensor("d2t")
+    for needed in (file, folder / "config.json"):
+        if not needed.is_file():
+            raise FileNotFoundError(f"there is no {needed}")
+    d2t = _saved_d2t(file)
     ids = torch.arange(len(d2t)) + d2t
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        family = type(AutoModelForCausalLM.from_config(config))
+    with _loading(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    family, vocabulary = type(bare), bare.get_output_embeddings().weight.shape[0]
+    if not len(ids) or not 0 <= ids.min() <= ids.max() < vocabulary or (ids.diff() <= 0).any():
+        raise UserError(
+            f"{folder} holds no trimmed draft: d2t names no ascending tokens of a vocabulary of {vocabulary}"
+        )
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         family.__init__(self, *args, **kwargs)
@@ -150,14 +154,38 @@ def load_trimmed(folder: str | Path) -> Any:
 
     # The host's own loading, because it knows by which other names a family's weights are saved; it goes by these two.
     trimmed_family: Any = type(family.__name__, (family,), {"__module__": family.__module__, "__init__": build})
-    model, found = trimmed_family.from_pretrained(
-        folder, config=config, dtype=config.dtype, local_files_only=True, output_loading_info=True
-    )
+    with _loading(folder):
+        model, found = trimmed_family.from_pretrained(
+            folder, config=config, dtype=config.dtype, local_files_only=True, output_loading_info=True
+        )
     if found["missing_keys"]:
         raise UserError(f"{folder} holds no whole draft: {file.name} lacks {', '.join(sorted(found['missing_keys']))}")
     model.__class__ = family
     model.get_output_embeddings().ids.copy_(ids)  # not saved, so the host left it empty
     return model.eval()
+
+
+def _saved_d2t(file: Path) -> Tensor:
+    """The d2t int64 [size] in a file of weights, which is not read whole."""
+    try:
+        with safe_open(file, "pt") as saved:
+            d2t = saved.get_tensor("d2t") if "d2t" in saved.keys() else None  # noqa: SIM118  # it is no dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a readable file of weights: {one_line(error)}") from None
+    if d2t is None:
+        raise UserError(f"{file.parent} holds no trimmed draft: {file.name} has no d2t")
+    if d2t.dtype != torch.int64 or d2t.ndim != 1:
+        raise UserError(f"{file.parent} holds no trimmed draft: its d2t is {d2t.dtype} {list(d2t.shape)}")
+    return d2t
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Around the host's loading of a folder: whatever it raises becomes one line."""
+    try:
+        yield
+    except Exception as error:  # transformers and safetensors each have their own
+        raise UserError(f"{folder} holds no readable draft: {one_line(error)}") from error
 
 
 def export_token_map(draft: Any, file: str | Path) -> None:

@@ -3,7 +3,9 @@ import tracemalloc
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from draftdiff.errors import UserError
 from draftdiff.llm import NGramCandidates, NGramDrafter, NGramTable, assisted, report, speculative
 from draftdiff.llm.tree import ROOT
 from tests.llm.tabular import tabular_model
@@ -70,6 +72,46 @@ def test_a_saved_table_is_the_same_table(tmp_path):
     for pair in ((1, 2), (2, 3), (5, 6)):
         assert again.follow(*pair) == table.follow(*pair)
     assert [file.name for file in tmp_path.iterdir()] == ["table.safetensors"]
+
+
+def doubles(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weights": doubles(0.5)}, "2 trigrams have 1 weights"),
+        ({"weights": doubles(0.5, torch.nan)}, "its weights must be positive numbers"),
+        ({"weights": doubles(0.5, torch.inf)}, "its weights must be positive numbers"),
+        ({"weights": doubles(0.5, -1)}, "its weights must be positive numbers"),
+        ({"weights": doubles(0.5, 1).float()}, "weights is torch.float32 [2] instead of torch.float64 [any]"),
+        ({"trigrams": torch.tensor([[1, 2, 3], [1, -2, 4]])}, "its ids go from -2 to 4"),
+        ({"trigrams": torch.tensor([[1, 2, 3], [1, 2, 2**32]])}, "its ids go from 1 to 4294967296"),
+        ({"trigrams": torch.ones(2, 4).long()}, "trigrams is torch.int64 [2, 4] instead of torch.int64 [any, 3]"),
+        ({"trigrams": torch.ones(2, 3)}, "trigrams is torch.float32 [2, 3] instead of torch.int64 [any, 3]"),
+        ({"trigrams": None}, "it lacks trigrams"),
+    ],
+)
+def test_a_file_of_another_program_is_no_table(tmp_path, change, said):
+    tensors = {"trigrams": torch.tensor([[1, 2, 3], [1, 2, 2**32 - 1]]), "weights": doubles(0.5, 1)}
+    save_file(tensors, tmp_path / "table")
+    assert NGramTable.load(tmp_path / "table").follow(1, 2) == [(1.0, 2**32 - 1), (0.5, 3)]
+    save_file({name: t for name, t in (tensors | change).items() if t is not None}, tmp_path / "table")
+    with pytest.raises(UserError) as error:
+        NGramTable.load(tmp_path / "table")
+    assert f"{tmp_path / 'table'} is not a readable saved n-gram table: {said}" in str(error.value)
+
+
+def test_a_damaged_table_and_one_that_is_nowhere_are_named(tmp_path):
+    NGramTable([[1, 2, 3]]).save(tmp_path / "table")
+    (tmp_path / "half").write_bytes((tmp_path / "table").read_bytes()[:-5])
+    with pytest.raises(UserError, match="half is not a readable saved n-gram table "):
+        NGramTable.load(tmp_path / "half")
+    with pytest.raises(FileNotFoundError, match=r"no saved n-gram table at .*nowhere$"):
+        NGramTable.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a folder, not a saved n-gram table"):
+        NGramTable.load(tmp_path)
 
 
 def test_a_table_is_loaded_into_the_room_that_it_gets(tmp_path):

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from draftdiff.errors import UserError
 from draftdiff.llm.train.data import DistillationSet, collate, generate_distillation_set, mix_in_text, packed_text
 from tests.llm.tiny_models import VOCABULARY, prompt, tiny_model
 
@@ -113,8 +115,39 @@ def test_what_is_saved_loads_again_and_nothing_else_does(target, tmp_path):
     assert all(torch.equal(a[key], b[key]) for a, b in zip(again, dataset) for key in a)
     assert [file.name for file in tmp_path.iterdir()] == ["set.safetensors"]
     (tmp_path / "other").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="other is not a saved distillation set"):
+    with pytest.raises(ValueError, match="other is not a readable saved distillation set"):
         DistillationSet.load(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"no saved distillation set at .*nowhere$"):
+        DistillationSet.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lengths": torch.tensor([2, 2])}, "its lengths, ids and written do not fit together"),
+        ({"lengths": torch.tensor([6, -1])}, "its lengths, ids and written do not fit together"),
+        ({"written": torch.ones(4, dtype=torch.bool)}, "its lengths, ids and written do not fit together"),
+        ({"ids": torch.tensor([1, 2, -3, 4, 5])}, "it holds negative ids"),
+        ({"ids": torch.arange(5.0)}, "ids is torch.float32 [5] instead of torch.int64 [any]"),
+        ({"written": torch.ones(5)}, "written is torch.float32 [5] instead of torch.bool [any]"),
+        ({"lengths": torch.tensor([[2, 3]])}, "lengths is torch.int64 [1, 2] instead of torch.int64 [any]"),
+        ({"distil": torch.ones(2, dtype=torch.bool)}, "distil is torch.bool [2] instead of torch.bool [1]"),
+        ({"distil": None}, "it lacks distil"),
+    ],
+)
+def test_a_file_of_another_program_is_no_set(tmp_path, change, said):
+    tensors = {
+        "ids": torch.tensor([1, 2, 3, 4, 5]),
+        "written": torch.ones(5, dtype=torch.bool),
+        "lengths": torch.tensor([2, 3]),
+        "distil": torch.tensor([True]),
+    }
+    save_file(tensors, tmp_path / "set")
+    assert [len(row["input_ids"]) for row in DistillationSet.load(tmp_path / "set")] == [2, 3]
+    save_file({name: t for name, t in (tensors | change).items() if t is not None}, tmp_path / "set")
+    with pytest.raises(UserError) as error:
+        DistillationSet.load(tmp_path / "set")
+    assert f"{tmp_path / 'set'} is not a readable saved distillation set: {said}" in str(error.value)
 
 
 def test_packed_text_is_cut_into_windows_of_plain_text():

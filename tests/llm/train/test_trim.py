@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draftdiff.errors import UserError
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.train.data import DistillationSet
 from draftdiff.llm.train.trim import count_tokens, export_token_map, load_trimmed, save_trimmed, trim, trimmed_ids
@@ -179,6 +180,53 @@ def test_mistakes_are_named_in_one_line(draft, tmp_path):
     with pytest.raises(ValueError, match="no trimmed draft"):
         load_trimmed(tmp_path / "whole")
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), type(draft))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda w: w.update(d2t=w["d2t"] - 50), "d2t names no ascending tokens of a vocabulary of"),
+        (lambda w: w.update(d2t=w["d2t"] + 90), "d2t names no ascending tokens of a vocabulary of"),
+        (lambda w: w.update(d2t=-torch.arange(20)), "d2t names no ascending tokens of a vocabulary of"),
+        (
+            lambda w: w.update(d2t=torch.zeros(0, dtype=torch.int64)),
+            "d2t names no ascending tokens of a vocabulary of",
+        ),
+        (lambda w: w.update(d2t=w["d2t"].float()), r"its d2t is torch.float32 \[20\]"),
+        (lambda w: w.update(d2t=w["d2t"][None]), r"its d2t is torch.int64 \[1, 20\]"),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(7, 32)}), "holds no readable draft: "),
+    ],
+)
+def test_a_file_of_a_draft_that_is_none_is_one_line(draft, tmp_path, damage, said):
+    save_trimmed(trim(draft, COUNTS, 20), tmp_path / "draft")
+    file = tmp_path / "draft" / "model.safetensors"
+    weights = load_file(file)
+    damage(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=said) as error:
+        load_trimmed(tmp_path / "draft")
+    assert str(tmp_path / "draft") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", b"", "is not a readable file of weights"),
+        ("model.safetensors", b"nothing of the kind", "is not a readable file of weights"),
+        ("config.json", b"{", "holds no readable draft: "),
+        ("config.json", b"{}", "holds no readable draft: "),
+        ("config.json", b'{"model_type": "llama", "vocab_size": "many"}', "holds no readable draft: "),
+    ],
+)
+def test_a_damaged_file_of_a_draft_is_one_line(draft, tmp_path, name, content, said):
+    save_trimmed(trim(draft, COUNTS, 20), tmp_path / "draft")
+    (tmp_path / "draft" / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        load_trimmed(tmp_path / "draft")
+    assert str(tmp_path / "draft") in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "draft" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"^there is no .*{name}$"):
+        load_trimmed(tmp_path / "draft")
 
 
 def test_a_family_that_would_make_numbers_of_trimmed_logits_is_refused():

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from draftdiff.errors import UserError
 from draftdiff.pipelines.mini import image, llm, video, weights
 
 MODELS = {
@@ -104,6 +106,32 @@ def test_settings_that_cannot_be_read_are_named(tmp_path: Path, title: str) -> N
         defaults(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "", "7"])
+def test_settings_that_are_no_object_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "draftdiff.json").write_text(content)
+    with pytest.raises(UserError, match=r"^toy settings are unreadable: .*draftdiff.json is "):
+        weights.settings("toy", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["half", "torch.float16", torch.float16])
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_every_mini_model_loads_in_a_dtype_by_either_name(argument: str, name) -> None:
+    assert llm.load_mini_llm(**{argument: name})[0].dtype == torch.float16
+    assert image.load_mini_refiner(**{argument: name}).dtype == torch.float16
+    assert image.load_mini_image(**{argument: name}).vae.dtype == torch.float16
+    assert video.load_mini_video(**{argument: name}).transformer.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "loader", [llm.load_mini_llm, image.load_mini_image, image.load_mini_refiner, video.load_mini_video]
+)
+def test_a_dtype_that_is_none_or_two_is_refused(loader) -> None:
+    with pytest.raises(UserError, match=r"^dtype must be one of float32, float16, bfloat16, got 'int8'$"):
+        loader(dtype="int8")
+    with pytest.raises(UserError, match=r"^dtype and torch_dtype are one argument, got half and float$"):
+        loader(dtype="half", torch_dtype="float")
+
+
 def test_progress_bars_are_back_after_a_load_that_fails(tmp_path: Path) -> None:
     (tmp_path / "draftdiff.json").write_text("{}")
     logs = (diffusers_logging, transformers_logging)
@@ -112,6 +140,6 @@ def test_progress_bars_are_back_after_a_load_that_fails(tmp_path: Path) -> None:
         assert not any(log.is_progress_bar_enabled() for log in logs)
         raise RuntimeError("no\nsecond line")
 
-    with pytest.raises(ValueError, match=r"^toy weights cannot be loaded: .*: no$"):
+    with pytest.raises(ValueError, match=r"^toy weights cannot be loaded: .*: no second line$"):
         weights.load("toy", tmp_path, (), loader)
     assert all(log.is_progress_bar_enabled() for log in logs)
