@@ -19,8 +19,8 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """As an error tells it: in one line, of what is long the beginning."""
-    text = " ".join(repr(value).split())
+    """As an error tells it: of what is long the beginning."""
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -48,6 +48,7 @@ class AttentionCase(Case):
 
     valid: text tokens of each item that are no padding, None for no mask.  loud: what q is multiplied by.
     poison: (tensor, value, place as a share of all its numbers).  only_video: text first, without queries of its own.
+    gradient: also through the op that has one.
     """
 
     seed: int
@@ -72,6 +73,7 @@ class AttentionCase(Case):
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
     poison: tuple[str, float, float] | None = None
+    gradient: bool = False
 
     @property
     def config(self) -> DraftAttentionConfig:
@@ -129,6 +131,7 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
         ),
         text=text,
         lead=lead,
+        gradient=draw(st.sampled_from([False] * 9 + [True])),
         valid=draw(st.tuples(*[st.integers(0, text)] * batch)) if masked else None,
         only_video=lead == text and draw(st.booleans()),
         layouts=draw(st.tuples(*[st.just("contiguous") | st.sampled_from(list(LAYOUTS))] * 3)),
@@ -199,6 +202,8 @@ def check_attention(case: AttentionCase) -> str:
     assert all(torch.equal(x, y) for x, y in zip(tensors, before)), "inputs were changed"
     _check_keep(case, problem)
     _check_values(case, out, problem)
+    if case.gradient and not case.only_video:
+        _check_gradient(case, tensors, mask, out)
     if case.poison is not None:
         _check_poison(case, tensors, mask, out)
         return f"{case.backend} poisoned"
@@ -246,6 +251,17 @@ def _check_values(case: AttentionCase, out, problem) -> None:
         alone = replace(problem, **parts, tail=tail, text_mask=text_mask)
         found, found_lse = block_sparse_attention_lse(alone, backend=case.backend)
         attention_of(alone).check(found.transpose(1, 2), found_lse.transpose(1, 2))
+
+
+def _check_gradient(case: AttentionCase, tensors, mask, clean) -> None:
+    """The op gives what the call without gradients gives, and numbers as gradients."""
+    parts = [x.detach().requires_grad_() for x in tensors]
+    given = {"lead": case.lead, "text_mask": mask, "scale": case.scale}
+    out = draft_attention(*parts, grid=case.grid, config=case.config, **given)
+    assert torch.equal(out, clean)
+    for gradient, x in zip(torch.autograd.grad(out.sum(), parts), parts):
+        assert gradient.shape == x.shape and gradient.dtype == x.dtype
+        assert case.dtype == "float16" or bool(gradient.isfinite().all())
 
 
 def _check_poison(case: AttentionCase, tensors, mask, clean) -> None:
