@@ -13,13 +13,16 @@ from torch import Tensor
 
 from draftdiff.core.devices import without_autocast
 from draftdiff.errors import UserError
+from draftdiff.kernels import single_tokens
 from draftdiff.kernels.problem import Problem
 
 
 class Backend(Protocol):
-    """A module of this folder.  differentiable: whether gradients reach q, k, v and the tail."""
+    """A module of this folder.  differentiable: whether gradients reach q, k, v and the tail.  reads_tokens: whether it
+    reads a problem's single tokens; else it counts the tail without them, and they are merged into what it gives."""
 
     differentiable: bool
+    reads_tokens: bool
 
     def unavailable(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why it cannot serve such a call, or None if it can."""
@@ -107,5 +110,10 @@ def block_sparse_attention_lse(problem: Problem, *, backend: str = "auto") -> tu
 def _run(problem: Problem, backend: str, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     q = problem.q
     name = resolve(backend, q.device, q.dtype, q.shape[-1])
+    module = backend_module(name)
     with without_autocast(q.device):
-        return backend_module(name).run(problem, want_lse)
+        if problem.tokens is None or module.reads_tokens:
+            return module.run(problem, want_lse)
+        out, lse = module.run(problem, True)
+        assert lse is not None
+        return single_tokens.merge(problem, out, lse)

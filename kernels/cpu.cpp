@@ -1,7 +1,7 @@
 // Block-sparse attention on a CPU: packed keys, register-blocked products, online softmax in fp32.
 //
 // A plain C interface without torch headers, compiled on first use. Every query tile walks its kept key tiles in
-// strips; the pooled tail is some more tiles with a bias per column.
+// strips; single tokens are gathered into tiles on the way, and the pooled tail is some more tiles with a bias per column.
 
 #include <algorithm>
 #include <cmath>
@@ -108,15 +108,17 @@ struct Strides {
 // q, k, v: fp32 [batch, tokens, heads, dim], dim contiguous, other strides given. out: contiguous, same shape.
 // lse: [batch, tokens, heads] or null. slots: [tiles, block], -1 where empty. readable: [batch, tiles, block] bytes,
 // batch stride given. keep: [batch, heads, tiles, tiles] bytes. k_mean, v_mean: [batch, heads, video, dim] or null;
-// log2_tokens: [video]. dim a multiple of PANEL (see draftdiff_panel), block 64 or 128.
+// log2_counts: [batch, heads, tiles, video], the last only where counts_row is 0. singles: [batch, heads, video,
+// most_singles], -1 for none. dim a multiple of PANEL (see draftdiff_panel), block 64 or 128.
 struct Call {
     const float *q, *k, *v;
     float *out, *lse;
     const int64_t* slots;
     const uint8_t *readable, *keep;
-    const float *k_mean, *v_mean, *log2_tokens;
+    const float *k_mean, *v_mean, *log2_counts;
+    const int64_t* singles;
     Strides q_at, k_at, v_at;
-    int64_t readable_batch, batch, tokens, heads, dim, tiles, video, block;
+    int64_t readable_batch, counts_row, most_singles, batch, tokens, heads, dim, tiles, video, block;
     float scale;
     int32_t threads;
 
@@ -126,36 +128,30 @@ struct Call {
     int64_t tiles_of_strip() const { return std::max<int64_t>(1, 256 / block); }
 };
 
-// A thread's own memory. rows: of keys while packing. queries, acc: [block, dim]. scores: [block, strip].
-// bias: [strip]. row_max, row_sum: [block]. walk: the key tiles of a query tile.
+// A thread's own memory. rows, value_rows: of a tile in the making. queries, acc: [block, dim]. scores: [block, strip].
+// bias: [strip]. row_max, row_sum: [block]. walk: the key tiles of a query tile. key_at, value_at: those of a strip.
+// gathered: keys and values of single tokens, a strip of each.
 struct Scratch {
-    std::vector<const float*> rows;
-    std::vector<float> queries, acc, scores, bias, row_max, row_sum;
+    std::vector<const float*> rows, value_rows, key_at, value_at;
+    std::vector<float> queries, acc, scores, bias, row_max, row_sum, gathered;
     std::vector<int64_t> walk;
 
     explicit Scratch(const Call& c)
-        : rows(c.block), queries(c.tile_size()), acc(c.tile_size()), scores(c.block * c.tiles_of_strip() * c.block),
-          bias(c.tiles_of_strip() * c.block), row_max(c.block), row_sum(c.block) {}
+        : rows(c.block), value_rows(c.block), key_at(c.tiles_of_strip()), value_at(c.tiles_of_strip()), queries(c.tile_size()),
+          acc(c.tile_size()), scores(c.block * c.tiles_of_strip() * c.block), bias(c.tiles_of_strip() * c.block),
+          row_max(c.block), row_sum(c.block), gathered(c.singles ? 2 * c.tiles_of_strip() * c.tile_size() : 0) {}
+
+    // Slot s of the tile in the making holds a token.
+    void take(const Call& c, int64_t b, int64_t h, int64_t token, int64_t s) {
+        rows[s] = c.k + b * c.k_at.batch + token * c.k_at.token + h * c.k_at.head;
+        value_rows[s] = c.v + b * c.v_at.batch + token * c.v_at.token + h * c.v_at.head;
+    }
 };
 
-// A key tile of one head: keys transposed [dim, block], values [block, dim]; what no query reads is zero. Pooled keys and
-// values follow the tokens' tiles as some more tiles.
-void pack(const Call& c, int64_t bh, int64_t tile, float* keys, float* values, std::vector<const float*>& rows) {
-    const int64_t b = bh / c.heads, h = bh % c.heads;
+// A tile of the keys and values at rows and value_rows, null for none: keys transposed [dim, block], values [block, dim].
+void fill(const Call& c, const float* const* rows, const float* const* value_rows, float* keys, float* values) {
     for (int64_t s = 0; s < c.block; s++) {
-        const float* value = nullptr;
-        rows[s] = nullptr;
-        if (tile < c.tiles) {
-            if (c.readable[b * c.readable_batch + tile * c.block + s]) {
-                const int64_t token = c.slots[tile * c.block + s];
-                rows[s] = c.k + b * c.k_at.batch + token * c.k_at.token + h * c.k_at.head;
-                value = c.v + b * c.v_at.batch + token * c.v_at.token + h * c.v_at.head;
-            }
-        } else if (const int64_t mean = (tile - c.tiles) * c.block + s; mean < c.video) {
-            rows[s] = c.k_mean + (bh * c.video + mean) * c.dim;
-            value = c.v_mean + (bh * c.video + mean) * c.dim;
-        }
-        if (value) std::memcpy(values + s * c.dim, value, c.dim * sizeof(float));
+        if (value_rows[s]) std::memcpy(values + s * c.dim, value_rows[s], c.dim * sizeof(float));
         else std::fill(values + s * c.dim, values + (s + 1) * c.dim, 0.f);
     }
     // A few columns at a time: all of them would fall into the same few sets of the cache.
@@ -164,8 +160,23 @@ void pack(const Call& c, int64_t bh, int64_t tile, float* keys, float* values, s
             for (int64_t d = first; d < first + LANES; d++) keys[d * c.block + s] = rows[s] ? rows[s][d] : 0.f;
 }
 
+// A key tile of one head; what no query reads is zero. Pooled keys and values follow the tokens' tiles as some more tiles.
+void pack(const Call& c, int64_t bh, int64_t tile, float* keys, float* values, Scratch& own) {
+    const int64_t b = bh / c.heads, h = bh % c.heads;
+    for (int64_t s = 0; s < c.block; s++) {
+        own.rows[s] = own.value_rows[s] = nullptr;
+        if (tile < c.tiles) {
+            if (c.readable[b * c.readable_batch + tile * c.block + s]) own.take(c, b, h, c.slots[tile * c.block + s], s);
+        } else if (const int64_t mean = (tile - c.tiles) * c.block + s; mean < c.video) {
+            own.rows[s] = c.k_mean + (bh * c.video + mean) * c.dim;
+            own.value_rows[s] = c.v_mean + (bh * c.video + mean) * c.dim;
+        }
+    }
+    fill(c, own.rows.data(), own.value_rows.data(), keys, values);
+}
+
 // What is added to the scores of a key tile, in base 2: -inf for what may not be read, for pooled keys their weight.
-void key_bias(const Call& c, int64_t b, const uint8_t* kept, int64_t tile, float* bias) {
+void key_bias(const Call& c, int64_t b, const uint8_t* kept, const float* counts, int64_t tile, float* bias) {
     if (tile < c.tiles) {
         const uint8_t* may = c.readable + b * c.readable_batch + tile * c.block;
         for (int64_t s = 0; s < c.block; s++) bias[s] = may[s] ? 0.f : NEGATIVE_INFINITY;
@@ -173,7 +184,7 @@ void key_bias(const Call& c, int64_t b, const uint8_t* kept, int64_t tile, float
     }
     for (int64_t s = 0; s < c.block; s++) {
         const int64_t mean = (tile - c.tiles) * c.block + s;
-        bias[s] = mean < c.video && !kept[mean] ? c.log2_tokens[mean] : NEGATIVE_INFINITY;
+        bias[s] = mean < c.video && !kept[mean] ? counts[mean] : NEGATIVE_INFINITY;
     }
 }
 
@@ -225,22 +236,49 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
     std::fill(row_max, row_max + block, NEGATIVE_INFINITY);
     std::fill(row_sum, row_sum + block, 0.f);
 
-    const uint8_t* kept = c.keep + (bh * c.tiles + tile) * c.tiles;
-    own.walk.clear();
-    for (int64_t j = 0; j < c.packed_tiles(); j++)
-        if (j >= c.tiles || kept[j]) own.walk.push_back(j);
-
-    for (int64_t start = 0; start < int64_t(own.walk.size()); start += most) {
-        const int64_t n = std::min<int64_t>(most, own.walk.size() - start);
-        const int64_t* walk = own.walk.data() + start;
-        for (int64_t i = 0; i < n; i++) {
-            multiply<false>(queries, dim, keys + walk[i] * size, block, scores + i * block, strip, m, block, dim);
-            key_bias(c, b, kept, walk[i], bias + i * block);
-        }
+    // One strip of n tiles, whose bias is set.
+    const auto read = [&](int64_t n) {
+        for (int64_t i = 0; i < n; i++)
+            multiply<false>(queries, dim, own.key_at[i], block, scores + i * block, strip, m, block, dim);
         for (int64_t r = 0; r < m; r++)
             softmax_strip(scores + r * strip, bias, n * block, acc + r * dim, dim, row_max + r, row_sum + r);
         for (int64_t i = 0; i < n; i++)
-            multiply<true>(scores + i * block, strip, values + walk[i] * size, dim, acc, dim, m, dim, block);
+            multiply<true>(scores + i * block, strip, own.value_at[i], dim, acc, dim, m, dim, block);
+    };
+
+    const uint8_t* kept = c.keep + (bh * c.tiles + tile) * c.tiles;
+    const float* counts = c.log2_counts + (bh * c.tiles + tile) * c.counts_row;
+    own.walk.clear();
+    for (int64_t j = 0; j < c.packed_tiles(); j++)
+        if (j >= c.tiles || kept[j]) own.walk.push_back(j);
+    for (int64_t start = 0; start < int64_t(own.walk.size()); start += most) {
+        const int64_t n = std::min<int64_t>(most, own.walk.size() - start);
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t j = own.walk[start + i];
+            own.key_at[i] = keys + j * size;
+            own.value_at[i] = values + j * size;
+            key_bias(c, b, kept, counts, j, bias + i * block);
+        }
+        read(n);
+    }
+    const int64_t singles = tile < c.video ? c.most_singles : 0;
+    const int64_t* single = c.singles + (bh * c.video + tile) * c.most_singles;
+    for (int64_t start = 0; start < singles; start += strip) {
+        const int64_t n = std::min(most, (singles - start + block - 1) / block);
+        for (int64_t i = 0; i < n; i++) {
+            for (int64_t s = 0; s < block; s++) {
+                const int64_t at = start + i * block + s;
+                const bool there = at < singles && single[at] >= 0;
+                own.rows[s] = own.value_rows[s] = nullptr;
+                if (there) own.take(c, b, h, single[at], s);
+                bias[i * block + s] = there ? 0.f : NEGATIVE_INFINITY;
+            }
+            float* into = own.gathered.data() + 2 * i * size;
+            fill(c, own.rows.data(), own.value_rows.data(), into, into + size);
+            own.key_at[i] = into;
+            own.value_at[i] = into + size;
+        }
+        read(n);
     }
     for (int64_t r = 0; r < filled; r++) {
         const int64_t to = (b * c.tokens + slots[r]) * c.heads + h;
@@ -271,7 +309,7 @@ extern "C" int draftdiff_block_sparse(const Call* call) {
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < all_heads * packed; item++) {
             const int64_t bh = item / packed, tile = item % packed, row = bh * c.tiles + tile;
-            pack(c, bh, tile, keys.get() + item * size, values.get() + item * size, own.rows);
+            pack(c, bh, tile, keys.get() + item * size, values.get() + item * size, own);
             if (tile < c.tiles) {
                 const uint8_t* kept = c.keep + row * c.tiles;
                 cost[row] = static_cast<int32_t>(std::count(kept, kept + c.tiles, 1));

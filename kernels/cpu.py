@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ from draftdiff.kernels import cache
 from draftdiff.kernels.problem import Problem
 
 differentiable = False
+reads_tokens = True
 SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
 
@@ -115,9 +117,10 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "slots", "readable", "keep")),
-        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "log2_tokens")),
+        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "log2_counts", "singles")),
         *((name, _Strides) for name in ("q_at", "k_at", "v_at")),
-        *((name, ctypes.c_int64) for name in ("readable_batch", "batch", "tokens", "heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("readable_batch", "counts_row", "most_singles")),
+        *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "head_dim")),
         *((name, ctypes.c_int64) for name in ("tiles", "video_tiles", "block_size")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
@@ -132,6 +135,8 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     out = torch.empty((batch, tokens, heads, head_dim))
     lse = torch.empty((batch, tokens, heads)) if want_lse else None
     readable = problem.readable.contiguous()
+    log2_counts = (problem.log_counts.float() * math.log2(math.e)).contiguous()
+    singles = None if problem.tokens is None else problem.tokens.contiguous()
     tensors = {
         "q": q,
         "k": k,
@@ -143,12 +148,15 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
         "keep": problem.keep.contiguous(),
         "k_mean": None if tail is None else tail.k_mean.contiguous(),
         "v_mean": None if tail is None else tail.v_mean.contiguous(),
-        "log2_tokens": tiling.counts[: tiling.video_tiles].log2(),
+        "log2_counts": log2_counts,
+        "singles": singles,
     }
     call = _Call(
         **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
         **{f"{name}_at": _Strides(*x.stride()[:3]) for name, x in zip("qkv", (q, k, v))},
         readable_batch=readable.stride(0) if len(readable) > 1 else 0,
+        counts_row=0 if log2_counts.dim() == 1 else tiling.video_tiles,
+        most_singles=0 if singles is None else singles.shape[-1],
         batch=batch,
         tokens=tokens,
         heads=heads,

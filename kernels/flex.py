@@ -19,6 +19,7 @@ from draftdiff.kernels.problem import Problem
 from draftdiff.kernels.torch_backend import from_tiles, to_tiles
 
 differentiable = True
+reads_tokens = False
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -65,7 +66,9 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
 
     def weigh(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         pooled = key - tile_keys
-        return torch.where(pooled < 0, score, score + log_counts[pooled.clamp(min=0)])
+        at = pooled.clamp(min=0)
+        weight = log_counts[at] if log_counts.dim() == 1 else log_counts[b, h, query // block, at]
+        return torch.where(pooled < 0, score, score + weight)
 
     block_mask = flex.BlockMask.from_kv_blocks(
         *tile_lists(partial),

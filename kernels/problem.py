@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draftdiff.core.draft import Tail, softmax_scale
@@ -21,6 +22,8 @@ class Problem:
     keep: bool [batch, heads, tiles, tiles], which key tiles each query tile reads, text tiles last.
     text_mask: bool [batch, text], False for padding, which none reads, whatever stands in it.
     tail: pooled keys and values of the video tiles, or None to drop what is skipped.
+    tokens: int64 [batch, heads, video_tiles, any], positions of single keys of the video that a query tile reads though
+        it skips their tiles, each once, -1 for none; their tiles' means stand for the others alone.
     scale: of the scores, 1/sqrt(head_dim) if None.
     A row that may read nothing gives 0. Another whose q is NaN, or that reads a NaN of k or v in a kept tile or through
     a mean, gives NaN where dense attention does (v: in that feature), and no other row does. Scores of -inf have no
@@ -36,6 +39,7 @@ class Problem:
     text_mask: Tensor | None = None
     tail: Tail | None = None
     scale: float | None = None
+    tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         q, tiling = self.q, self.tiling
@@ -56,6 +60,8 @@ class Problem:
             for name in ("k_mean", "v_mean"):
                 pooled = (batch, heads, tiling.video_tiles, head_dim)
                 _check(f"tail.{name}", getattr(self.tail, name), pooled, torch.float32)
+        if self.tokens is not None:
+            _check("tokens", self.tokens, (batch, heads, tiling.video_tiles, *self.tokens.shape[3:4]), torch.int64)
 
     @property
     def factor(self) -> float:
@@ -75,13 +81,24 @@ class Problem:
 
     @property
     def log_counts(self) -> Tensor:
-        """Natural logarithm of the tokens of each video tile, fp32 [video_tiles]: the weight of its mean."""
-        return self.tiling.counts[: self.tiling.video_tiles].log()
+        """Natural logarithm of the tokens of each video tile that its mean stands for, fp32 [video_tiles]; where single
+        tokens are read [batch, heads, tiles, video_tiles], by query tile, -inf where none is left."""
+        counts = self.tiling.counts[: self.tiling.video_tiles]
+        if self.tokens is None:
+            return counts.log()
+        taken = torch.zeros(*self.tokens.shape[:3], len(counts) + 1, device=counts.device)
+        tile_of = F.pad(self.tile_of, (0, 1), value=len(counts))  # where -1 leads
+        taken.scatter_add_(-1, tile_of[self.tokens], torch.ones_like(self.tokens, dtype=taken.dtype))
+        taken = F.pad(taken[..., :-1], (0, 0, 0, self.tiling.tiles - len(counts)))  # of text none
+        return (counts - taken).log()
 
     @property
     def reads_nothing(self) -> Tensor:
         """Query tiles that have no key at all, bool [batch, heads, tiles]: output 0, log-sum-exp -inf."""
         read = self.keep & self.readable.any(-1)[:, None, None]
+        if self.tokens is not None and self.tokens.shape[-1]:
+            singles = (self.tokens >= 0).any(-1)
+            read[:, :, : singles.shape[-1], 0] |= singles
         if self.tail is not None:  # a skipped video tile is read through its mean
             video = self.tiling.video_tiles
             read[..., :video] |= ~self.keep[..., :video]

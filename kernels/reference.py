@@ -8,6 +8,7 @@ from torch import Tensor
 from draftdiff.kernels.problem import Problem
 
 differentiable = True
+reads_tokens = True
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -18,15 +19,23 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     q, tiling, keep, tile_of = problem.q, problem.tiling, problem.keep, problem.tile_of
     q32, k32, values = (x.float().transpose(1, 2) for x in (q, problem.k, problem.v))
     scores = q32 @ k32.transpose(-1, -2) * problem.factor
-    hidden = ~keep[:, :, tile_of][..., tile_of]
+    read = keep[:, :, :, tile_of]
+    if problem.tokens is not None:
+        found = problem.tokens >= 0
+        singles = read[:, :, : tiling.video_tiles].new_zeros(*found.shape[:3], tiling.tokens + 1)
+        singles.scatter_(-1, problem.tokens.where(found, tiling.tokens), True)
+        read[:, :, : tiling.video_tiles] |= singles[..., :-1]
+    hidden = ~read[:, :, tile_of]
     if problem.text_mask is not None:
         absent = torch.zeros(q.shape[0], tiling.tokens, dtype=torch.bool, device=q.device)
         absent[:, tiling.order[tiling.grid.tokens :]] = ~problem.text_mask
         hidden = hidden | absent[:, None, None]
     if problem.tail is not None:
-        pooled = q32 @ problem.tail.k_mean.transpose(-1, -2) * problem.factor + problem.log_counts
+        weight = problem.log_counts.expand(*keep.shape[:3], -1)[:, :, tile_of]
+        pooled = q32 @ problem.tail.k_mean.transpose(-1, -2) * problem.factor + weight
         scores = torch.cat([scores, pooled], dim=-1)
-        hidden = torch.cat([hidden, keep[:, :, tile_of, : tiling.video_tiles]], dim=-1)
+        empty_tiles = keep[..., : tiling.video_tiles][:, :, tile_of] | (weight == float("-inf"))
+        hidden = torch.cat([hidden, empty_tiles], dim=-1)
         values = torch.cat([values, problem.tail.v_mean], dim=2)
     # Not by turning NaN into 0, which would hide those of the inputs and give NaN gradients.
     empty = hidden.all(-1, keepdim=True)

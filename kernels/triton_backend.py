@@ -34,6 +34,7 @@ except ImportError:
     triton = None
 
 differentiable = False
+reads_tokens = False
 _DESCRIPTORS = ("hopper", "blackwell")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -171,7 +172,13 @@ class Call:
             tiling=tiling,
             tables=tables,
             access=access,
-            lists=list_tiles(problem.keep, tiling, entries=entries, tail=tail is not None),
+            lists=list_tiles(
+                problem.keep,
+                tiling,
+                entries=entries,
+                tail=tail is not None,
+                log_counts=None if problem.tokens is None else problem.log_counts,
+            ),
             key_slots=key_slots,
             text_bias=text_bias,
             text=text,

@@ -101,7 +101,8 @@ def _compact(
     keep_ptr,
     kinds_ptr,
     entries_ptr,
-    log2_tokens_ptr,
+    log2_counts_ptr,
+    counts_row,
     counts_ptr,
     lists_ptr,
     tail_bias_ptr,
@@ -126,24 +127,31 @@ def _compact(
         taken += number
     if TAIL:
         video = tile < video_tiles
-        bias = tl.load(log2_tokens_ptr + tile, mask=video, other=0.0)
+        bias = tl.load(log2_counts_ptr + row * counts_row + tile, mask=video, other=0.0)
         tl.store(tail_bias_ptr + row * video_tiles + tile, tl.where(keep, float("-inf"), bias), mask=video)
 
 
-def list_tiles(keep: Tensor, tiling: Tiling, *, entries: Tensor, tail: bool) -> TileLists:
-    """Lists of keep, bool [batch, heads, tiles, tiles]. entries [tiles] int32: what stands for each tile."""
+def list_tiles(
+    keep: Tensor, tiling: Tiling, *, entries: Tensor, tail: bool, log_counts: Tensor | None = None
+) -> TileLists:
+    """Lists of keep, bool [batch, heads, tiles, tiles]. entries [tiles] int32: what stands for each tile.  log_counts:
+    what a tile's mean stands for, [batch, heads, tiles, video_tiles], where that is not all of its tokens."""
     batch, heads, tiles, _ = keep.shape
     tables, rows, device = tables_for(tiling), batch * heads * tiles, keep.device
     counts = torch.empty((rows, 3), dtype=torch.int32, device=device)
     lists = torch.empty((rows, tiles + 1), dtype=torch.int32, device=device)
     tail_bias = torch.empty((rows, tiling.video_tiles) if tail else (1,), dtype=torch.float32, device=device)
     size = triton.next_power_of_2(tiles)
+    log2_counts = tables.log2_tokens
+    if log_counts is not None:
+        log2_counts = (log_counts * math.log2(math.e)).contiguous()
     with on_device_of(counts):
         _compact[(rows,)](
             keep.contiguous().view(torch.uint8),
             tables.kinds,
             entries,
-            tables.log2_tokens,
+            log2_counts,
+            0 if log_counts is None else tiling.video_tiles,
             counts,
             lists,
             tail_bias,

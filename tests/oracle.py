@@ -13,16 +13,30 @@ from draftdiff.kernels.problem import Problem
 
 
 def attention_row(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, tiling: Tiling, row: int, tail: bool, text_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    tiling: Tiling,
+    row: int,
+    tail: bool,
+    text_mask: Tensor | None,
+    singles: Tensor | None = None,
 ):
     """Output and log-sum-exp of one query of one head.
 
-    q, k, v [tokens, head_dim] in model order, keep [tiles, tiles], row in model order, text_mask [text].
+    q, k, v [tokens, head_dim] in model order, keep [tiles, tiles], row in model order, text_mask [text], singles
+    [video_tiles, any].
     """
     q, k, v = q.double(), k.double(), v.double()
     members = [[int(s) for s in slots if s >= 0] for slots in tiling.slots]
     own = next(i for i, tokens in enumerate(members) if row in tokens)
     logits, values, weights = [], [], []
+    taken = [] if singles is None or own >= len(singles) else [t for t in singles[own].tolist() if t >= 0]
+    for t in taken:
+        logits.append(q[row] @ k[t])
+        values.append(v[t])
+        weights.append(1.0)
     for i, tokens in enumerate(members):
         if keep[own, i]:
             for t in tokens:
@@ -33,10 +47,10 @@ def attention_row(
                 logits.append(q[row] @ k[t])
                 values.append(v[t])
                 weights.append(1.0)
-        elif tail:
+        elif tail and len(set(tokens) - set(taken)):
             logits.append(q[row] @ k[tokens].mean(0))
             values.append(v[tokens].mean(0))
-            weights.append(float(len(tokens)))
+            weights.append(float(len(set(tokens) - set(taken))))
     if not logits:
         return torch.zeros_like(q[row]), torch.tensor(-math.inf, dtype=torch.float64)
     scores = torch.stack(logits) / math.sqrt(q.shape[-1]) + torch.tensor(weights, dtype=torch.float64).log()
@@ -103,7 +117,19 @@ def reads(problem: Problem) -> Tensor:
     video = (token >= tiling.lead) & (token < tiling.lead + tiling.grid.tokens)
     if problem.text_mask is not None:
         kept[..., ~video] &= problem.text_mask[:, None, None]
+    if problem.tokens is not None:
+        kept |= reads_singly(problem)
     return kept if problem.tail is None else kept | video
+
+
+def reads_singly(problem: Problem) -> Tensor:
+    """Whether a row reads a key as a single token, bool [batch, heads, rows, keys]."""
+    tiling, tokens = problem.tiling, problem.tokens
+    read = torch.zeros(*problem.keep.shape[:2], tiling.tokens, tiling.tokens, dtype=torch.bool)
+    for tile, slots in enumerate(tiling.slots[: tiling.video_tiles]):
+        for b, h, position in (tokens[:, :, tile] >= 0).nonzero().tolist():
+            read[b, h, slots[slots >= 0], tokens[b, h, tile, position]] = True
+    return read
 
 
 def attention_of(problem: Problem) -> Expected:
@@ -116,14 +142,17 @@ def attention_of(problem: Problem) -> Expected:
     if problem.text_mask is not None:
         text = [t for t in range(tiling.tokens) if not tiling.lead <= t < tiling.lead + tiling.grid.tokens]
         read[..., text] &= problem.text_mask[:, None, None]
+    singly = torch.zeros_like(read) if problem.tokens is None else reads_singly(problem)
+    read |= singly
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
     bias = torch.zeros(read.shape).masked_fill(~read, -math.inf)
     pooled = 0
     if problem.tail is not None:
         pooled = tiling.video_tiles
         k, v = torch.cat([k.float(), problem.tail.k_mean], 2), torch.cat([v.float(), problem.tail.v_mean], 2)
-        counts = torch.tensor([float((slots >= 0).sum()) for slots in tiling.slots[:pooled]])
-        skipped = counts.log().expand(*keep.shape[:3], -1).masked_fill(keep[..., :pooled], -math.inf)
-        bias = torch.cat([bias, skipped[:, :, own]], -1)
+        members = torch.stack([(own == tile) for tile in range(pooled)], -1).double()
+        left = (~singly).double() @ members  # of each tile, for each row
+        skipped = left.log().masked_fill(keep[:, :, own, :pooled], -math.inf)
+        bias = torch.cat([bias, skipped], -1)
     scale = 1 / math.sqrt(q.shape[-1]) if problem.scale is None else problem.scale
     return attention(q, k, v, bias, scale, problem.q.dtype, rounded=pooled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class KernelCase:
     batch: int = 2
     heads: int = 2
     empty_row: bool = False
+    singles: int = 0
 
 
 KERNEL_CASES = [
@@ -39,6 +40,9 @@ KERNEL_CASES = [
     KernelCase("text around", (2, 9, 10), (1, 8, 8), 64, text=70, lead=33, padded=True),
     KernelCase("everything kept", (3, 9, 8), (1, 8, 8), 64, density=1.0, text=5),
     KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True),
+    KernelCase("single tokens", (3, 9, 11), (2, 4, 8), 64, singles=40),
+    KernelCase("single tokens beside padded text", (2, 9, 10), (1, 8, 8), 64, text=70, lead=33, padded=True, singles=9),
+    KernelCase("all keys as single tokens", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True, singles=256),
 ]
 SMALL = KernelCase("few ragged tiles, text last with padding", (2, 5, 9), (2, 4, 8), 64, text=77, padded=True)
 
@@ -61,7 +65,21 @@ def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool) -> Pro
         valid = torch.tensor([case.text // 3, case.text - 1][: case.batch])
         text_mask = torch.arange(case.text) < valid[:, None]
     pooled = Tail(pool(k, tiling), pool(v, tiling)) if tail else None
-    return Problem(q, k, v, with_text(keep, tiling), tiling, text_mask, pooled)
+    problem = Problem(q, k, v, with_text(keep, tiling), tiling, text_mask, pooled)
+    return replace(problem, tokens=some_outside(problem, case.singles, generator)) if case.singles else problem
+
+
+def some_outside(problem: Problem, most: int, generator: torch.Generator) -> Tensor:
+    """Single tokens outside the kept tiles, for some query tiles fewer than for others: `Problem.tokens`."""
+    tiling, tiles = problem.tiling, problem.tiling.video_tiles
+    order = torch.rand(*problem.keep.shape[:2], tiles, tiling.tokens, generator=generator)
+    order.masked_fill_(problem.keep[:, :, :tiles][..., problem.tile_of], -1.0)
+    order[..., tiling.order[tiling.grid.tokens :]] = -1.0
+    chance, tokens = order.topk(min(most, tiling.tokens), dim=-1)
+    few = torch.arange(most)[: tokens.shape[-1]] >= most // 2
+    tokens = tokens.masked_fill(chance < 0, -1)
+    tokens[:, :, 1::2] = tokens[:, :, 1::2].masked_fill(few, -1)
+    return tokens
 
 
 def assert_attends(out: Tensor, lse: Tensor | None, problem: Problem) -> None:

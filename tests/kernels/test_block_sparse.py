@@ -50,7 +50,8 @@ def test_the_oracle_is_attention_written_out(case, with_tail):
         for b, h in ((0, 1), (1, 0)):
             valid = None if problem.text_mask is None else problem.text_mask[b]
             q, k, v = (x[b, :, h] for x in (problem.q, problem.k, problem.v))
-            out, lse = attention_row(q, k, v, problem.keep[b, h], problem.tiling, row, with_tail, valid)
+            singles = None if problem.tokens is None else problem.tokens[b, h]
+            out, lse = attention_row(q, k, v, problem.keep[b, h], problem.tiling, row, with_tail, valid, singles)
             # Both are fp64, but for the tail's means: they are fp32 in a problem.
             times = 1 if with_tail else torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             assert ((expected.out[b, h, row] - out).abs() <= times * expected.out_bound[b, h, row]).all()
