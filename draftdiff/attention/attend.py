@@ -18,6 +18,7 @@ from draftdiff.core import quality
 from draftdiff.core.devices import without_autocast
 from draftdiff.core.draft import Tail, draft_map, softmax_scale
 from draftdiff.core.grid import LatentGrid, tiling_for
+from draftdiff.core.probe import choose
 from draftdiff.core.select import with_text
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import block_sparse_attention
@@ -68,14 +69,21 @@ def attend(
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
             tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
         with part("select"):
-            kept = select(rule.selection, probabilities, density, row_floor=rule.row_floor)
+            single = round(rule.single * grid.tokens)
+            kept = tokens = None
+            if rule.selection != "error":
+                in_tiles = (density - rule.single).clamp(min=0)
+                kept = select(rule.selection, probabilities, in_tiles, row_floor=rule.row_floor)
+            if kept is None or single:
+                means = tail or Tail(k_mean, pool(v, tiling))
+                kept, tokens = choose(q_mean, k, v, means, tiling, density, scale=scale, tokens=single, keep=kept)
             keep = with_text(kept, tiling)
             if absent:  # tiles without queries read nothing
                 keep[:, :, tiling.video_tiles :] = False
             mass = quality.drafted_mass(probabilities, kept).mean()
-            stats = torch.stack([quality.density(keep, tiling).mean(), mass])
+            stats = torch.stack([quality.density(keep, tiling, tokens).mean(), mass])
         with part("kernel"):
-            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale)
+            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens)
             out = block_sparse_attention(problem, backend=rule.backend)
     return out[:, absent:], stats
 

@@ -20,6 +20,7 @@ _PAPERS_TILE = (1, 8, 16)
 class Rule:
     """The part of a configuration that one call needs; `DraftAttentionConfig` says what the fields mean.
 
+    single: share of all keys that a query tile reads as single tokens.
     packed: all of it in one value that a node of a compiled graph can hold; `unpack` reads it.
     Raises ValueError that names the value for anything that is not allowed.
     """
@@ -27,6 +28,7 @@ class Rule:
     selection: str = "draft"
     row_floor: float = 0.5
     tail: bool = True
+    single: float = 0.0
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
     backend: str = "auto"
@@ -37,7 +39,8 @@ class Rule:
             if not valid:
                 raise UserError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
-        require(self.selection in SELECTIONS, "selection", f"one of {', '.join(SELECTIONS)}")
+        known = (*SELECTIONS, "error")  # which is not by the map: `core.probe`
+        require(self.selection in known, "selection", f"one of {', '.join(known)}")
         require(0 <= self.row_floor <= 1, "row_floor", "between 0 and 1")
         require(self.block_size in (None, *BLOCK_SIZES), "block_size", f"one of {BLOCK_SIZES}")
         if self.tile is not None:

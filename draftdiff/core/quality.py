@@ -8,12 +8,15 @@ from torch import Tensor
 from draftdiff.core.grid import Tiling
 
 
-def density(keep: Tensor, tiling: Tiling) -> Tensor:
+def density(keep: Tensor, tiling: Tiling, tokens: Tensor | None = None) -> Tensor:
     """Share of query-key token pairs that are computed, fp32 [batch, heads], text included.
 
-    keep: bool [batch, heads, tiles, tiles]."""
-    tokens = tiling.counts.to(torch.float32)
-    return torch.einsum("bhqk,q,k->bh", keep.to(torch.float32), tokens, tokens) / tokens.sum() ** 2
+    keep: bool [batch, heads, tiles, tiles].  tokens: single ones, [batch, heads, video_tiles, any], -1 for none."""
+    counts = tiling.counts.to(torch.float32)
+    pairs = torch.einsum("bhqk,q,k->bh", keep.to(torch.float32), counts, counts)
+    if tokens is not None:
+        pairs = pairs + (tokens >= 0).sum(-1).to(torch.float32) @ counts[: tiling.video_tiles]
+    return pairs / counts.sum() ** 2
 
 
 def drafted_mass(probabilities: Tensor, keep: Tensor) -> Tensor:

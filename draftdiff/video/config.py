@@ -19,7 +19,9 @@ class DraftAttentionConfig:
 
     sparsity: share of video key tiles that a head skips, in [0, 1), or a `Budget` that spreads it over steps, layers
         and heads. Text is exact, so with much text the density over all tokens is above 1 - sparsity.
-    selection: "draft" (per-row floor, then mass), "upstream" (the paper's rule: one threshold per head) or "full".
+    selection: "draft" (per-row floor, then mass), "error" (the tiles that their mean would stand for worst, equally
+        many for each query tile), "upstream" (the paper's rule: one threshold per head) or "full".
+    tokens: share of the budget spent on single tokens, the best keys outside the kept tiles, in [0, 1).
     row_floor: share of a head's budget that "draft" deals evenly to the rows, in [0, 1]; the rest follows the mass.
     tail: count skipped tiles through their mean key and value instead of dropping them.
     tile: box of tokens (frames, rows, columns); None chooses one per grid, (1, 8, 16) for "upstream".
@@ -39,6 +41,7 @@ class DraftAttentionConfig:
     selection: str = "draft"
     row_floor: float = 0.5
     tail: bool = True
+    tokens: float = 0.0
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
     dense_steps: int | float = 0.2
@@ -59,6 +62,9 @@ class DraftAttentionConfig:
             if not valid:
                 raise UserError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
+        require(0 <= self.tokens < 1, "tokens", "at least 0 and below 1")
+        may = self.selection in ("draft", "error")
+        require(may or not self.tokens, "tokens", f"0 where selection is {self.selection!r}")
         _ = self.budget, self.rule
         share = isinstance(self.dense_steps, float)
         require(
@@ -102,7 +108,8 @@ class DraftAttentionConfig:
     @cached_property
     def rule(self) -> Rule:
         """What a single attention call needs of this."""
-        return Rule(**{f.name: getattr(self, f.name) for f in fields(Rule) if f.init})
+        same = {f.name: getattr(self, f.name) for f in fields(Rule) if f.init and f.name != "single"}
+        return Rule(single=self.tokens * (1 - self.budget.sparsity), **same)
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -123,6 +130,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "selection": (str,),
     "row_floor": (float, int),
     "tail": (bool,),
+    "tokens": (float, int),
     "tile": (tuple, _NONE),
     "block_size": (int, _NONE),
     "dense_steps": (int, float),

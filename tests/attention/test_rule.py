@@ -22,7 +22,7 @@ def test_packing_and_unpacking_gives_the_same_rule(rule):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"selection": "best"}, "selection must be one of draft, upstream, full, got 'best'"),
+        ({"selection": "best"}, "selection must be one of draft, upstream, full, error, got 'best'"),
         ({"row_floor": 1.5}, "row_floor must be between 0 and 1, got 1.5"),
         ({"row_floor": -0.1}, "row_floor must be between 0 and 1, got -0.1"),
         ({"block_size": 96}, r"block_size must be one of \(64, 128\), got 96"),

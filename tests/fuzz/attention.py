@@ -66,6 +66,7 @@ class AttentionCase(Case):
     loud: float = 1.0
     scale: float | None = None
     selection: str = "draft"
+    tokens: float = 0.0
     sparsity: float = 0.5
     head_weights: tuple[float, ...] = ()
     row_floor: float = 0.5
@@ -80,6 +81,7 @@ class AttentionCase(Case):
         return DraftAttentionConfig(
             sparsity=Budget(self.sparsity, heads=self.head_weights) if self.head_weights else self.sparsity,
             selection=self.selection,
+            tokens=self.tokens,
             row_floor=self.row_floor,
             tail=self.tail,
             tile=self.tile,
@@ -107,7 +109,8 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
     text = draw(st.just(0) | st.integers(0, 20) | st.integers(0, 20 if tiny else 140))
     lead = draw(st.sampled_from([0, text]) | st.integers(0, text))
     sides = st.sampled_from([1, 2, 3, 4, 5, 8, 16])
-    selection = draw(st.sampled_from(["draft", "draft", "upstream", "full"]))
+    selection = draw(st.sampled_from(["draft", "draft", "error", "upstream", "full"]))
+    may_be_single = selection in ("draft", "error")
     tile = draw(st.none() | st.tuples(sides, sides, sides).filter(lambda t: math.prod(t) in range(16, 65)))
     block_size = draw(st.sampled_from([None, 128] if tile is None and selection == "upstream" else [None, 64, 128]))
     grid = LatentGrid(sizes[0], sizes[1], sizes[2])
@@ -138,6 +141,7 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
         loud=draw(st.sampled_from([1.0, 1.0, 0.0, 1e-3, 4.0, 30.0])),
         scale=draw(st.none() | st.sampled_from([0.0, -0.2, 1.0, 20.0]) | _shares(-2, 2)),
         selection=selection,
+        tokens=draw(st.sampled_from([0.0, 0.125, 0.5]) | _shares(0, 0.999)) if may_be_single else 0.0,
         sparsity=draw(share),
         head_weights=draw(st.just(()) | weights),
         row_floor=draw(st.sampled_from([0.5, 0.0, 1.0]) | _shares(0, 1)),
@@ -218,12 +222,30 @@ def _check_keep(case: AttentionCase, problem) -> None:
         budget = (density * tiling.video_tiles**2).clamp(min=tiling.video_tiles).long()
         assert bool((video.sum((-1, -2)) <= budget).all()), "more kept than the budget"
         assert bool(video.diagonal(dim1=-2, dim2=-1).all()), "a tile that does not read itself"
-    if case.selection == "full" or bool((density == 1).all()):
+    if case.selection == "error":
+        most = ((density - case.config.rule.single) * tiling.video_tiles).clamp(min=1)
+        assert bool((video.sum(-1) <= most[:, None] + 1e-9).all()), "more kept than the budget"
+        assert bool(video.diagonal(dim1=-2, dim2=-1).all()), "a tile that does not read itself"
+    if problem.tokens is not None:
+        _check_tokens(case, problem, video)
+    if case.selection == "full" or (bool((density == 1).all()) and not case.tokens):
         assert bool(video.all()), "not all kept at density 1"
     if not case.only_video:
         rest = problem.keep.clone()
         rest[:, :, : tiling.video_tiles, : tiling.video_tiles] = True
         assert bool(rest.all()), "text is not kept"
+
+
+def _check_tokens(case: AttentionCase, problem, video) -> None:
+    tiling, tokens = problem.tiling, problem.tokens
+    found = tokens >= 0
+    assert tokens.shape[-1] == round(case.config.rule.single * tiling.grid.tokens)
+    tiles = problem.tile_of[tokens.clamp(min=0)]
+    assert bool((tiles < tiling.video_tiles)[found].all()), "a single token of the text"
+    assert not bool((video.gather(-1, tiles.clamp(max=tiling.video_tiles - 1)) & found).any()), "read twice"
+    once = torch.zeros(*tokens.shape[:3], tiling.tokens + 1)
+    once.scatter_add_(-1, tokens.where(found, tiling.tokens), torch.ones(tokens.shape))
+    assert float(once[..., :-1].amax()) <= 1, "a token is taken twice"
 
 
 def _check_values(case: AttentionCase, out, problem) -> None:
@@ -247,6 +269,7 @@ def _check_values(case: AttentionCase, out, problem) -> None:
             problem.tail, k_mean=problem.tail.k_mean[last], v_mean=problem.tail.v_mean[last]
         )
         parts = {name: getattr(problem, name)[last] for name in ("q", "k", "v", "keep")}
+        parts["tokens"] = None if problem.tokens is None else problem.tokens[last]
         text_mask = None if problem.text_mask is None else problem.text_mask[last]
         alone = replace(problem, **parts, tail=tail, text_mask=text_mask)
         found, found_lse = block_sparse_attention_lse(alone, backend=case.backend)

@@ -30,6 +30,7 @@ class KernelCase:
     singles: int = 0
 
 
+EMPTY_ROW = KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True)
 KERNEL_CASES = [
     KernelCase("even tiles", (2, 8, 32), (1, 8, 16), 128),
     KernelCase("ragged in every axis", (5, 13, 9), (2, 4, 8), 64),
@@ -39,7 +40,7 @@ KERNEL_CASES = [
     KernelCase("text first with padding", (2, 9, 10), (1, 8, 8), 64, text=130, lead=130, padded=True),
     KernelCase("text around", (2, 9, 10), (1, 8, 8), 64, text=70, lead=33, padded=True),
     KernelCase("everything kept", (3, 9, 8), (1, 8, 8), 64, density=1.0, text=5),
-    KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True),
+    EMPTY_ROW,
     KernelCase("single tokens", (3, 9, 11), (2, 4, 8), 64, singles=40),
     KernelCase("single tokens beside padded text", (2, 9, 10), (1, 8, 8), 64, text=70, lead=33, padded=True, singles=9),
     KernelCase("all keys as single tokens", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True, singles=256),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,7 +58,12 @@ def test_each_token_knows_its_tile_and_each_tile_its_weight(case):
         tokens = slots[slots >= 0]
         assert bool((problem.tile_of[tokens] == tile).all())
         if tile < problem.tiling.video_tiles:
-            assert float(problem.log_counts[tile]) == pytest.approx(math.log(len(tokens)))
+            weights = problem.log_counts.expand(case.batch, case.heads, problem.tiling.tiles, -1)
+            for (b, h, row), found in zip(np.ndindex(*weights.shape[:3]), weights[..., tile].flatten().tolist()):
+                singly = problem.tokens is not None and row < problem.tiling.video_tiles
+                taken = set(problem.tokens[b, h, row].tolist()) if singly else set()
+                left = len(set(tokens.tolist()) - taken)
+                assert found == pytest.approx(math.log(left) if left else -math.inf)
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.name)
@@ -69,4 +75,6 @@ def test_it_knows_which_query_tiles_read_nothing(case, with_tail):
         for h in range(case.heads):
             for tile, row in enumerate(problem.keep[b, h]):
                 read = bool((row & readable).any()) or (with_tail and not bool(row[: problem.tiling.video_tiles].all()))
+                if problem.tokens is not None and tile < problem.tiling.video_tiles:
+                    read |= bool((problem.tokens[b, h, tile] >= 0).any())
                 assert bool(problem.reads_nothing[b, h, tile]) == (not read)

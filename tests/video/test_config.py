@@ -85,6 +85,17 @@ def test_a_field_that_cannot_be_is_named(fields, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_share_of_single_tokens_is_of_the_budget():
+    config = DraftAttentionConfig(0.75, selection="error", tokens=0.5)
+    assert config.rule.single == 0.125
+    for fields, message in (
+        ({"tokens": 1.0}, "tokens must be at least 0 and below 1, got 1.0"),
+        ({"tokens": 0.1, "selection": "upstream"}, "tokens must be 0 where selection is 'upstream', got 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DraftAttentionConfig(**fields)
+
+
 def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
     config = DraftAttentionConfig(0.5, tail=False, block_size=64, backend="torch")
     assert config.rule == Rule(tail=False, block_size=64, backend="torch")
@@ -93,6 +104,7 @@ def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
         "selection": "draft",
         "row_floor": 0.5,
         "tail": False,
+        "tokens": 0.0,
         "tile": None,
         "block_size": 64,
         "dense_steps": 0.2,
