@@ -101,8 +101,8 @@ def _pretrained(name: str, dtype: torch.dtype, variant: str | None) -> Model:
         raise UserError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
     with loading(name), quiet_diffusers():
         place = folder if folder.is_dir() else name
-        options = {"variant": variant, "trust_remote_code": False, **with_one_dtype({"dtype": dtype})}
-        pipeline = DiffusionPipeline.from_pretrained(place, **options)
+        options = with_one_dtype({"dtype": dtype, "variant": variant})
+        pipeline = DiffusionPipeline.from_pretrained(place, trust_remote_code=False, **options)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     fps = next((parameters[p].default for p in _FPS if p in parameters), None)
     return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)
