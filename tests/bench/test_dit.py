@@ -147,7 +147,7 @@ def test_a_kernel_that_is_wrong_fails_the_benchmark(bench, tmp_path, capsys, mon
         (["--device", "tpu"], "'tpu'"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "cpu", "--dense-attention", "cudnn"], "--dense-attention"),
-        (["-o", "nowhere/at/all"], "nowhere/at/all"),
+        (["-o", "/proc/self/comm/at/all"], "/proc/self/comm/at/all"),
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(bench, capsys, arguments, said):

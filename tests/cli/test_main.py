@@ -90,7 +90,8 @@ def test_a_full_disk_behind_standard_output_is_one_line(lines):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_the_program_cleans_up_and_is_told(number):
     code = (
-        "import draftdiff.doctor as d, time\nfrom draftdiff.cli import main\n"
+        "import draftdiff.doctor as d, signal, time\nfrom draftdiff.cli import main\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"  # the tests may run under nohup
         "def examine():\n"
         "    try: print('here', flush=True); time.sleep(60)\n"
         "    finally: print('cleaned', flush=True)\n"
