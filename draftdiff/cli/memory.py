@@ -42,5 +42,6 @@ def _largest_so_far() -> int:
         return 0
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = re.search(r"VmPeak:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmPeak:\s*(\d+) kB", status.read_text(encoding="utf-8") if status.exists() else "")
     return int(peak[1]) * 1024 if peak else 0
