@@ -47,7 +47,8 @@ class NextScalePipeline(ScaleKVMixin, DiffusionPipeline):
         dtype, or by its old name torch_dtype, may also be a name such as "bfloat16" or "bf16", or a dict of them by
         part. Code that a folder brings with it is not run.
         """
-        kwargs = {**with_one_dtype(kwargs), "trust_remote_code": False}
+        kwargs.pop("trust_remote_code", None)  # False without it, and older hosts do not know it
+        kwargs = with_one_dtype(kwargs)
         with never_asked():
             return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
 
