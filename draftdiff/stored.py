@@ -109,14 +109,16 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _head(path: Path, what: str) -> bytes:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a {what}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no {what} at {path}")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, not a {what}")
+        if not path.is_file():
+            raise FileNotFoundError(f"no {what} at {path}")
         with path.open("rb") as file:
             head = file.read(256)
-    except OSError as error:
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # also of a name that is too long for a file
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not head:
         raise UserError(f"{path} is empty")

@@ -174,3 +174,8 @@ def test_a_snapshot_of_the_hubs_cache_has_its_blobs(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "part.pth").symlink_to("../../../blobs/abc")
     assert inside(snapshot, "part.pth").read_text() == "weights"
+
+
+def test_a_name_that_is_too_long_for_a_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        read_weights(tmp_path / ("9" * 400 + ".safetensors"))

@@ -72,7 +72,7 @@ def attend(
             single = round(rule.single * grid.tokens)
             kept = tokens = None
             if rule.selection != "error":
-                in_tiles = (density - rule.single).clamp(min=0)
+                in_tiles = (density - single / grid.tokens).clamp(min=0)
                 kept = select(rule.selection, probabilities, in_tiles, row_floor=rule.row_floor)
             if kept is None or single:
                 means = tail or Tail(k_mean, pool(v, tiling))

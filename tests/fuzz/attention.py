@@ -223,7 +223,8 @@ def _check_keep(case: AttentionCase, problem) -> None:
         assert bool((video.sum((-1, -2)) <= budget).all()), "more kept than the budget"
         assert bool(video.diagonal(dim1=-2, dim2=-1).all()), "a tile that does not read itself"
     if case.selection == "error":
-        most = ((density - case.config.rule.single) * tiling.video_tiles).clamp(min=1)
+        single = 0 if problem.tokens is None else problem.tokens.shape[-1]
+        most = ((density - single / tiling.grid.tokens) * tiling.video_tiles).clamp(min=1)
         assert bool((video.sum(-1) <= most[:, None] + 1e-9).all()), "more kept than the budget"
         assert bool(video.diagonal(dim1=-2, dim2=-1).all()), "a tile that does not read itself"
     if problem.tokens is not None:
