@@ -66,24 +66,38 @@ def run(call: Callable[[], int | None], name: str) -> int:
     try:
         with _signals_as_exits():
             return call() or 0
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
-    except SystemExit as done:  # --help and --version, and signals
-        if isinstance(done.code, str):
-            print(f"{name}: {done.code}", file=sys.stderr)
-            return 1
-        code = int(done.code or 0)
-        if code > _SIGNALLED:
-            print(f"{name}: ended by {signal.Signals(code - _SIGNALLED).name}", file=sys.stderr)
-        return code
+    except (KeyboardInterrupt, SystemExit) as end:
+        return _ended(end, name)
     except Exception as error:
+        end = _end_behind(error)
+        if end is not None:
+            return _ended(end, name)
         told = _told(error)
         if told is None:
             raise
         code, message = told
         print(f"{name}: error: {' '.join(message.split()).removeprefix('draftdiff: ')}", file=sys.stderr)
         return code
+
+
+def _end_behind(error: BaseException | None) -> KeyboardInterrupt | SystemExit | None:
+    """What ended the program where a library made an error of its own of it, as transformers does while importing."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _ended(end: KeyboardInterrupt | SystemExit, name: str) -> int:
+    if isinstance(end, KeyboardInterrupt):
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    if isinstance(end.code, str):
+        print(f"{name}: {end.code}", file=sys.stderr)
+        return 1
+    code = int(end.code or 0)  # 0 of --help and --version
+    if code > _SIGNALLED:
+        print(f"{name}: ended by {signal.Signals(code - _SIGNALLED).name}", file=sys.stderr)
+    return code
 
 
 def _told(error: Exception) -> tuple[int, str] | None:
@@ -95,7 +109,8 @@ def _told(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _FULL:
         return 1, f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "draftdiff":
-        return 1, f"the package {error.name!r} is not installed; draftdiff doctor tells all that is missing"
+        what = f"the package {error.name!r} is not installed" if error.name else str(error)
+        return 1, f"{what}; draftdiff doctor tells all that is missing"
     short = memory.told(error)
     return None if short is None else (1, short)
 

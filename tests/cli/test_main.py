@@ -106,6 +106,22 @@ def test_a_signal_that_ends_the_program_cleans_up_and_is_told(number):
     assert err == f"draftdiff: ended by {number.name}\n"
 
 
+ENDS = [(KeyboardInterrupt(), 130, "interrupted"), (SystemExit(143), 143, "ended by SIGTERM")]
+
+
+@pytest.mark.parametrize(("end", "code", "said"), ENDS)
+def test_an_end_of_which_a_library_makes_an_error_is_still_one(end, code, said, monkeypatch, capsys):
+    def examine():
+        try:
+            raise end
+        except BaseException as error:
+            raise ModuleNotFoundError("Could not import module 'AutoModel'") from error
+
+    monkeypatch.setattr(draftdiff.doctor, "examine", examine)
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().err == f"draftdiff: {said}\n"
+
+
 def test_a_command_leaves_the_handlers_of_signals_as_they_were():
     before = signal.getsignal(signal.SIGTERM)
     assert main(["--version"]) == 0
