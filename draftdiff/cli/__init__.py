@@ -69,9 +69,9 @@ def run(call: Callable[[], int | None], name: str) -> int:
     except (KeyboardInterrupt, SystemExit) as end:
         return _ended(end, name)
     except Exception as error:
-        end = _end_behind(error)
-        if end is not None:
-            return _ended(end, name)
+        behind = _end_behind(error)
+        if behind is not None:
+            return _ended(behind, name)
         told = _told(error)
         if told is None:
             raise
