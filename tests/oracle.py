@@ -106,20 +106,30 @@ def attention(
     return Expected(out, lse, times * of_out + tiny, times * (of_scores + 4 * single * (1 + lse.abs())))
 
 
-def reads(problem: Problem) -> Tensor:
-    """Whether a row reads a key, itself or in a mean, bool [batch, heads, rows, keys]."""
-    tiling, keep = problem.tiling, problem.keep
+def tile_of(tiling: Tiling) -> Tensor:
+    """The tile of each token, in the model's order, int64 [tokens]."""
     own = torch.empty(tiling.tokens, dtype=torch.long)
     for tile, slots in enumerate(tiling.slots):
         own[slots[slots >= 0]] = tile
-    kept = keep[:, :, own][..., own].clone()
+    return own
+
+
+def reads(problem: Problem) -> Tensor:
+    """Whether a row reads a key, itself or in a mean, bool [batch, heads, rows, keys]."""
+    tiling, exactly = problem.tiling, reads_exactly(problem)
     token = torch.arange(tiling.tokens)
     video = (token >= tiling.lead) & (token < tiling.lead + tiling.grid.tokens)
+    return exactly if problem.tail is None else exactly | video
+
+
+def reads_exactly(problem: Problem) -> Tensor:
+    """Whether a row reads a key itself, in a kept tile or as a single token, bool [batch, heads, rows, keys]."""
+    tiling, own = problem.tiling, tile_of(problem.tiling)
+    read = problem.keep[:, :, own][..., own].clone()
     if problem.text_mask is not None:
-        kept[..., ~video] &= problem.text_mask[:, None, None]
-    if problem.tokens is not None:
-        kept |= reads_singly(problem)
-    return kept if problem.tail is None else kept | video
+        text = [t for t in range(tiling.tokens) if not tiling.lead <= t < tiling.lead + tiling.grid.tokens]
+        read[..., text] &= problem.text_mask[:, None, None]
+    return read if problem.tokens is None else read | reads_singly(problem)
 
 
 def reads_singly(problem: Problem) -> Tensor:
@@ -134,16 +144,8 @@ def reads_singly(problem: Problem) -> Tensor:
 
 def attention_of(problem: Problem) -> Expected:
     """A problem's attention, in the layout of `attention`."""
-    tiling, keep = problem.tiling, problem.keep
-    own = torch.empty(tiling.tokens, dtype=torch.long)
-    for tile, slots in enumerate(tiling.slots):
-        own[slots[slots >= 0]] = tile
-    read = keep[:, :, own][..., own].clone()
-    if problem.text_mask is not None:
-        text = [t for t in range(tiling.tokens) if not tiling.lead <= t < tiling.lead + tiling.grid.tokens]
-        read[..., text] &= problem.text_mask[:, None, None]
-    singly = torch.zeros_like(read) if problem.tokens is None else reads_singly(problem)
-    read |= singly
+    tiling, keep, own = problem.tiling, problem.keep, tile_of(problem.tiling)
+    read = reads_exactly(problem)
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
     bias = torch.zeros(read.shape).masked_fill(~read, -math.inf)
     pooled = 0
@@ -151,6 +153,7 @@ def attention_of(problem: Problem) -> Expected:
         pooled = tiling.video_tiles
         k, v = torch.cat([k.float(), problem.tail.k_mean], 2), torch.cat([v.float(), problem.tail.v_mean], 2)
         members = torch.stack([(own == tile) for tile in range(pooled)], -1).double()
+        singly = torch.zeros_like(read) if problem.tokens is None else reads_singly(problem)
         left = (~singly).double() @ members  # of each tile, for each row
         skipped = left.log().masked_fill(keep[:, :, own, :pooled], -math.inf)
         bias = torch.cat([bias, skipped], -1)

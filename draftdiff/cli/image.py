@@ -203,6 +203,8 @@ def _compare(options: Namespace) -> int:
     from draftdiff.models.devices import about
     from draftdiff.models.image import EMBEDDED, default_settings, settings_of
 
+    if options.batch_size is not None:
+        raise UserError("--batch-size is not for --compare, which draws all pictures at once: lower --count")
     count = 4 if options.count is None else options.count
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")

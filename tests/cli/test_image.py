@@ -201,6 +201,11 @@ def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(pair, tmp_path):
         assert {path.name: path.read_bytes() for path in (tmp_path / str(size)).iterdir()} == at_once
 
 
+def test_a_comparison_takes_no_batch_size(pair, tmp_path, capsys):
+    argv = ["image", "--compare", "--model", pair, "--class", "1", "--batch-size", 2, "-o", tmp_path / "out"]
+    assert "--batch-size is not for --compare" in fails_in_one_line(capsys, *argv)
+
+
 def test_a_name_that_one_of_several_pictures_cannot_have_is_told_before_the_work(pair, tmp_path, capsys):
     (tmp_path / "out-2.png").mkdir()
     argv = ["image", "--model", pair, "--class", "1", "--count", "3", "-o", tmp_path / "out.png"]
