@@ -69,7 +69,7 @@ def attend(
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
             tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
         with part("select"):
-            single = round(rule.single * grid.tokens)
+            single = rule.singles_of(grid)
             kept = tokens = None
             if rule.selection != "error":
                 in_tiles = (density - single / grid.tokens).clamp(min=0)

@@ -20,7 +20,7 @@ _PAPERS_TILE = (1, 8, 16)
 class Rule:
     """The part of a configuration that one call needs; `DraftAttentionConfig` says what the fields mean.
 
-    single: share of all keys that a query tile reads as single tokens.
+    single: single tokens that a query tile reads, a number (int) or a share of all keys (float).
     packed: all of it in one value that a node of a compiled graph can hold; `unpack` reads it.
     Raises ValueError that names the value for anything that is not allowed.
     """
@@ -28,7 +28,7 @@ class Rule:
     selection: str = "draft"
     row_floor: float = 0.5
     tail: bool = True
-    single: float = 0.0
+    single: int | float = 0.0
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
     backend: str = "auto"
@@ -55,6 +55,11 @@ class Rule:
         require(self.backend in ("auto", *BACKENDS), "backend", f"one of auto, {', '.join(BACKENDS)}")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         object.__setattr__(self, "packed", json.dumps(values))
+
+    def singles_of(self, grid: LatentGrid) -> int:
+        """How many single tokens a query tile reads in a call over this grid."""
+        wanted = round(self.single * grid.tokens) if isinstance(self.single, float) else self.single
+        return min(wanted, grid.tokens)
 
     def tile_for(self, grid: LatentGrid) -> tuple[tuple[int, int, int], int]:
         """The tile and block size that a call over this grid uses."""

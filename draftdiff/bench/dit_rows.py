@@ -163,9 +163,9 @@ def gains(dense: list[Step], own: list[Step]) -> list[float]:
 
 
 def run_of(dense_step: float, sparse_step: float) -> float:
-    """Seconds of a run of RUN_STEPS whose first steps are dense, as many as the default config says."""
-    dense_steps = DraftAttentionConfig().dense_until(RUN_STEPS)
-    return dense_steps * dense_step + (RUN_STEPS - dense_steps) * sparse_step
+    """Seconds of a run of RUN_STEPS of which as many are sparse as the default config says."""
+    sparse_steps = len(DraftAttentionConfig().sparse_steps(RUN_STEPS))
+    return (RUN_STEPS - sparse_steps) * dense_step + sparse_steps * sparse_step
 
 
 def run_seconds(run: Mapping[str, float]) -> str:

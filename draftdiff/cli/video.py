@@ -12,7 +12,7 @@ from draftdiff.cli.output import deliver, note, print_json
 from draftdiff.errors import UserError, user_errors
 from draftdiff.files import prepare_file
 from draftdiff.models.devices import about
-from draftdiff.video.config import DraftAttentionConfig
+from draftdiff.video.config import ALIASES, DraftAttentionConfig, by_field
 
 # diffusers takes seconds to import: only inside the commands.
 
@@ -58,6 +58,9 @@ def _add_attention(parser: Parser) -> None:
     for name, field in _FIELDS.items():
         if name != "sparsity":
             field.add_to(group)
+    for alias, (meant, kind, _) in ALIASES.items():
+        option, told = (f"--{text.replace('_', '-')}" for text in (alias, meant))
+        group.add_argument(option, type=kind, metavar="X", help=f"{told} as ComfyUI has it")
 
 
 def _add_model(parser: Parser) -> None:
@@ -82,13 +85,13 @@ def _add_model(parser: Parser) -> None:
 
 def _config(fields: dict[str, Any], options: Namespace) -> DraftAttentionConfig:
     """Of these fields, and for the others the options that were given."""
-    given = {name: getattr(options, name) for name in _FIELDS if name != "sparsity"}
+    given = {name: getattr(options, name) for name in (*_FIELDS, *ALIASES) if name != "sparsity"}
     given = {name: value for name, value in given.items() if value is not None}
     if options.model is None:
         # It is there to show the method, also on a GPU where so few tokens do not pay.
         given.setdefault("min_tokens", 0)
     with user_errors():
-        return DraftAttentionConfig(**given | fields)
+        return DraftAttentionConfig(**by_field(given) | by_field(fields))
 
 
 def _settings(options: Namespace) -> dict[str, DraftAttentionConfig]:
@@ -107,11 +110,11 @@ def _settings(options: Namespace) -> dict[str, DraftAttentionConfig]:
 
 def _pair(setting: str, pair: str) -> tuple[str, Any]:
     key, _, value = pair.partition(":")
-    if key not in _FIELDS:
+    if key not in (*_FIELDS, *ALIASES):
         raise UserError(f"--setting {setting!r}: unknown key {key!r}; keys: {', '.join(_FIELDS)}")
     try:
-        return key, _FIELDS[key].read(value)
-    except ArgumentTypeError:
+        return key, ALIASES[key][1](value) if key in ALIASES else _FIELDS[key].read(value)
+    except (ArgumentTypeError, ValueError):
         raise UserError(f"--setting {setting!r}: cannot read {pair!r}") from None
 
 

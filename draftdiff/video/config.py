@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
-from draftdiff.core.values import plain, shown
+from draftdiff.core.values import is_number, plain, shown
 from draftdiff.errors import UserError
 
 
@@ -21,12 +21,14 @@ class DraftAttentionConfig:
         and heads. Text is exact, so with much text the density over all tokens is above 1 - sparsity.
     selection: "draft" (per-row floor, then mass), "error" (the tiles that their mean would stand for worst, equally
         many for each query tile), "upstream" (the paper's rule: one threshold per head) or "full".
-    tokens: share of the budget spent on single tokens, the best keys outside the kept tiles, in [0, 1).
+    tokens: single tokens that a query tile reads, the best keys outside its kept tiles, as part of the budget: a number
+        (int) or a share of the budget (float in [0, 1)).
     row_floor: share of a head's budget that "draft" deals evenly to the rows, in [0, 1]; the rest follows the mass.
     tail: count skipped tiles through their mean key and value instead of dropping them.
     tile: box of tokens (frames, rows, columns); None chooses one per grid, (1, 8, 16) for "upstream".
     block_size: tokens of a tile, 64 or 128; None takes 128 from 16,384 video tokens on, where there are tiles enough.
     dense_steps: first denoising steps that stay dense, a number of steps (int) or a share of them (float in [0, 1]).
+    dense_end: last denoising steps that stay dense, likewise.
     dense_layers: attention layers that stay dense: the first n (int), or these indices (tuple).
     min_tokens: calls with fewer video tokens are left alone; None is 1,024 on a CPU and 4,096 on other devices.
     backend: "auto" or a name of `draftdiff.kernels.block_sparse.BACKENDS`.
@@ -34,17 +36,18 @@ class DraftAttentionConfig:
         the faster one, by backend and kind of device (`draftdiff.kernels.crossover`).
 
     Lists and arrays are taken for tuples, and numbers of other libraries for Python's. Raises ValueError that names the
-    value for anything else.
+    value for anything else. `of` also takes the names that users of ComfyUI know (`ALIASES`).
     """
 
     sparsity: float | Budget = 0.75
     selection: str = "draft"
     row_floor: float = 0.5
     tail: bool = True
-    tokens: float = 0.0
+    tokens: int | float = 0.0
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
     dense_steps: int | float = 0.2
+    dense_end: int | float = 0
     dense_layers: int | tuple[int, ...] = 1
     min_tokens: int | None = None
     backend: str = "auto"
@@ -62,16 +65,22 @@ class DraftAttentionConfig:
             if not valid:
                 raise UserError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
-        require(0 <= self.tokens < 1, "tokens", "at least 0 and below 1")
+        share = isinstance(self.tokens, float)
+        require(
+            0 <= self.tokens < 1 if share else self.tokens >= 0,
+            "tokens",
+            "a number of tokens (int, 0 or more) or a share (float, at least 0 and below 1)",
+        )
         may = self.selection in ("draft", "error")
         require(may or not self.tokens, "tokens", f"0 where selection is {self.selection!r}")
         _ = self.budget, self.rule
-        share = isinstance(self.dense_steps, float)
-        require(
-            0 <= self.dense_steps <= 1 if share else self.dense_steps >= 0,
-            "dense_steps",
-            "a number of steps (int, 0 or more) or a share (float between 0 and 1)",
-        )
+        for name in ("dense_steps", "dense_end"):
+            steps = getattr(self, name)
+            require(
+                0 <= steps <= 1 if isinstance(steps, float) else steps >= 0,
+                name,
+                "a number of steps (int, 0 or more) or a share (float between 0 and 1)",
+            )
         layers = self.dense_layers if isinstance(self.dense_layers, tuple) else (self.dense_layers,)
         require(
             all(type(n) is int and n >= 0 for n in layers),
@@ -95,11 +104,7 @@ class DraftAttentionConfig:
             raise UserError(
                 f"config must be a DraftAttentionConfig, a sparsity or a dict of its fields, got {shown(value)}"
             )
-        names = [f.name for f in fields(cls)]
-        unknown = [str(name) for name in value if name not in names]
-        if unknown:
-            raise UserError(f"config has no field {', '.join(unknown)}; fields are {', '.join(names)}")
-        return cls(**value)
+        return cls(**by_field(value))
 
     @cached_property
     def budget(self) -> Budget:
@@ -109,7 +114,8 @@ class DraftAttentionConfig:
     def rule(self) -> Rule:
         """What a single attention call needs of this."""
         same = {f.name: getattr(self, f.name) for f in fields(Rule) if f.init and f.name != "single"}
-        return Rule(single=self.tokens * (1 - self.budget.sparsity), **same)
+        share = isinstance(self.tokens, float)
+        return Rule(single=self.tokens * (1 - self.budget.sparsity) if share else self.tokens, **same)
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -119,10 +125,59 @@ class DraftAttentionConfig:
             return index in self.dense_layers
         return index < self.dense_layers
 
-    def dense_until(self, steps: int) -> int:
-        """How many of a run's steps stay dense."""
-        return round(self.dense_steps * steps) if isinstance(self.dense_steps, float) else self.dense_steps
+    def sparse_steps(self, steps: int) -> range:
+        """Which of a run's steps are sparse."""
+        first, last = (
+            round(dense * steps) if isinstance(dense, float) else dense for dense in (self.dense_steps, self.dense_end)
+        )
+        return range(first, steps - last)
 
+
+def by_field(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of the config's fields, from those names and `ALIASES`.
+
+    Raises ValueError that names what is neither, or what is given twice.
+    """
+    names = [f.name for f in fields(DraftAttentionConfig)]
+    unknown = [str(name) for name in given if name not in (*names, *ALIASES)]
+    if unknown:
+        raise UserError(f"config has no field {', '.join(unknown)}; fields are {', '.join(names)}")
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        name, _, read = ALIASES.get(key, (key, None, lambda _, same: same))
+        if name in found:
+            raise UserError(f"config gives {name} twice, also as {key}")
+        found[name] = read(key, value)
+    return found
+
+
+def _percent(name: str, value: Any) -> float:
+    found = plain(value)
+    if not is_number(found) or not 0 <= found <= 1:
+        raise UserError(f"{name} must be between 0 and 1, got {shown(value)}")
+    return float(found)
+
+
+def _blocks(name: str, value: Any) -> Any:
+    """Layers as numbers, or as text with stretches: "0,1,38-39"."""
+    if not isinstance(value, str):
+        return value
+    found: list[int] = []
+    for part in filter(None, value.replace(" ", "").split(",")):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise UserError(f"{name} must be layers as in '0,1,38-39', got {shown(value)}")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+# Names that other tools have: the field, the type of what is written for it, and how that reads as ours.
+ALIASES: dict[str, tuple[str, type, Callable[[str, Any], Any]]] = {
+    "start_percent": ("dense_steps", float, _percent),
+    "end_percent": ("dense_end", float, lambda name, value: 1 - _percent(name, value)),
+    "dense_blocks": ("dense_layers", str, _blocks),
+    "extra_tokens": ("tokens", int, lambda _, value: value),
+}
 
 _NONE = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -130,10 +185,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "selection": (str,),
     "row_floor": (float, int),
     "tail": (bool,),
-    "tokens": (float, int),
+    "tokens": (int, float),
     "tile": (tuple, _NONE),
     "block_size": (int, _NONE),
     "dense_steps": (int, float),
+    "dense_end": (int, float),
     "dense_layers": (int, tuple),
     "min_tokens": (int, _NONE),
     "backend": (str,),

@@ -135,13 +135,12 @@ class Hook:
         passage, step, steps = run.place(scheduler, arguments["timestep"], told)
         call = Call(wrapped, log, Forward(passage, step), self.layout.grid(model, arguments))
         tasks = [Task(call) for _ in self.layers]
-        dense_until = self.config.dense_until(steps)
+        sparse = self.config.sparse_steps(steps)
         if call.grid is None:
             log.reasons["the grid of a call's tokens cannot be told (see the model's note)"] += 1
-        elif self._has_enough(call.grid, hidden_states.device, log) and step >= dense_until:
+        elif self._has_enough(call.grid, hidden_states.device, log) and step in sparse:
             lead = self.layout.lead(model, arguments) if self.layout.lead else 0
-            progress = (step - dense_until) / max(1, steps - dense_until)
-            self._draw_up(call, tasks, hidden_states, lead, min(progress, 0.999))
+            self._draw_up(call, tasks, hidden_states, lead, progress=sparse.index(step) / len(sparse))
         log.forwards.append(call.forward)
         if torch.is_grad_enabled():
             again = host.checkpoints_through(model, lambda block: self._resumed(call, tasks, block))

@@ -7,6 +7,7 @@ import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
+from draftdiff.core.grid import LatentGrid
 from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
 
 
@@ -89,11 +90,46 @@ def test_the_share_of_single_tokens_is_of_the_budget():
     config = DraftAttentionConfig(0.75, selection="error", tokens=0.5)
     assert config.rule.single == 0.125
     for fields, message in (
-        ({"tokens": 1.0}, "tokens must be at least 0 and below 1, got 1.0"),
+        ({"tokens": 1.0}, r"tokens must be a number of tokens \(int, 0 or more\) or a share .* got 1.0"),
+        ({"tokens": -1}, "tokens must be a number of tokens .* got -1"),
         ({"tokens": 0.1, "selection": "upstream"}, "tokens must be 0 where selection is 'upstream', got 0.1"),
     ):
         with pytest.raises(ValueError, match=message):
             DraftAttentionConfig(**fields)
+
+
+def test_single_tokens_may_be_counted():
+    rule = DraftAttentionConfig(0.75, selection="error", tokens=256).rule
+    assert [rule.singles_of(LatentGrid(1, side, 16)) for side in (8, 64)] == [128, 256]
+    assert DraftAttentionConfig(0.75, selection="error", tokens=0.5).rule.singles_of(LatentGrid(1, 8, 16)) == 16
+
+
+def test_steps_stay_dense_at_both_ends():
+    for fields, sparse in (
+        ({}, range(2, 10)),
+        ({"dense_steps": 3, "dense_end": 2}, range(3, 8)),
+        ({"dense_steps": 0.3, "dense_end": 0.1}, range(3, 9)),
+        ({"dense_steps": 8, "dense_end": 8}, range(0)),
+    ):
+        assert list(DraftAttentionConfig(**fields).sparse_steps(10)) == list(sparse)
+
+
+def test_the_names_of_other_tools_are_taken():
+    config = DraftAttentionConfig.of(
+        {"start_percent": 0.3, "end_percent": 0.9, "dense_blocks": "0,2-4", "extra_tokens": 64, "selection": "error"}
+    )
+    assert list(config.sparse_steps(10)) == list(range(3, 9))
+    assert config.dense_layers == (0, 2, 3, 4)
+    assert config.tokens == 64
+    assert DraftAttentionConfig.of({"dense_blocks": 2}).dense_layers == 2
+    for given, message in (
+        ({"end_percent": 90}, "end_percent must be between 0 and 1, got 90"),
+        ({"dense_blocks": "0,x"}, "dense_blocks must be layers as in '0,1,38-39', got '0,x'"),
+        ({"dense_steps": 3, "start_percent": 0.3}, "config gives dense_steps twice, also as start_percent"),
+        ({"extra_tokens": "many"}, "tokens must be of type int, float, got 'many'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DraftAttentionConfig.of(given)
 
 
 def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
@@ -108,6 +144,7 @@ def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
         "tile": None,
         "block_size": 64,
         "dense_steps": 0.2,
+        "dense_end": 0,
         "dense_layers": 1,
         "min_tokens": None,
         "backend": "torch",
