@@ -257,6 +257,30 @@ def _var_cache(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks(range(len(rows)), [row["setting"] for row in rows], rotation=90, fontsize=7)
 
 
+# ---------------------------------------------------------------- quality
+
+
+def quality(payload: Mapping[str, Any], path: Path) -> None:
+    """PSNR of every prompt by setting, its mean, and the speed-up."""
+    settings = payload["summary"]
+    with drawing(path, 8, 1.2 + 0.34 * len(settings)) as figure:
+        axes = figure.subplots()
+        for y, one in enumerate(settings):
+            values = [row["psnr"] for row in payload["rows"] if row["setting"] == one["setting"]]
+            axes.plot(values, [y] * len(values), "o", color=PALETTE[0], ms=3.5, alpha=0.45, mew=0)
+            axes.vlines(one["psnr_mean"], y - 0.32, y + 0.32, color=PALETTE[1], lw=2.2)
+            told = f"{one['psnr_mean']:.1f} dB, {one['speedup']['median']:.2f}x"
+            axes.text(1.01, y, told, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.set_yticks(range(len(settings)), [one["setting"] for one in settings], fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_xlabel("PSNR against the dense video, dB: each prompt, and the mean")
+        count = len({(row["prompt"], row["seed"]) for row in payload["rows"]})
+        figure.suptitle(
+            f"{payload['model']}, {payload['steps']} steps, {count} prompts, {payload['device']}", fontsize=10
+        )
+
+
 # ---------------------------------------------------------------- llm
 
 

@@ -1,4 +1,4 @@
-"""The command `draftdiff bench`: kernels, dit, var, llm."""
+"""The command `draftdiff bench`: kernels, dit, quality, schedules, var, llm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from draftdiff.cli.options import Parser, number, whole
+from draftdiff.cli.options import Parser, add_seed, number, share, whole
 
 # torch and diffusers take seconds to import: only inside the benchmark that was chosen.
 
@@ -17,6 +17,8 @@ def add_bench(parser: Parser) -> None:
     parts = parser.add_subparsers(title="benchmarks", required=True, metavar="NAME")
     parts.add_parser("kernels", help="attention kernels side by side, ours and other libraries'", fill=_kernels)
     parts.add_parser("dit", help="denoising steps of video transformers, dense against sparse", fill=_dit)
+    parts.add_parser("quality", help="what rules do to the picture, over many prompts", fill=_rules)
+    parts.add_parser("schedules", help="the same for dense steps and densities over the steps", fill=_schedules)
     var = parts.add_parser("var", help="next-scale models: CoDe and ScaleKV; the attention of their last scales")
     of_var = var.add_subparsers(title="parts", required=True, metavar="PART")
     of_var.add_parser("models", help="VAR and Infinity plain, with CoDe, with ScaleKV, with both", fill=_var)
@@ -58,6 +60,26 @@ def _dit(parser: Parser) -> None:
     _common(parser, "dit.Dit", rounds=3, picture="dit")
 
 
+def _rules(parser: Parser) -> None:
+    parser.add_argument("--rules", nargs="+", metavar="RULE", help="default: all; another name lists them")
+    _quality(parser, "quality.Quality")
+
+
+def _schedules(parser: Parser) -> None:
+    _quality(parser, "quality.Schedules")
+
+
+def _quality(parser: Parser, routine: str) -> None:
+    parser.add_argument("--prompts", type=whole(1), default=24, help="so many held-out prompts (default: 24)")
+    parser.add_argument("--sparsity", type=share, nargs="+", default=[0.75, 0.875], help="default: 0.75 0.875")
+    parser.add_argument("--steps", type=whole(1), default=10, help="denoising steps (default: 10)")
+    parser.add_argument("--model", help="folder or Hub id of a diffusers pipeline (default: the embedded mini model)")
+    parser.add_argument("--prompt", action="append", help="these prompts instead; may be repeated")
+    add_seed(parser, "of the first prompt, each has the next; ")
+    _add_dtype(parser)
+    _common(parser, routine, rounds=1, picture="quality")
+
+
 def _var(parser: Parser) -> None:
     _add_models(parser)
     parser.add_argument(
@@ -74,9 +96,9 @@ def _var(parser: Parser) -> None:
 
 
 def _last_scales(parser: Parser) -> None:
-    share = number(above=0, most=1)
-    parser.add_argument("--density", type=share, nargs="+", default=[1.0, 0.5, 0.25], help="kept (default: 1 0.5 0.25)")
-    parser.add_argument("--budget", type=share, default=0.1, help="ScaleKV's, for the shorter history (default: 0.1)")
+    kept = number(above=0, most=1)
+    parser.add_argument("--density", type=kept, nargs="+", default=[1.0, 0.5, 0.25], help="kept (default: 1 0.5 0.25)")
+    parser.add_argument("--budget", type=kept, default=0.1, help="ScaleKV's, for the shorter history (default: 0.1)")
     parser.add_argument("--heads", type=whole(1), default=4, help="default: 4")
     parser.add_argument("--batch", type=whole(1), default=2, help="default: 2")
     parser.add_argument("--last-only", action="store_true", help="only the last scale of each model")

@@ -104,6 +104,18 @@ def combinations(held_out: bool) -> list[tuple[str, str, str]]:
     ]
 
 
+def even_scenes(count: int, held_out: bool, seed: int = 0) -> list[Scene]:
+    """A fixed list of scenes that goes through the combinations, sizes and backgrounds as evenly as it can."""
+    rng = random.Random(seed)
+    chosen: list[tuple[str, str, str]] = []
+    while len(chosen) < count:
+        block = combinations(held_out)
+        rng.shuffle(block)
+        chosen += block
+    looks = [(size, background) for background in BACKGROUNDS for size in SIZES]
+    return [Scene(*chosen[i], *looks[i % len(looks)]) for i in range(count)]
+
+
 def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
     """A fully specified scene, from the training combinations or from the held-out ones."""
     colour, shape, motion = rng.choice(combinations(held_out))

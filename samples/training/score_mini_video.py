@@ -10,7 +10,6 @@ draftdiff enabled at each given sparsity, from the same starting noise, and prin
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -29,18 +28,6 @@ from draftdiff.models.frames import to_uint8, write_picture
 from draftdiff.pipelines.mini import judge as mini_judge
 from draftdiff.pipelines.mini import world as mini_world
 from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
-
-
-def scoring_scenes(count: int, held_out: bool, seed: int = 0) -> list[mini_world.Scene]:
-    """A fixed list of scenes that goes through the combinations, sizes and backgrounds as evenly as it can."""
-    rng = random.Random(seed)
-    combinations: list[tuple[str, str, str]] = []
-    while len(combinations) < count:
-        block = mini_world.combinations(held_out)
-        rng.shuffle(block)
-        combinations += block
-    looks = [(size, background) for background in mini_world.BACKGROUNDS for size in mini_world.SIZES]
-    return [mini_world.Scene(*combinations[i], *looks[i % len(looks)]) for i in range(count)]
 
 
 def generate(
@@ -103,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "width": arguments.width,
     }
     call |= {name: value for name, value in asked.items() if value is not None}
-    scenes = scoring_scenes(arguments.prompts, held_out=not arguments.seen)
+    scenes = mini_world.even_scenes(arguments.prompts, held_out=not arguments.seen)
 
     rows: list[dict[str, Any]] = []
     for sparsity in [None, *arguments.sparsity]:

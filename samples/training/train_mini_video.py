@@ -39,7 +39,7 @@ from mini_video_parts import (
     new_transformer,
     new_vae,
 )
-from score_mini_video import accuracy, generate, scoring_scenes
+from score_mini_video import accuracy, generate
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
@@ -312,7 +312,7 @@ class DitPhase(Phase):
         scores = {}
         with torch.autocast("cpu", torch.bfloat16):
             for name, held_out in (("seen", False), ("held-out", True)):
-                scenes = scoring_scenes(count, held_out, seed=1)
+                scenes = mini_world.even_scenes(count, held_out, seed=1)
                 clips = generate(self.pipeline(), scenes, 4, seed=500, guidance_scale=GUIDANCE, **call)
                 scores[name] = accuracy(clips, scenes)
         return scores

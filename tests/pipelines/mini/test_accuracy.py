@@ -7,6 +7,7 @@ import pytest
 
 import draftdiff
 from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
+from draftdiff.pipelines.mini.world import even_scenes
 
 SCRIPT = Path(__file__).resolve().parents[3] / "samples" / "training" / "score_mini_video.py"
 PROMPTS = 9  # each held-out combination once
@@ -19,7 +20,7 @@ def test_held_out_prompts_come_out_right_dense_and_at_the_default_sparsity():
     spec.loader.exec_module(score)
     pipe = load_mini_video()
     pipe.set_progress_bar_config(disable=True)
-    scenes = score.scoring_scenes(PROMPTS, held_out=True)
+    scenes = even_scenes(PROMPTS, held_out=True)
     call = mini_video_defaults()["generate"]
     dense = score.accuracy(score.generate(pipe, scenes, 2, 0, **call), scenes)
     draftdiff.enable(pipe)
