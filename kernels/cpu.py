@@ -1,4 +1,5 @@
-"""The `cpu` backend: a C++ kernel (cpu.cpp), compiled once into the user's cache and called through ctypes.
+"""The `cpu` backend: a C++ kernel (cpu.cpp), compiled once into the user's cache and called through ctypes. The probe
+(cpu_probe.cpp) is in the same library.
 
 Calls release the interpreter lock and use torch's own OpenMP threads. The environment variable DRAFTDIFF_CPU_MARCH
 chooses another instruction set than this processor's, as the compiler's -march names it.
@@ -27,7 +28,8 @@ from draftdiff.kernels.problem import Problem
 
 differentiable = False
 reads_tokens = True
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_probe.cpp"))
+HEADER = Path(__file__).with_name("cpu_common.h")
 _FLAGS = ("-std=c++17", "-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
 
 
@@ -35,17 +37,17 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
     try:
-        library = _library()
+        built = library()
     except OSError as error:
         return str(error)
-    panel = library.draftdiff_panel()
+    panel = built.draftdiff_panel()
     if head_dim % panel:
         return f"takes a head_dim that is a multiple of {panel} on this processor, got {head_dim}"
     return None
 
 
-def _library() -> ctypes.CDLL:
-    """The compiled kernel. Raises OSError with the reason where it cannot be had."""
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises OSError with the reason where it cannot be had."""
     return _load(os.environ.get("DRAFTDIFF_CPU_MARCH") or "native")
 
 
@@ -86,7 +88,7 @@ def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith("flags")), platform.machine() + platform.processor())
-    parts = [SOURCE.read_bytes(), " ".join(flags).encode(), version, processor.encode()]
+    parts = [*(file.read_bytes() for file in (*SOURCES, HEADER)), " ".join(flags).encode(), version, processor.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -94,13 +96,12 @@ def _compile(compiler: str, flags: tuple[str, ...]) -> bytes:
     """The shared library. Raises OSError with the compiler's reason."""
     logging.getLogger("draftdiff").warning("compiling the CPU kernel, once, by %s", compiler)
     with tempfile.TemporaryDirectory(prefix="draftdiff.") as folder:
-        product, built = Path(folder, "cpu.o"), Path(folder, "cpu.so")
+        products = {source: Path(folder, source.with_suffix(".o").name) for source in SOURCES}
+        built = Path(folder, "cpu.so")
+        commands = [[compiler, *flags, "-c", str(source), "-o", str(product)] for source, product in products.items()]
         # Linked without an OpenMP of its own: the symbols are found in the one that torch has loaded, so that two
         # thread pools do not fight for the cores.
-        for command in (
-            [compiler, *flags, "-c", str(SOURCE), "-o", str(product)],
-            [compiler, "-shared", str(product), "-o", str(built)],
-        ):
+        for command in (*commands, [compiler, "-shared", *map(str, products.values()), "-o", str(built)]):
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
@@ -108,7 +109,7 @@ def _compile(compiler: str, flags: tuple[str, ...]) -> bytes:
         return built.read_bytes()
 
 
-class _Strides(ctypes.Structure):
+class Strides(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("batch", "token", "head"))
 
 
@@ -118,7 +119,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "slots", "readable", "keep")),
         *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "log2_counts", "singles")),
-        *((name, _Strides) for name in ("q_at", "k_at", "v_at")),
+        *((name, Strides) for name in ("q_at", "k_at", "v_at")),
         *((name, ctypes.c_int64) for name in ("readable_batch", "counts_row", "most_singles")),
         *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "head_dim")),
         *((name, ctypes.c_int64) for name in ("tiles", "video_tiles", "block_size")),
@@ -153,7 +154,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     }
     call = _Call(
         **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
-        **{f"{name}_at": _Strides(*x.stride()[:3]) for name, x in zip("qkv", (q, k, v))},
+        **{f"{name}_at": Strides(*x.stride()[:3]) for name, x in zip("qkv", (q, k, v))},
         readable_batch=readable.stride(0) if len(readable) > 1 else 0,
         counts_row=0 if log2_counts.dim() == 1 else tiling.video_tiles,
         most_singles=0 if singles is None else singles.shape[-1],
@@ -167,7 +168,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
         scale=problem.factor,
         threads=torch.get_num_threads(),
     )
-    if _library().draftdiff_block_sparse(ctypes.byref(call)):
+    if library().draftdiff_block_sparse(ctypes.byref(call)):
         raise MemoryError(
             f"no memory for packed keys and values of {batch} x {tokens} tokens, {heads} heads of {head_dim}"
         )

@@ -1,12 +1,16 @@
-"""Pooling and selection where `triton` serves: in few fused launches (`triton_draft`); elsewhere as `core` does it."""
+"""Pooling, selection and the probe by kernels where there are such: `triton_draft` on a GPU, `cpu_probe` on a CPU;
+elsewhere as `core` does them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from draftdiff.core import draft
+from draftdiff.core import draft, probe
 from draftdiff.core import select as rules
+from draftdiff.core.draft import Tail
 from draftdiff.core.grid import Tiling
 from draftdiff.kernels.block_sparse import preferred_on, unavailable
 
@@ -32,3 +36,23 @@ def select(rule: str, probabilities: Tensor, density: Tensor, *, row_floor: floa
         if probabilities.shape[-1] <= triton_draft.MOST_TILES:
             return triton_draft.select_draft(probabilities, density, row_floor=row_floor)
     return rules.select(rule, probabilities, density, row_floor=row_floor)
+
+
+def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *, scale: float) -> Tensor:
+    """`core.probe.errors`."""
+    return _probe(k).errors(q_mean, k, v, means, tiling, scale=scale)
+
+
+def singles(
+    q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, keep: Tensor, *, scale: float, tokens: int
+) -> Tensor:
+    """`core.probe.singles`."""
+    return _probe(k).singles(q_mean, k, v, means, tiling, keep, scale=scale, tokens=tokens)
+
+
+def _probe(k: Tensor) -> Any:
+    if "cpu" in preferred_on(k.device) and unavailable("cpu", k.device, torch.float32, k.shape[-1]) is None:
+        from draftdiff.kernels import cpu_probe
+
+        return cpu_probe
+    return probe

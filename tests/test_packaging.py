@@ -66,7 +66,10 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
             archive.extractall(home)
         tops = {name.split("/")[0] for name in packed}
         assert {top for top in tops if not top.endswith(".dist-info")} == {"draftdiff"}
-        assert {"draftdiff/py.typed", "draftdiff/kernels/cpu.cpp"} <= packed
+        assert {
+            "draftdiff/py.typed",
+            *(f"draftdiff/kernels/{name}" for name in ("cpu.cpp", "cpu_probe.cpp", "cpu_common.h")),
+        } <= packed
         modules = {
             f"draftdiff/{file.relative_to(ROOT)}".replace("draftdiff/draftdiff", "draftdiff")
             for files in parts().values()

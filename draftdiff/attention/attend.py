@@ -18,11 +18,11 @@ from draftdiff.core import quality
 from draftdiff.core.devices import without_autocast
 from draftdiff.core.draft import Tail, draft_map, softmax_scale
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.probe import choose
+from draftdiff.core.probe import worst
 from draftdiff.core.select import with_text
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import block_sparse_attention
-from draftdiff.kernels.drafting import pool, select
+from draftdiff.kernels.drafting import errors, pool, select, singles
 from draftdiff.kernels.problem import Problem, check_tensors
 
 STATS = ("density", "drafted_mass")
@@ -69,14 +69,17 @@ def attend(
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
             tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
         with part("select"):
+            tokens = None
             single = rule.singles_of(grid)
-            kept = tokens = None
-            if rule.selection != "error":
-                in_tiles = (density - single / grid.tokens).clamp(min=0)
+            in_tiles = (density - single / grid.tokens).clamp(min=0)
+            # Where there is no tail nothing stands for what is skipped.
+            means = tail or Tail(k_mean, torch.zeros_like(k_mean))
+            if rule.selection == "error":
+                kept = worst(errors(q_mean, k, v, means, tiling, scale=scale), in_tiles)
+            else:
                 kept = select(rule.selection, probabilities, in_tiles, row_floor=rule.row_floor)
-            if kept is None or single:
-                means = tail or Tail(k_mean, pool(v, tiling))
-                kept, tokens = choose(q_mean, k, v, means, tiling, density, scale=scale, tokens=single, keep=kept)
+            if single:
+                tokens = singles(q_mean, k, v, means, tiling, kept, scale=scale, tokens=single)
             keep = with_text(kept, tiling)
             if absent:  # tiles without queries read nothing
                 keep[:, :, tiling.video_tiles :] = False

@@ -1,14 +1,15 @@
 """The probe: mean queries against every single key, for what a map of means cannot see.
 
-Two choices come from it. `uneven`: the tiles whose mean would be the worst stand-in for their tokens (the measure of
-SVG-EAR, arXiv 2603.08982); what the tail does well needs no computing, however much mass it has. `best_tokens`: the
-best single keys outside the kept tiles, which a query tile reads one by one.
+A skipped tile is read through its mean, and what matters is how wrong that is, not how much mass the tile has: what the
+mean does well needs no computing. `errors` says it of whole tiles (the measure of SVG-EAR, arXiv 2603.08982), of which
+the worst are kept; `singles` finds, by the same measure, the worst single keys of those that are left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from draftdiff.core.draft import Tail
@@ -19,84 +20,70 @@ _HIGHEST = 40.0  # of a score above that of its tile's mean: its square is still
 
 
 @torch.no_grad()
-def choose(
-    q_mean: Tensor,
-    k: Tensor,
-    v: Tensor,
-    means: Tail,
-    tiling: Tiling,
-    density: Tensor,
-    *,
-    scale: float,
-    tokens: int,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The tiles that each query tile reads, and the single tokens besides.
+def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *, scale: float) -> Tensor:
+    """How wrong it is to read a key tile through its mean: the root of the sum of |e^score v - e^center v_mean|^2 over
+    its tokens, for the mean query of each query tile; center is the score of the mean key.
 
     q_mean: fp32 [batch, heads, video_tiles, head_dim].  k, v: [batch, tokens, heads, head_dim].  means: of k and v.
-    density: share of the video's keys that is read, float64 [heads].  tokens: how many of those are single.
-    keep: bool [batch, heads, video_tiles, video_tiles], the tiles if they are chosen already; None for `uneven` ones,
-    equally many for all rows of a head, its own tile always among them.
-    Returns keep, and int64 [batch, heads, video_tiles, tokens]: positions in k, -1 where no more are left.
+    Returns its logarithm, fp32 [batch, heads, video_tiles, video_tiles], -inf for a tile that its mean is equal to.
     """
-    batch, heads, tiles, _ = q_mean.shape
-    slots = tiling.slots[:tiles]
-    absent = slots < 0
-    most = ((density - tokens / tiling.grid.tokens) * tiles).long().clamp(1, tiles).to(k.device)
-    kept = torch.empty(batch, heads, tiles, tiles, dtype=torch.bool, device=k.device) if keep is None else keep
-    single = torch.empty(batch, heads, tiles, tokens, dtype=torch.long, device=k.device)
-    for b in range(batch):
-        for h in range(heads):
-            keys = k[b, :, h].float()[slots.clamp(min=0)]
-            if keep is None:
-                values = v[b, :, h].float()[slots.clamp(min=0)].masked_fill(absent[..., None], 0)
-            for rows in torch.arange(tiles, device=k.device).split(max(1, _SCORES // slots.numel())):
-                q = q_mean[b, h, rows]
-                scores = (q @ keys.flatten(0, 1).T * scale).unflatten(-1, slots.shape)
-                if keep is None:
-                    center = q @ means.k_mean[b, h].T * scale
-                    error = log_error(scores, center, values, means.v_mean[b, h], absent)
-                    kept[b, h, rows] = uneven(error, rows, most[h])
-                if tokens:
-                    single[b, h, rows] = best_tokens(scores, kept[b, h, rows], absent, slots, tokens)
-    return kept, single
+    error = q_mean.new_empty(*q_mean.shape[:3], tiling.video_tiles)
+    for at, center, squares in _squared(q_mean, k, v, means, tiling, scale):
+        error[at] = center + 0.5 * squares.sum(-1).log()
+    return error
 
 
-def log_error(scores: Tensor, center: Tensor, values: Tensor, v_mean: Tensor, absent: Tensor) -> Tensor:
-    """Logarithm of how far off a query tile is where a key tile's mean stands for its tokens: the root of the sum of
-    |e^score v - e^center v_mean|^2 over them.
+def worst(error: Tensor, density: Tensor) -> Tensor:
+    """The tiles of the greatest error, equally many for each query tile, its own always among them.
 
-    scores: [rows, tiles, block_size].  center: scores with the mean keys [rows, tiles].  values: [tiles, block_size,
-    head_dim], 0 where absent.  v_mean: [tiles, head_dim].  absent: bool [tiles, block_size].  Returns [rows, tiles].
+    error: [batch, heads, tiles, tiles].  density: share that is kept, float64 [heads].  Returns bool like error.
     """
-    length, along = values.square().sum(-1), (values * v_mean[:, None]).sum(-1)
-    weight = (scores - center[..., None]).clamp(max=_HIGHEST).exp()
-    counts = (~absent).sum(-1)
-    squares = (weight * (weight * length - 2 * along)).sum(-1) + counts * v_mean.square().sum(-1)
-    return center + 0.5 * squares.clamp(min=0).log()
-
-
-def uneven(error: Tensor, rows: Tensor, most: Tensor) -> Tensor:
-    """The tiles of the greatest error, and each row's own, bool [rows, tiles].
-
-    error: [rows, tiles].  rows: which query tiles they are, int64 [rows].  most: how many are kept, int64 [].
-    """
-    place = torch.arange(error.shape[-1], device=error.device)
+    tiles = error.shape[-1]
+    place = torch.arange(tiles, device=error.device)
+    most = (density * tiles).long().clamp(1, tiles).to(error.device)
     error = error.masked_fill(error.isnan(), float("-inf"))  # which would come first
-    ranking = error.masked_fill(place == rows[:, None], float("inf")).argsort(-1, descending=True)
+    ranking = error.masked_fill(place == place[:, None], float("inf")).argsort(-1, descending=True)
     kept = torch.zeros_like(error, dtype=torch.bool)
-    return kept.scatter_(-1, ranking, (place < most).expand_as(kept))
+    return kept.scatter_(-1, ranking, (place < most[:, None, None]).expand_as(kept))
 
 
-def best_tokens(scores: Tensor, kept: Tensor, absent: Tensor, slots: Tensor, tokens: int) -> Tensor:
-    """Positions of the keys with the highest scores outside the kept tiles, int64 [rows, tokens], -1 where there are no
-    more.
+@torch.no_grad()
+def singles(
+    q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, keep: Tensor, *, scale: float, tokens: int
+) -> Tensor:
+    """The single keys outside the kept tiles that their tile's mean stands for worst.
 
-    scores: [rows, tiles, block_size].  kept: bool [rows, tiles].  absent: bool [tiles, block_size].  slots: likewise,
-    the position of each.
+    keep: bool [batch, heads, video_tiles, video_tiles].  tokens: how many.  The others as for `errors`.
+    Returns int64 [batch, heads, video_tiles, tokens], positions in k, -1 where no more are left.
     """
-    hidden = kept[..., None] | absent
-    outside = scores.masked_fill(hidden, float("-inf")).flatten(1)
-    found = outside.topk(min(tokens, outside.shape[-1]), sorted=False).indices
-    positions = slots.flatten()[found].masked_fill(hidden.flatten(1).gather(-1, found), -1)
-    return F.pad(positions, (0, tokens - positions.shape[-1]), value=-1)
+    slots = tiling.slots[: tiling.video_tiles]
+    absent, found = slots < 0, torch.full((*q_mean.shape[:3], tokens), -1, device=k.device)
+    few = min(tokens, slots.numel())
+    for at, center, squares in _squared(q_mean, k, v, means, tiling, scale):
+        hidden = keep[at][..., None] | absent
+        error = (2 * center[..., None] + squares.log()).masked_fill(hidden, float("-inf"))
+        error = error.masked_fill(error.isnan(), float("-inf")).flatten(1)
+        value, best = error.topk(few, sorted=False)
+        found[(*at, slice(few))] = slots.flatten()[best].masked_fill(value == float("-inf"), -1)
+    return found
+
+
+def _squared(
+    q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, scale: float
+) -> Iterator[tuple[tuple[int, int, Tensor], Tensor, Tensor]]:
+    """Some query tiles of a head at a time: where they are, their scores with the mean keys [rows, tiles], and of each
+    key the squared error under its tile's mean, over the square of that mean's weight [rows, tiles, block_size]."""
+    slots = tiling.slots[: tiling.video_tiles]
+    absent = (slots < 0)[..., None]
+    for b in range(k.shape[0]):
+        for h in range(k.shape[2]):
+            keys, values = (x[b, :, h].float()[slots.clamp(min=0)].masked_fill(absent, 0) for x in (k, v))
+            k_mean, v_mean = means.k_mean[b, h], means.v_mean[b, h]
+            length, along = values.square().sum(-1), (values * v_mean[:, None]).sum(-1)
+            rest = v_mean.square().sum(-1, keepdim=True) * ~absent[..., 0]
+            for rows in torch.arange(len(slots), device=k.device).split(max(1, _SCORES // slots.numel())):
+                q = q_mean[b, h, rows] * scale
+                center = q @ k_mean.T
+                weight = (torch.einsum("qd,tsd->qts", q, keys) - center[..., None]).clamp(max=_HIGHEST).exp()
+                squares = weight * (weight * length - 2 * along) + rest
+                yield (b, h, rows), center, squares.clamp(min=0)

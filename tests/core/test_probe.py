@@ -1,94 +1,133 @@
-"""The probe's choices against their definitions, written out token by token."""
+"""The probe's findings against their definitions, written out token by token; its kernels are held to the same."""
 
 import math
 
 import pytest
 import torch
 
+from draftdiff.core import probe
 from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.probe import choose
+from draftdiff.kernels import cpu_probe
 
 GRIDS = [((2, 8, 16), (1, 8, 8), 0, 0), ((3, 9, 11), (2, 4, 8), 70, 33)]
+PROBES = pytest.mark.parametrize("own", [probe, cpu_probe], ids=["core", "cpu"])
+SCALE = 0.25
 
 
-def inputs(grid, tile, text, lead, heads=2):
+def inputs(grid, tile, text, lead, heads=2, spread=1.0):
     generator = torch.Generator().manual_seed(0)
     tiling = tiling_for(LatentGrid(*grid), tile, 64, text, lead)
-    q, k, v = torch.randn(3, 1, tiling.tokens, heads, 16, generator=generator, dtype=torch.float32)
-    return q * 2, k, v, tiling
+    q, k, v = torch.randn(3, 2, tiling.tokens, heads, 32, generator=generator, dtype=torch.float32)
+    q, k = 2 * spread * q, spread * k
+    return pool(q, tiling), k, v, Tail(pool(k, tiling), pool(v, tiling)), tiling
 
 
 def members(tiling):
     return [slots[slots >= 0] for slots in tiling.slots[: tiling.video_tiles]]
 
 
+def by_definition(q_mean, k, v, means, tiling, b, h):
+    """Squared error of each token of each tile for each query tile, by (row, tile): fp64 [tokens of the tile]."""
+    q_mean, k, v, k_mean, v_mean = (x.double() for x in (q_mean, k, v, means.k_mean, means.v_mean))
+    found = {}
+    for row in range(tiling.video_tiles):
+        for tile, tokens in enumerate(members(tiling)):
+            exact = (SCALE * k[b, tokens, h] @ q_mean[b, h, row]).exp()[:, None] * v[b, tokens, h]
+            stood_for = math.exp(SCALE * k_mean[b, h, tile] @ q_mean[b, h, row]) * v_mean[b, h, tile]
+            found[row, tile] = (exact - stood_for).square().sum(-1)
+    return found
+
+
+@PROBES
 @pytest.mark.parametrize(("grid", "tile", "text", "lead"), GRIDS)
-def test_the_kept_tiles_are_those_that_their_mean_stands_for_worst(grid, tile, text, lead):
-    q, k, v, tiling = inputs(grid, tile, text, lead)
-    density = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    means = Tail(pool(k, tiling), pool(v, tiling))
-    keep, tokens = choose(pool(q, tiling), k, v, means, tiling, density, scale=0.25, tokens=0)
-    assert tokens.shape[-1] == 0
-    for h in range(2):
-        most = max(1, int(density[h] * tiling.video_tiles))
-        for row, mine in enumerate(members(tiling)):
-            mean = q[0, mine, h].double().mean(0)
-            errors = {}
-            for tile_number, theirs in enumerate(members(tiling)):
-                keys, values = k[0, theirs, h].double(), v[0, theirs, h].double()
-                exact = (0.25 * keys @ mean).exp()[:, None] * values
-                stood_for = math.exp(0.25 * keys.mean(0) @ mean) * values.mean(0)
-                errors[tile_number] = float((exact - stood_for).square().sum().sqrt())
-            errors[row] = math.inf
-            best = sorted(errors, key=errors.get, reverse=True)[:most]
-            assert set(keep[0, h, row].nonzero()[:, 0].tolist()) == set(best)
+def test_an_error_is_how_far_a_tile_is_from_its_mean(own, grid, tile, text, lead):
+    q_mean, k, v, means, tiling = inputs(grid, tile, text, lead)
+    error = own.errors(q_mean, k, v, means, tiling, scale=SCALE)
+    for b, h in ((0, 0), (1, 1)):
+        for (row, other), squares in by_definition(q_mean, k, v, means, tiling, b, h).items():
+            assert float(error[b, h, row, other]) == pytest.approx(0.5 * math.log(squares.sum()), abs=1e-4)
 
 
+def test_the_tiles_kept_are_the_worst_of_each_row_and_its_own():
+    error = torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(3))
+    error[0, 0, 4, 7] = math.nan  # is no reason to read a tile
+    keep = probe.worst(error, torch.tensor([0.34, 0.05], dtype=torch.float64))
+    for h, most in ((0, 3), (1, 1)):
+        for row in range(9):
+            ranked = error[0, h, row].nan_to_num(-math.inf)
+            ranked[row] = math.inf
+            assert set(keep[0, h, row].nonzero()[:, 0].tolist()) == set(ranked.topk(most).indices.tolist())
+
+
+@PROBES
 @pytest.mark.parametrize(("grid", "tile", "text", "lead"), GRIDS)
-@pytest.mark.parametrize("given", [False, True])
-def test_single_tokens_are_the_best_outside_the_kept_tiles(given, grid, tile, text, lead):
-    q, k, v, tiling = inputs(grid, tile, text, lead)
-    density = torch.full((2,), 0.5, dtype=torch.float64)
-    tiles = tiling.video_tiles
-    chosen = torch.rand(1, 2, tiles, tiles, generator=torch.Generator().manual_seed(1)) < 0.5 if given else None
-    means = Tail(pool(k, tiling), pool(v, tiling))
-    keep, tokens = choose(pool(q, tiling), k, v, means, tiling, density, scale=0.25, tokens=10, keep=chosen)
-    assert chosen is None or torch.equal(keep, chosen)
-    for h in range(2):
-        for row, mine in enumerate(members(tiling)):
-            mean = q[0, mine, h].double().mean(0)
-            outside = [t for other, theirs in enumerate(members(tiling)) if not keep[0, h, row, other] for t in theirs]
-            best = sorted((int(t) for t in outside), key=lambda t: float(k[0, t, h].double() @ mean), reverse=True)[:10]
-            found = [t for t in tokens[0, h, row].tolist() if t >= 0]
-            assert set(found) == set(best) and len(found) == len(best)
+def test_single_tokens_are_the_worst_outside_the_kept_tiles(own, grid, tile, text, lead):
+    q_mean, k, v, means, tiling = inputs(grid, tile, text, lead)
+    shape = (2, 2, tiling.video_tiles, tiling.video_tiles)
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    tokens = own.singles(q_mean, k, v, means, tiling, keep, scale=SCALE, tokens=10)
+    for b, h in ((0, 0), (1, 1)):
+        squares = by_definition(q_mean, k, v, means, tiling, b, h)
+        for row in range(tiling.video_tiles):
+            outside = [
+                (float(square), int(token))
+                for other, theirs in enumerate(members(tiling))
+                if not keep[b, h, row, other]
+                for square, token in zip(squares[row, other], theirs)
+            ]
+            found = [t for t in tokens[b, h, row].tolist() if t >= 0]
+            assert set(found) == {token for _, token in sorted(outside, reverse=True)[:10]}
+            assert len(found) == min(10, len(outside))
 
 
-def test_where_fewer_keys_are_left_than_asked_for_all_are_read_once():
-    q, k, v, tiling = inputs(*GRIDS[1])
-    tiles = tiling.video_tiles
-    keep = torch.ones(1, 2, tiles, tiles, dtype=torch.bool)
+@PROBES
+def test_where_fewer_keys_are_left_than_asked_for_all_are_read_once(own):
+    q_mean, k, v, means, tiling = inputs(*GRIDS[1])
+    keep = torch.ones(2, 2, tiling.video_tiles, tiling.video_tiles, dtype=torch.bool)
     keep[..., 0, 1] = False
-    means, density = Tail(pool(k, tiling), pool(v, tiling)), torch.ones(2, dtype=torch.float64)
     for count in (100, 10_000):
-        _, tokens = choose(pool(q, tiling), k, v, means, tiling, density, scale=1.0, tokens=count, keep=keep)
+        tokens = own.singles(q_mean, k, v, means, tiling, keep, scale=SCALE, tokens=count)
         assert tokens.shape[-1] == count
-        left = tokens[0, 0, 0]
-        assert set(left[left >= 0].tolist()) == set(members(tiling)[1].tolist())
+        left = tokens[0, 0, 0][tokens[0, 0, 0] >= 0]
+        assert sorted(left.tolist()) == sorted(members(tiling)[1].tolist())
         assert (tokens[0, :, 1:] == -1).all()
 
 
-def test_scores_that_are_far_apart_do_not_overflow():
-    q, k, v, tiling = inputs(*GRIDS[0])
-    means = Tail(pool(1e3 * k, tiling), pool(v, tiling))
-    keep, tokens = choose(
-        pool(1e3 * q, tiling),
-        1e3 * k,
-        v,
-        means,
-        tiling,
-        torch.full((2,), 0.5, dtype=torch.float64),
-        scale=1.0,
-        tokens=8,
+@PROBES
+def test_scores_that_are_far_apart_do_not_overflow(own):
+    q_mean, k, v, means, tiling = inputs(*GRIDS[0], spread=1e3)
+    error = own.errors(q_mean, k, v, means, tiling, scale=1.0)
+    keep = probe.worst(error, torch.full((2,), 0.5, dtype=torch.float64))
+    assert error.isfinite().all() and (keep.sum(-1) == tiling.video_tiles // 2).all()
+    assert (own.singles(q_mean, k, v, means, tiling, keep, scale=1.0, tokens=8) >= 0).all()
+
+
+@PROBES
+def test_keys_of_nan_are_not_chosen(own):
+    q_mean, k, v, means, tiling = inputs(*GRIDS[1])
+    k[:, members(tiling)[2]] = math.nan
+    keep = probe.worst(
+        own.errors(q_mean, k, v, Tail(pool(k, tiling), means.v_mean), tiling, scale=SCALE),
+        torch.full((2,), 0.3, dtype=torch.float64),
     )
-    assert (keep.sum(-1) == keep.sum(-1)[0, 0, 0]).all() and (tokens >= 0).all()
+    assert not keep[..., 2].logical_xor(torch.arange(tiling.video_tiles) == 2).any()
+    tokens = own.singles(q_mean, k, v, means, tiling, keep, scale=SCALE, tokens=20)
+    assert not torch.isin(tokens, members(tiling)[2]).any() and (tokens >= 0).all()
+
+
+def test_the_kernel_finds_what_the_definition_in_pytorch_finds():
+    for grid, tile, block, dim in (((5, 20, 20), (2, 8, 8), 128, 96), ((8, 16, 16), (4, 4, 4), 64, 64)):
+        generator = torch.Generator().manual_seed(5)
+        tiling = tiling_for(LatentGrid(*grid), tile, block, 5, 2)
+        q, k, v = torch.randn(3, 1, tiling.tokens, 3, dim, generator=generator)
+        q_mean, means = pool(2 * q, tiling), Tail(pool(k, tiling), pool(v, tiling))
+        error, own = (one.errors(q_mean, k, v, means, tiling, scale=SCALE) for one in (probe, cpu_probe))
+        assert (error - own).abs().max() < 1e-5
+        keep = probe.worst(error, torch.tensor([0.3, 0.2, 0.5], dtype=torch.float64))
+        for count in (1, 300):
+            found, own = (
+                one.singles(q_mean, k, v, means, tiling, keep, scale=SCALE, tokens=count).sort(-1).values
+                for one in (probe, cpu_probe)
+            )
+            assert (found != own).float().mean() < 0.01  # neighbours in the ranking may change places

@@ -66,7 +66,7 @@ def built(fresh, monkeypatch):
 
     def load():
         cpu._load.cache_clear()
-        return cpu._library()
+        return cpu.library()
 
     yield load
     cpu._load.cache_clear()
@@ -188,7 +188,7 @@ def test_a_lesser_instruction_set_can_be_chosen_and_is_right(fresh, monkeypatch,
         pytest.skip(f"this processor is not {march}")
     assert block_sparse.unavailable("cpu", *HERE) is None
     monkeypatch.setenv("DRAFTDIFF_CPU_MARCH", march)
-    assert cpu._library().draftdiff_panel() == panel
+    assert cpu.library().draftdiff_panel() == panel
     assert len(list(fresh.iterdir())) == 2, "one for each instruction set"
     problem = make(KERNEL_CASES[3], 64, torch.float32, True)
     assert_attends(*block_sparse_attention_lse(problem, backend="cpu"), problem)

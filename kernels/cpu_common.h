@@ -1,0 +1,115 @@
+// What the CPU kernels share: vectors of this processor, 2^x, a register-blocked product, memory.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, ROWS = 4;
+#else
+constexpr int LANES = 4, ROWS = 4;
+#endif
+constexpr int PANEL = 2 * LANES;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
+
+// Inlined into the walk, these loops lose registers to it: 4 % of the whole.
+#define ON_ITS_OWN __attribute__((noinline))
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float VecAt4 __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const VecAt4*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<VecAt4*>(p) = x; }
+inline Vec splat(float x) { return x - Vec{}; }
+
+// 2^(whole + f), |f| <= 0.5, relative error 2e-7: the whole part into the exponent, the rest by its Taylor series.
+inline Vec exp2_of(IntVec whole, Vec f) {
+    Vec p = splat(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.f;
+    return p * reinterpret_cast<Vec>((whole + 127) << 23);
+}
+
+// 2^x for x <= 0.
+inline Vec exp2_vec(Vec x) {
+    x = x < -126.f ? splat(-126.f) : x;
+    const IntVec whole = __builtin_convertvector(x - 0.5f, IntVec);
+    return exp2_of(whole, x - __builtin_convertvector(whole, Vec));
+}
+
+// 2^x for any x up to 127.
+inline Vec exp2_any(Vec x) {
+    x = x < -126.f ? splat(-126.f) : x;
+    const IntVec whole = __builtin_convertvector(x + 128.5f, IntVec) - 128;
+    return exp2_of(whole, x - __builtin_convertvector(whole, Vec));
+}
+
+// c[m x n] (+)= a[m x k] b[k x n]; m a multiple of ROWS, n of PANEL.
+template <bool ADD>
+ON_ITS_OWN void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long m, long n, long k) {
+    for (long j = 0; j < n; j += PANEL) {
+        for (long i = 0; i < m; i += ROWS) {
+            Vec left[ROWS], right[ROWS];
+            for (int r = 0; r < ROWS; r++) {
+                left[r] = ADD ? load(c + (i + r) * ldc + j) : Vec{};
+                right[r] = ADD ? load(c + (i + r) * ldc + j + LANES) : Vec{};
+            }
+            for (long l = 0; l < k; l++) {
+                const Vec b0 = load(b + l * ldb + j), b1 = load(b + l * ldb + j + LANES);
+                for (int r = 0; r < ROWS; r++) {
+                    const Vec x = splat(a[(i + r) * lda + l]);
+                    left[r] += x * b0;
+                    right[r] += x * b1;
+                }
+            }
+            for (int r = 0; r < ROWS; r++) {
+                store(c + (i + r) * ldc + j, left[r]);
+                store(c + (i + r) * ldc + j + LANES, right[r]);
+            }
+        }
+    }
+}
+
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+// Not set to zero, which one thread would do, and in large pages where the system gives them: touching 4 KiB pages for the
+// first time costs more than filling them.
+Buffer allocate(size_t floats) {
+    constexpr size_t PAGE = size_t(1) << 21;
+    const size_t bytes = (floats * sizeof(float) + PAGE - 1) / PAGE * PAGE;
+    void* p = std::aligned_alloc(PAGE, bytes);
+#ifdef MADV_HUGEPAGE
+    if (p) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return Buffer(static_cast<float*>(p));
+}
+
+struct Strides {
+    int64_t batch, token, head;
+};
+
+}  // namespace
