@@ -6,7 +6,7 @@ Sampled rows of each are held against attention written out in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -20,9 +20,10 @@ from draftdiff.compare.table import Column, spread, text_table, with_spread
 from draftdiff.core.devices import dtype_named
 from draftdiff.core.draft import Tail, draft_map
 from draftdiff.core.grid import LatentGrid, choose_tile, tiling_for
+from draftdiff.core.probe import worst
 from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
-from draftdiff.kernels.drafting import pool, select
+from draftdiff.kernels.drafting import errors, pool, select, singles
 from draftdiff.kernels.problem import Problem
 
 
@@ -54,10 +55,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 EIGHT_BITS = {"sageattention": 1e-1}  # what it may be off
 NOT_TIMED = {"reference": "materialises every score", "flex": "timed as FlexAttention, compiled"}
 BLOCK_SIZE = 128
+TOKENS = 0.25  # of the budget, where single tokens are read
 
 
-def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, density: float) -> tuple[Inputs, Tail, Tensor]:
-    """Inputs with a mask of this density by the `draft` rule, the tail, and the draft map.
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, density: float) -> tuple[Inputs, Inputs, Tail]:
+    """Inputs with a mask of this density, chosen by `mass`; the same with one by `error` and single tokens, of the same
+    density together; and the tail.
 
     Neighbours share half of their variance, as video tokens do, so that rows of the mask are uneven.
     """
@@ -77,9 +80,24 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, density: f
     q, k, v = random(), random(), random()
     q_mean, k_mean = pool(q, tiling), pool(k, tiling)
     probabilities = draft_map(q_mean, k_mean, counts=tiling.counts[: tiling.video_tiles])
-    shares = torch.full((case.heads,), density, dtype=torch.float64)
-    keep = select("draft", probabilities, shares)
-    return Inputs(q, k, v, with_text(keep, tiling), tiling), Tail(k_mean, pool(v, tiling)), probabilities
+    tail = Tail(k_mean, pool(v, tiling))
+    keep = select("draft", probabilities, shares(case, density, device))
+    inputs = Inputs(q, k, v, with_text(keep, tiling), tiling)
+    keep, tokens = by_probe(case, inputs, q_mean, tail, density)
+    return inputs, replace(inputs, keep=with_text(keep, tiling), tokens=tokens), tail
+
+
+def shares(case: Case, density: float, device: torch.device) -> Tensor:
+    return torch.full((case.heads,), density, dtype=torch.float64, device=device)
+
+
+def by_probe(case: Case, inputs: Inputs, q_mean: Tensor, tail: Tail, density: float) -> tuple[Tensor, Tensor]:
+    """The kept tiles and the single tokens of the rule `error`."""
+    tiling, tokens = inputs.tiling, round(TOKENS * density * inputs.tiling.tokens)
+    given = (q_mean, inputs.k, inputs.v, tail, tiling)
+    error = errors(*given, scale=inputs.scale)
+    keep = worst(error, shares(case, density - tokens / tiling.tokens, error.device))
+    return keep, singles(*given, keep, scale=inputs.scale, tokens=tokens)
 
 
 def ours(backend: str, tail: Tail | None) -> Prepare:
@@ -94,23 +112,35 @@ def ours(backend: str, tail: Tail | None) -> Prepare:
         if backend == "triton" and inputs.q.device.type != "cuda":
             raise Absent("interpreted on a CPU: not timed")
 
-        problem = Problem(inputs.q, inputs.k, inputs.v, inputs.keep, inputs.tiling, tail=tail)
+        problem = Problem(inputs.q, inputs.k, inputs.v, inputs.keep, inputs.tiling, tail=tail, tokens=inputs.tokens)
         return lambda: block_sparse_attention(problem, backend=backend), lambda out: out
 
     return prepare
 
 
 def draft_and_select(case: Case, inputs: Inputs, density: float) -> Callable[[], Tensor]:
-    """All that comes before the kernel: pooling q, k and v, the map, the selection."""
-    shares = torch.full((case.heads,), density, dtype=torch.float64, device=inputs.q.device)
-    tiling = inputs.tiling
+    """All that comes before the kernel by the rule `draft`: pooling q, k and v, the map, the selection."""
+    tiling, kept = inputs.tiling, shares(case, density, inputs.q.device)
 
     def run() -> Tensor:
         q_mean, k_mean = pool(inputs.q, tiling), pool(inputs.k, tiling)
         pool(inputs.v, tiling)
-        return select("draft", draft_map(q_mean, k_mean, counts=tiling.counts), shares)
+        return select("draft", draft_map(q_mean, k_mean, counts=tiling.counts), kept)
 
     return run
+
+
+def draft_and_probe(case: Case, inputs: Inputs, density: float) -> Callable[[], Tensor]:
+    """The same by the rule `error`: pooling, the errors, the tiles, the single tokens."""
+
+    def run() -> Tensor:
+        q_mean, k_mean, v_mean = (pool(x, inputs.tiling) for x in (inputs.q, inputs.k, inputs.v))
+        return by_probe(case, inputs, q_mean, Tail(k_mean, v_mean), density)[1]
+
+    return run
+
+
+BEFORE = {"draft + select": draft_and_select, "draft + probe": draft_and_probe}
 
 
 def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
@@ -133,13 +163,15 @@ def error_on_rows(out: Tensor, inputs: Inputs, tail: Tail | None, dense: bool) -
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is timed. tail: the one it adds.  dense: whether it reads everything.  ours: its failure is a bug."""
+    """What is timed. tail: the one it adds.  dense: whether it reads everything.  ours: its failure is a bug.
+    tokens: whether it reads single ones."""
 
     name: str
     prepare: Prepare
     tail: Tail | None = None
     dense: bool = False
     ours: bool = False
+    tokens: bool = False
 
 
 def candidates(tail: Tail) -> list[Candidate]:
@@ -147,6 +179,7 @@ def candidates(tail: Tail) -> list[Candidate]:
         *(Candidate(name, prepare, dense=True) for name, prepare in DENSE.items()),
         *(Candidate(name, ours(name, None), ours=True) for name in BACKENDS),
         *(Candidate(f"{name} + tail", ours(name, tail), tail, ours=True) for name in BACKENDS),
+        *(Candidate(f"{name} + tail + tokens", ours(name, tail), tail, ours=True, tokens=True) for name in BACKENDS),
         *(Candidate(name, prepare) for name, prepare in SPARSE.items()),
     ]
 
@@ -224,7 +257,7 @@ class Kernels(Routine):
     def measure(self, case: tuple[str, float]) -> list[dict[str, Any]]:
         name, density = case
         shape = self.known[name]
-        inputs, tail, _ = make_inputs(shape, self.device, self.dtype, density)
+        inputs, with_tokens, tail = make_inputs(shape, self.device, self.dtype, density)
         counts = inputs.tiling.counts
         kept = float((inputs.keep.float() * counts).sum(-1).mul(counts).sum())
         flops = {True: 4.0 * inputs.tiling.tokens**2 * shape.heads * shape.head_dim, False: 4.0 * kept * shape.head_dim}
@@ -232,9 +265,10 @@ class Kernels(Routine):
         for candidate in candidates(tail):
             row = rows[candidate.name] = Row(name, density, candidate.name, candidate.dense)
             row.flops = flops[candidate.dense]
-            makers[candidate.name] = self.maker(candidate, inputs, row)
-        rows["draft + select"] = Row(name, density, "draft + select")
-        makers["draft + select"] = warmed(draft_and_select(shape, inputs, density), self.device)
+            makers[candidate.name] = self.maker(candidate, with_tokens if candidate.tokens else inputs, row)
+        for before, prepare in BEFORE.items():
+            rows[before] = Row(name, density, before)
+            makers[before] = warmed(prepare(shape, inputs, density), self.device)
         seconds, absent = in_turns(makers, self.options.rounds)
         self.fill(rows, seconds, absent)
         return [asdict(row) for row in rows.values()]

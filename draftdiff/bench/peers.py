@@ -31,13 +31,16 @@ Attention = Callable[[], Tensor]  # timed; returns what `restore` turns into [ba
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """One case: q, k, v [1, tokens, heads, head_dim] in the model's order and what is kept."""
+    """One case: q, k, v [1, tokens, heads, head_dim] in the model's order and what is kept.
+
+    tokens: read singly besides, as in `Problem`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     keep: Tensor
     tiling: Tiling
+    tokens: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -253,11 +256,17 @@ def reference_rows(inputs: Inputs, rows: Tensor, heads: Tensor, tail: Tail | Non
     scores = q @ k.transpose(-1, -2) * inputs.scale
     if dense:
         return (scores.softmax(-1) @ v).transpose(0, 1)
-    keep = inputs.keep[0, heads][:, tile_of[rows]]
-    scores = scores.masked_fill(~keep[..., tile_of], -math.inf)
+    own = tile_of[rows]
+    keep = inputs.keep[0, heads][:, own]
+    read, counts = keep[..., tile_of], tiling.counts[: tiling.video_tiles].float().expand(len(heads), len(rows), -1)
+    if inputs.tokens is not None:
+        single = torch.zeros(len(heads), len(rows), tiling.tokens + 1, device=device)
+        single.scatter_(-1, inputs.tokens[0, heads][:, own] % (tiling.tokens + 1), 1)  # -1 is the last place
+        read = read | (single[..., :-1] > 0)
+        counts = counts - single[..., :-1] @ F.one_hot(tile_of, tiling.tiles).float()[:, : tiling.video_tiles]
+    scores = scores.masked_fill(~read, -math.inf)
     if tail is not None:
-        pooled = q @ tail.k_mean[0, heads].transpose(-1, -2) * inputs.scale
-        pooled = pooled + tiling.counts[: tiling.video_tiles].log()
+        pooled = q @ tail.k_mean[0, heads].transpose(-1, -2) * inputs.scale + counts.log()
         scores = torch.cat([scores, pooled.masked_fill(keep[..., : tiling.video_tiles], -math.inf)], -1)
         v = torch.cat([v, tail.v_mean[0, heads]], 1)
     return (scores.softmax(-1) @ v).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""The command `draftdiff bench`: kernels, dit, quality, schedules, var, llm."""
+"""The command `draftdiff bench`: check, kernels, dit, quality, schedules, var, llm."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from draftdiff.cli.options import Parser, add_seed, number, share, whole
 
 def add_bench(parser: Parser) -> None:
     parts = parser.add_subparsers(title="benchmarks", required=True, metavar="NAME")
+    parts.add_parser("check", help="whether all that computes is right on a device", fill=_check)
     parts.add_parser("kernels", help="attention kernels side by side, ours and other libraries'", fill=_kernels)
     parts.add_parser("dit", help="denoising steps of video transformers, dense against sparse", fill=_dit)
     parts.add_parser("quality", help="what rules do to the picture, over many prompts", fill=_rules)
@@ -28,6 +29,10 @@ def add_bench(parser: Parser) -> None:
     of_llm.add_parser("loop", help="what speculative decoding costs beside the models", fill=_loop)
     of_llm.add_parser("speculation", help="measured and predicted speed-up over the target's depth", fill=_speculation)
     of_llm.add_parser("prefill", help="reading a prompt by vertical-slash attention", fill=_prefill)
+
+
+def _check(parser: Parser) -> None:
+    _common(parser, "check.Check", rounds=1)
 
 
 def _kernels(parser: Parser) -> None:

@@ -42,7 +42,7 @@ def test_every_backend_is_timed_and_checked_or_absent_with_a_reason(bench, tmp_p
         else:
             assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
     timed = {row["backend"] for row in rows if row["seconds"]}
-    assert {"SDPA flash", "torch", "torch + tail", "draft + select"} <= timed
+    assert {"SDPA flash", "torch", "torch + tail", "torch + tail + tokens", *kernels.BEFORE} <= timed
     dense = next(row for row in rows if row["backend"] == "SDPA flash")
     assert dense["of_dense_time"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert dense["flops"] == 4 * 600**2 * 2 * 64
@@ -62,16 +62,19 @@ def test_a_wrong_kernel_ends_the_script_with_status_1(bench, monkeypatch, capsys
     assert not any(row["correct"] for row in result["rows"] if row["backend"] == "torch")
 
 
+@pytest.mark.parametrize("with_tokens", [False, True], ids=["tiles", "tokens"])
 @pytest.mark.parametrize("with_tail", [False, True], ids=["drop", "tail"])
-def test_the_reference_of_sampled_rows_is_attention_written_out(with_tail):
-    inputs, tail, _ = kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
+def test_the_reference_of_sampled_rows_is_attention_written_out(with_tail, with_tokens):
+    plain, probed, tail = kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
+    inputs = probed if with_tokens else plain
     rows, heads = torch.tensor([0, 77, 599]), torch.tensor([1, 0])
     shown = tail if with_tail else None
     expected = torch.empty(len(rows), len(heads), inputs.q.shape[-1])
     for i, row in enumerate(rows.tolist()):
         for j, head in enumerate(heads.tolist()):
             one = (x[0, :, head] for x in (inputs.q, inputs.k, inputs.v))
-            expected[i, j] = attention_row(*one, inputs.keep[0, head], inputs.tiling, row, with_tail, None)[0]
+            singles = inputs.tokens[0, head] if with_tokens else None
+            expected[i, j] = attention_row(*one, inputs.keep[0, head], inputs.tiling, row, with_tail, None, singles)[0]
     rounded(lambda: reference_rows(inputs, rows, heads, shown, dense=False)).check(expected)
 
 
@@ -103,8 +106,8 @@ def test_bars_compare_what_was_measured():
         spread = {"median": ratio, "min": ratio, "max": ratio}
         return {"case": "cpu-64", "backend": backend, "density": density, "seconds": spread, "of_dense_time": spread}
 
-    found = bars([row("cpu + tail", 0.1, 0.2), row("cpu + tail", 0.25, 0.3)])
+    found = bars([row("cpu + tail + tokens", 0.1, 0.2), row("cpu + tail + tokens", 0.25, 0.2)])
     assert [(bar["measured"], bar["bar"], bar["met"]) for bar in found] == [
-        (0.2, "<= 0.18", False),
-        (0.3, "<= 0.4", True),
+        (0.2, "<= 0.12", False),
+        (0.2, "<= 0.28", True),
     ]
