@@ -14,14 +14,17 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from tqdm import tqdm
+
 from draftdiff.bench.runner import Routine, check_names
 from draftdiff.compare.table import Column, mean_of_known, spread, text_table, with_spread
-from draftdiff.compare.video import Clip, VideoComparison
-from draftdiff.compare.video_run import compare_videos
+from draftdiff.compare.video import DENSE, Clip
+from draftdiff.compare.video_run import first_look, run_once
 from draftdiff.core.budget import Budget
 from draftdiff.errors import UserError, user_errors
 from draftdiff.models.video import Judge, Model, call_arguments, load, world_judge
 from draftdiff.video.config import DraftAttentionConfig
+from draftdiff.video.patch import disable
 
 COLUMNS: tuple[Column, ...] = (
     ("setting", "setting", str, ""),
@@ -62,10 +65,10 @@ RULES: dict[str, dict[str, Any]] = {
     "mass, no tail": {"selection": "draft", "row_floor": 0.5, "tokens": 0.0, "tail": False},
     "top-k": {"selection": "draft", "row_floor": 1.0, "tokens": 0.0},
     "top-k, tokens 1/4": {"selection": "draft", "row_floor": 1.0, "tokens": 0.25},
-    "error": {"selection": "error", "row_floor": 1.0, "tokens": 0.0},
-    "error, tokens 1/8": {"selection": "error", "row_floor": 1.0, "tokens": 0.125},
-    "error, tokens 1/4": {"selection": "error", "row_floor": 1.0, "tokens": 0.25},
-    "error by rows, tokens 1/4": {"selection": "error", "row_floor": 0.5, "tokens": 0.25},
+    "error": {"selection": "error", "tokens": 0.0},
+    "error, tokens 1/8": {"selection": "error", "tokens": 0.125},
+    "error, tokens 1/4": {"selection": "error", "tokens": 0.25},
+    "error, tokens 1/2": {"selection": "error", "tokens": 0.5},
     "upstream": {"selection": "upstream", "tail": False, "tokens": 0.0},
 }
 SCHEDULES: dict[str, Schedule] = {
@@ -139,18 +142,36 @@ class Quality(Routine):
         return {"model": self.model.name, "steps": self.steps, "settings": settings}
 
     def measure(self, case: tuple[int, str]) -> list[dict[str, Any]]:
+        """A row per setting. seconds, dense_seconds: of each round.  right, dense_right: whether the judge finds what
+        was asked for in the setting's video and in the dense one, None without a judge."""
         seed, prompt = case
-        done = compare_videos(
-            self.model.pipeline,
-            [prompt],
-            self.settings,
-            repeat=self.options.rounds,
-            seed=seed,
-            call_kwargs=self.call,
-            judge=self.judge,
-            progress=False,
-        )
-        return _rows(done, prompt, seed)
+        pipeline, settings = self.model.pipeline, {DENSE: None, **self.settings}
+        clips: dict[str, Clip] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in settings}
+        try:
+            for _ in range(self.options.rounds):
+                for name, config in tqdm(settings.items(), desc=prompt, unit="video", leave=False):
+                    done = run_once(pipeline, config, prompt, seed, self.call)
+                    seconds[name].append(done.timing.seconds)
+                    if name not in clips:
+                        verdict = self.judge(prompt, done.frames) if self.judge else None
+                        clips[name] = first_look(done, clips.get(DENSE), verdict)
+        finally:
+            disable(pipeline)
+        dense = {"dense_seconds": seconds[DENSE], "dense_right": _right(clips[DENSE])}
+        return [
+            self.row(clips[name], seconds[name]) | {"setting": name, "prompt": prompt, "seed": seed} | dense
+            for name in self.settings
+        ]
+
+    def row(self, clip: Clip, seconds: list[float]) -> dict[str, Any]:
+        assert clip.quality is not None
+        return {
+            "seconds": seconds,
+            "density": mean_of_known(report["density"] for report in clip.reports),
+            "right": _right(clip),
+            **{name: getattr(clip.quality, name) for name in ("psnr", "ssim", "vmaf", "lpips")},
+        }
 
     def conclude(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         return {"summary": summary(results), "dense_right": mean_of_known(row["dense_right"] for row in results)}
@@ -174,30 +195,6 @@ class Schedules(Quality):
             for name, schedule in SCHEDULES.items():
                 found[f"{name}, {at}"] = schedule.config(work, self.steps, self.common)
         return {name: config for name, config in found.items() if config is not None}
-
-
-def _rows(done: VideoComparison, prompt: str, seed: int) -> list[dict[str, Any]]:
-    """A row per setting. seconds, dense_seconds: of each round.  right, dense_right: whether the judge finds what was
-    asked for in the setting's video and in the dense one, None without a judge."""
-    dense = [row[0].seconds for row in done.baseline.timings]
-    rows = []
-    for result, told in zip(done.results[1:], done.rows()[1:]):
-        clip = result.clips[0]
-        assert clip.quality is not None
-        rows.append(
-            {
-                "setting": result.name,
-                "prompt": prompt,
-                "seed": seed,
-                "seconds": [row[0].seconds for row in result.timings],
-                "dense_seconds": dense,
-                "density": told["density"],
-                "right": _right(clip),
-                "dense_right": _right(done.baseline.clips[0]),
-                **{name: getattr(clip.quality, name) for name in ("psnr", "ssim", "vmaf", "lpips")},
-            }
-        )
-    return rows
 
 
 def _right(clip: Clip) -> bool | None:
