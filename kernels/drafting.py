@@ -28,14 +28,14 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
     return triton_draft.pool(x, tiling)
 
 
-def select(rule: str, probabilities: Tensor, density: Tensor, *, row_floor: float = 0.5) -> Tensor:
+def select(rule: str, probabilities: Tensor, density: Tensor) -> Tensor:
     """`core.select.select`."""
     if rule == "draft" and _fused(probabilities.device):
         from draftdiff.kernels import triton_draft
 
         if probabilities.shape[-1] <= triton_draft.MOST_TILES:
-            return triton_draft.select_draft(probabilities, density, row_floor=row_floor)
-    return rules.select(rule, probabilities, density, row_floor=row_floor)
+            return triton_draft.select_draft(probabilities, density)
+    return rules.select(rule, probabilities, density)
 
 
 def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *, scale: float) -> Tensor:

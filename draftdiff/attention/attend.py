@@ -77,7 +77,7 @@ def attend(
             if rule.selection == "error":
                 kept = worst(errors(q_mean, k, v, means, tiling, scale=scale), in_tiles)
             else:
-                kept = select(rule.selection, probabilities, in_tiles, row_floor=rule.row_floor)
+                kept = select(rule.selection, probabilities, in_tiles)
             if single:
                 tokens = singles(q_mean, k, v, means, tiling, kept, scale=scale, tokens=single)
             keep = with_text(kept, tiling)

@@ -26,7 +26,6 @@ class Rule:
     """
 
     selection: str = "draft"
-    row_floor: float = 0.5
     tail: bool = True
     single: int | float = 0.0
     tile: tuple[int, int, int] | None = None
@@ -41,7 +40,6 @@ class Rule:
 
         known = (*SELECTIONS, "error")  # which is not by the map: `core.probe`
         require(self.selection in known, "selection", f"one of {', '.join(known)}")
-        require(0 <= self.row_floor <= 1, "row_floor", "between 0 and 1")
         require(self.block_size in (None, *BLOCK_SIZES), "block_size", f"one of {BLOCK_SIZES}")
         if self.tile is not None:
             largest = self.block_size or max(BLOCK_SIZES)

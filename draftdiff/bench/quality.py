@@ -61,15 +61,14 @@ class Schedule:
 
 
 RULES: dict[str, dict[str, Any]] = {
-    "mass": {"selection": "draft", "row_floor": 0.5, "tokens": 0.0},
-    "mass, no tail": {"selection": "draft", "row_floor": 0.5, "tokens": 0.0, "tail": False},
-    "top-k": {"selection": "draft", "row_floor": 1.0, "tokens": 0.0},
-    "top-k, tokens 1/4": {"selection": "draft", "row_floor": 1.0, "tokens": 0.25},
+    "mass": {"selection": "draft", "tokens": 0.0},
+    "mass, no tail": {"selection": "draft", "tokens": 0.0, "tail": False},
+    "mass, tokens 1/4": {"selection": "draft", "tokens": 0.25},
     "error": {"selection": "error", "tokens": 0.0},
     "error, tokens 1/8": {"selection": "error", "tokens": 0.125},
     "error, tokens 1/4": {"selection": "error", "tokens": 0.25},
     "error, tokens 1/2": {"selection": "error", "tokens": 0.5},
-    "upstream": {"selection": "upstream", "tail": False, "tokens": 0.0},
+    "upstream": {"selection": "upstream", "tail": False},
 }
 SCHEDULES: dict[str, Schedule] = {
     "2 dense": Schedule(2),

@@ -90,17 +90,17 @@ def select_upstream(probabilities: Tensor, density: Tensor) -> Tensor:
     return kept & (k < entries)[:, None, None]
 
 
-# By name: draft map, density and row_floor to what is kept.
-RULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "draft": lambda probabilities, density, row_floor: select_draft(probabilities, density, row_floor=row_floor),
-    "upstream": lambda probabilities, density, _: select_upstream(probabilities, density),
-    "full": lambda probabilities, *_: torch.ones_like(probabilities, dtype=torch.bool),
+# By name: draft map and density to what is kept.
+RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "draft": select_draft,
+    "upstream": select_upstream,
+    "full": lambda probabilities, _: torch.ones_like(probabilities, dtype=torch.bool),
 }
 SELECTIONS = tuple(RULES)
 
 
-def select(rule: str, probabilities: Tensor, density: Tensor, *, row_floor: float = 0.5) -> Tensor:
+def select(rule: str, probabilities: Tensor, density: Tensor) -> Tensor:
     """Apply a rule of RULES; see the functions above for shapes. Raises ValueError for another name."""
     if rule not in RULES:
         raise UserError(f"selection must be one of {', '.join(RULES)}, got {rule!r}")
-    return RULES[rule](probabilities, density, row_floor)
+    return RULES[rule](probabilities, density)

@@ -12,6 +12,8 @@ from draftdiff.core.budget import Budget
 from draftdiff.core.values import is_number, plain, shown
 from draftdiff.errors import UserError
 
+_TOKENS = 0.25  # of the budget
+
 
 @dataclass(frozen=True)
 class DraftAttentionConfig:
@@ -19,11 +21,12 @@ class DraftAttentionConfig:
 
     sparsity: share of video key tiles that a head skips, in [0, 1), or a `Budget` that spreads it over steps, layers
         and heads. Text is exact, so with much text the density over all tokens is above 1 - sparsity.
-    selection: "draft" (per-row floor, then mass), "error" (the tiles that their mean would stand for worst, equally
-        many for each query tile), "upstream" (the paper's rule: one threshold per head) or "full".
-    tokens: single tokens that a query tile reads, the best keys outside its kept tiles, as part of the budget: a number
-        (int) or a share of the budget (float in [0, 1)).
-    row_floor: share of a head's budget that "draft" deals evenly to the rows, in [0, 1]; the rest follows the mass.
+    selection: "error" (the tiles that their mean would stand for worst, equally many for each query tile), "draft" (by
+        the mass of the draft map: half of the budget evenly, the rest where mass is missed), "upstream" (the paper's
+        rule: one threshold per head) or "full".
+    tokens: single tokens that a query tile reads, those outside its kept tiles that their mean stands for worst, as
+        part of the budget: a number (int) or a share of the budget (float in [0, 1)); None is a quarter of it for
+        "error", none for the others.
     tail: count skipped tiles through their mean key and value instead of dropping them.
     tile: box of tokens (frames, rows, columns); None chooses one per grid, (1, 8, 16) for "upstream".
     block_size: tokens of a tile, 64 or 128; None takes 128 from 16,384 video tokens on, where there are tiles enough.
@@ -40,10 +43,9 @@ class DraftAttentionConfig:
     """
 
     sparsity: float | Budget = 0.75
-    selection: str = "draft"
-    row_floor: float = 0.5
+    selection: str = "error"
     tail: bool = True
-    tokens: int | float = 0.0
+    tokens: int | float | None = None
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
     dense_steps: int | float = 0.2
@@ -65,12 +67,12 @@ class DraftAttentionConfig:
             if not valid:
                 raise UserError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
-        share = isinstance(self.tokens, float)
-        require(
-            0 <= self.tokens < 1 if share else self.tokens >= 0,
-            "tokens",
-            "a number of tokens (int, 0 or more) or a share (float, at least 0 and below 1)",
-        )
+        if self.tokens is not None:
+            require(
+                0 <= self.tokens < 1 if isinstance(self.tokens, float) else self.tokens >= 0,
+                "tokens",
+                "a number of tokens (int, 0 or more) or a share (float, at least 0 and below 1)",
+            )
         may = self.selection in ("draft", "error")
         require(may or not self.tokens, "tokens", f"0 where selection is {self.selection!r}")
         _ = self.budget, self.rule
@@ -114,8 +116,10 @@ class DraftAttentionConfig:
     def rule(self) -> Rule:
         """What a single attention call needs of this."""
         same = {f.name: getattr(self, f.name) for f in fields(Rule) if f.init and f.name != "single"}
-        share = isinstance(self.tokens, float)
-        return Rule(single=self.tokens * (1 - self.budget.sparsity) if share else self.tokens, **same)
+        tokens = self.tokens
+        if tokens is None:
+            tokens = _TOKENS if self.selection == "error" else 0
+        return Rule(single=tokens * (1 - self.budget.sparsity) if isinstance(tokens, float) else tokens, **same)
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -183,9 +187,8 @@ _NONE = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
     "sparsity": (float, int, Budget),
     "selection": (str,),
-    "row_floor": (float, int),
     "tail": (bool,),
-    "tokens": (int, float),
+    "tokens": (int, float, _NONE),
     "tile": (tuple, _NONE),
     "block_size": (int, _NONE),
     "dense_steps": (int, float),

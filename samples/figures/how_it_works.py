@@ -1,4 +1,4 @@
-"""Draws samples/figures/how_it_works.svg, the README's figure, from a real draft map of a small random video."""
+"""Draws samples/figures/how_it_works.svg, the README's figure, from what the probe finds in a small random video."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from draftdiff.core.draft import draft_map, pool
+from draftdiff.core.draft import Tail, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.select import select_draft
+from draftdiff.core.probe import errors, singles, worst
 
 CELL, SIDE, TOP = 13, 12, 64
 INK, KEPT, TAIL, PALE = "#1f2933", "#1769aa", "#cfe3f5", "#e4e7eb"
@@ -39,13 +39,19 @@ def arrow(x: float, words: str) -> str:
 def main() -> None:
     torch.manual_seed(4)
     grid = LatentGrid(3, 16, 16)
-    coarse = torch.randn(1, 32, 3, 5, 5)
-    field = F.interpolate(coarse, grid.shape, mode="trilinear").flatten(2).transpose(1, 2)[:, :, None] * 2.2
+    coarse = torch.randn(2, 32, 3, 7, 7)
+    k, v = F.interpolate(coarse, grid.shape, mode="trilinear").flatten(2).transpose(1, 2)[:, None, :, None]
     tiling = tiling_for(grid, (1, 8, 8), 64)
-    means = pool(field, tiling)
-    probabilities = draft_map(means, means)
-    keep = select_draft(probabilities, torch.tensor([0.3], dtype=torch.float64))[0, 0]
-    shown = (probabilities[0, 0] / probabilities[0, 0].max()).sqrt()
+    k = 2.2 * k
+    q_mean, means = pool(k, tiling), Tail(pool(k, tiling), pool(v, tiling))
+    error = errors(q_mean, k, v, means, tiling, scale=0.4)
+    keep = worst(error, torch.tensor([0.25], dtype=torch.float64))
+    tokens = singles(q_mean, k, v, means, tiling, keep, scale=0.4, tokens=40)[0, 0]
+    keep, error = keep[0, 0], error[0, 0].exp()
+    shown = (error / error.amax(-1, keepdim=True)) ** 0.35
+    tile_of = torch.empty(grid.tokens, dtype=torch.long)
+    tile_of[tiling.order] = torch.arange(tiling.tiles).repeat_interleave(tiling.counts)
+    read = F.one_hot(tile_of[tokens], tiling.tiles).sum(1)
 
     size = SIDE * CELL
     parts = []
@@ -60,23 +66,27 @@ def main() -> None:
             x, y = column * CELL, TOP + row * CELL
             parts.append(box(columns[0] + x, y, CELL, CELL, shade(float(shown[row, column])), PALE))
             parts.append(box(columns[1] + x, y, CELL, CELL, KEPT if keep[row, column] else TAIL))
+            side = min(CELL - 3.0, float(read[row, column]) ** 0.5 * 1.8)
+            if side:
+                edge = (CELL - side) / 2
+                parts.append(box(columns[1] + x + edge, y + edge, side, side, KEPT, "none"))
     out = columns[2]
     for i in range(3):
         x, y = out + 18 * (2 - i), TOP + 18 * i
         parts.append(box(x, y, 112, 112, "white", INK))
         parts.append(box(x + 2, y + 2, 108, 108, TAIL))
-    for x, words in ((180, "pool q, k"), (416, "budget"), (656, "kernel")):
+    for x, words in ((180, "probe"), (416, "budget"), (656, "kernel")):
         parts.append(arrow(x - 2, words))
-    titles = [(94, "video tokens in tiles"), (308, "draft map"), (548, "selection"), (784, "output")]
+    titles = [(94, "video tokens in tiles"), (308, "error of each mean"), (548, "selection"), (784, "output")]
     parts += [text(x, 36, words, 15, "bold") for x, words in titles]
     y = TOP + size + 26
     notes = [
         (94, "any size; tiles at edges"),
         (94, "are ragged, not padded"),
-        (308, "attention between tile means,"),
-        (308, "thousands of times cheaper"),
-        (548, "dark: computed exactly"),
-        (548, "light: one pooled key and value"),
+        (308, "mean queries against all keys,"),
+        (308, "a hundredth of the work"),
+        (548, "dark: exact, tiles and single tokens"),
+        (548, "light: one mean key and value"),
         (784, "one softmax over both,"),
         (784, "in the model's own order"),
     ]

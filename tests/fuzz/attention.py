@@ -69,7 +69,6 @@ class AttentionCase(Case):
     tokens: float = 0.0
     sparsity: float = 0.5
     head_weights: tuple[float, ...] = ()
-    row_floor: float = 0.5
     tail: bool = True
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
@@ -82,7 +81,6 @@ class AttentionCase(Case):
             sparsity=Budget(self.sparsity, heads=self.head_weights) if self.head_weights else self.sparsity,
             selection=self.selection,
             tokens=self.tokens,
-            row_floor=self.row_floor,
             tail=self.tail,
             tile=self.tile,
             block_size=self.block_size,
@@ -144,7 +142,6 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
         tokens=draw(st.sampled_from([0.0, 0.125, 0.5]) | _shares(0, 0.999)) if may_be_single else 0.0,
         sparsity=draw(share),
         head_weights=draw(st.just(()) | weights),
-        row_floor=draw(st.sampled_from([0.5, 0.0, 1.0]) | _shares(0, 1)),
         tail=draw(st.booleans()),
         tile=tile,
         block_size=block_size,

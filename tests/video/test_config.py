@@ -87,8 +87,10 @@ def test_a_field_that_cannot_be_is_named(fields, message):
 
 
 def test_the_share_of_single_tokens_is_of_the_budget():
-    config = DraftAttentionConfig(0.75, selection="error", tokens=0.5)
-    assert config.rule.single == 0.125
+    assert DraftAttentionConfig(0.75, tokens=0.5).rule.single == 0.125
+    assert DraftAttentionConfig(0.75).rule.single == 0.0625  # a quarter
+    assert DraftAttentionConfig(0.75, selection="draft").rule.single == 0
+    assert DraftAttentionConfig(0.75, selection="upstream").rule.single == 0
     for fields, message in (
         ({"tokens": 1.0}, r"tokens must be a number of tokens \(int, 0 or more\) or a share .* got 1.0"),
         ({"tokens": -1}, "tokens must be a number of tokens .* got -1"),
@@ -126,7 +128,7 @@ def test_the_names_of_other_tools_are_taken():
         ({"end_percent": 90}, "end_percent must be between 0 and 1, got 90"),
         ({"dense_blocks": "0,x"}, "dense_blocks must be layers as in '0,1,38-39', got '0,x'"),
         ({"dense_steps": 3, "start_percent": 0.3}, "config gives dense_steps twice, also as start_percent"),
-        ({"extra_tokens": "many"}, "tokens must be of type int, float, got 'many'"),
+        ({"extra_tokens": "many"}, "tokens must be of type int, float, None, got 'many'"),
     ):
         with pytest.raises(ValueError, match=message):
             DraftAttentionConfig.of(given)
@@ -134,13 +136,12 @@ def test_the_names_of_other_tools_are_taken():
 
 def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
     config = DraftAttentionConfig(0.5, tail=False, block_size=64, backend="torch")
-    assert config.rule == Rule(tail=False, block_size=64, backend="torch")
+    assert config.rule == Rule(selection="error", single=0.125, tail=False, block_size=64, backend="torch")
     assert config.to_dict() == {
         "sparsity": 0.5,
-        "selection": "draft",
-        "row_floor": 0.5,
+        "selection": "error",
         "tail": False,
-        "tokens": 0.0,
+        "tokens": None,
         "tile": None,
         "block_size": 64,
         "dense_steps": 0.2,
