@@ -8,6 +8,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from draftdiff.cli.gpu_day import add_gpu_day
 from draftdiff.cli.options import Parser, add_seed, number, share, whole
 
 # torch and diffusers take seconds to import: only inside the benchmark that was chosen.
@@ -20,6 +21,9 @@ def add_bench(parser: Parser) -> None:
     parts.add_parser("dit", help="denoising steps of video transformers, dense against sparse", fill=_dit)
     parts.add_parser("quality", help="what rules do to the picture, over many prompts", fill=_rules)
     parts.add_parser("schedules", help="the same for dense steps and densities over the steps", fill=_schedules)
+    parts.add_parser(
+        "gpu-day", help="all that a new GPU deserves, checks first; --dry-run rehearses it", fill=add_gpu_day
+    )
     var = parts.add_parser("var", help="next-scale models: CoDe and ScaleKV; the attention of their last scales")
     of_var = var.add_subparsers(title="parts", required=True, metavar="PART")
     of_var.add_parser("models", help="VAR and Infinity plain, with CoDe, with ScaleKV, with both", fill=_var)

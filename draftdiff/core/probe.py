@@ -34,17 +34,25 @@ def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *,
 
 
 def worst(error: Tensor, density: Tensor) -> Tensor:
-    """The tiles of the greatest error, equally many for each query tile, its own always among them.
+    """The tiles of the greatest error, its own always among them, equally many for each query tile but for one more in
+    some, where a budget is no whole number.
 
     error: [batch, heads, tiles, tiles].  density: share that is kept, float64 [heads].  Returns bool like error.
     """
     tiles = error.shape[-1]
     place = torch.arange(tiles, device=error.device)
-    most = (density * tiles).long().clamp(1, tiles).to(error.device)
+    most = counts(density, tiles).to(error.device)
     error = error.masked_fill(error.isnan(), float("-inf"))  # which would come first
     ranking = error.masked_fill(place == place[:, None], float("inf")).argsort(-1, descending=True)
     kept = torch.zeros_like(error, dtype=torch.bool)
-    return kept.scatter_(-1, ranking, (place < most[:, None, None]).expand_as(kept))
+    return kept.scatter_(-1, ranking, (place < most[..., None]).expand_as(kept))
+
+
+def counts(density: Tensor, tiles: int) -> Tensor:
+    """How many tiles each row keeps, at least one, int64 [heads, tiles]; of all rows together so many as the share,
+    float64 [heads], allows."""
+    spent = density[:, None] * tiles * torch.arange(tiles + 1, dtype=density.dtype, device=density.device)
+    return (spent + 1e-6).floor().diff().long().clamp(1, tiles)
 
 
 @torch.no_grad()

@@ -53,11 +53,18 @@ def test_the_tiles_kept_are_the_worst_of_each_row_and_its_own():
     error = torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(3))
     error[0, 0, 4, 7] = math.nan  # is no reason to read a tile
     keep = probe.worst(error, torch.tensor([0.34, 0.05], dtype=torch.float64))
-    for h, most in ((0, 3), (1, 1)):
-        for row in range(9):
+    for h in range(2):
+        for row, most in enumerate(probe.counts(torch.tensor([0.34, 0.05]), 9)[h].tolist()):
             ranked = error[0, h, row].nan_to_num(-math.inf)
             ranked[row] = math.inf
             assert set(keep[0, h, row].nonzero()[:, 0].tolist()) == set(ranked.topk(most).indices.tolist())
+
+
+def test_a_budget_is_dealt_out_to_the_last_tile():
+    shares = torch.tensor([0.25, 0.1875, 0.34, 1.0, 0.01], dtype=torch.float64)
+    dealt = probe.counts(shares, 10)
+    assert dealt.sum(-1).tolist() == [25, 18, 34, 100, 10]  # the last: one for each row
+    assert (dealt.amax(-1) - dealt.amin(-1)).tolist() == [1, 1, 1, 0, 0]
 
 
 @PROBES

@@ -140,8 +140,8 @@ def test_a_run_warms_up_dense_goes_sparse_and_can_be_undone(family):
         assert told.grid == family.grid
         assert (told.dense_steps, told.sparse_steps) == (1, STEPS - 1)
         assert len(told.forwards) == STEPS * family.calls
-        # Few tiles: the least is one, and single tokens are a sixteenth of the keys.
-            assert told.mean_density == pytest.approx(0.25, abs=0.0626)
+        # The least of few tiles is one, and single tokens are a sixteenth of the keys.
+        assert told.mean_density == pytest.approx(0.25, abs=0.0626)
     assert float((sparse - stock).abs().max()) > 1e-3
     draftdiff.disable(pipe)
     assert torch.equal(run(), stock)
