@@ -58,10 +58,12 @@ void fill(const Call& c, const float* const* rows, const float* const* value_row
         if (value_rows[s]) std::memcpy(values + s * c.dim, value_rows[s], c.dim * sizeof(float));
         else std::fill(values + s * c.dim, values + (s + 1) * c.dim, 0.f);
     }
-    // A few columns at a time: all of them would fall into the same few sets of the cache.
+    const float* square[LANES];
     for (int64_t first = 0; first < c.dim; first += LANES)
-        for (int64_t s = 0; s < c.block; s++)
-            for (int64_t d = first; d < first + LANES; d++) keys[d * c.block + s] = rows[s] ? rows[s][d] : 0.f;
+        for (int64_t s = 0; s < c.block; s += LANES) {
+            for (int i = 0; i < LANES; i++) square[i] = rows[s + i] ? rows[s + i] + first : nullptr;
+            transpose(square, keys + first * c.block + s, c.block);
+        }
 }
 
 // A key tile of one head; what no query reads is zero. Pooled keys and values follow the tokens' tiles as some more tiles.
@@ -140,14 +142,14 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
     std::fill(row_max, row_max + block, NEGATIVE_INFINITY);
     std::fill(row_sum, row_sum + block, 0.f);
 
-    // One strip of n tiles, whose bias is set.
-    const auto read = [&](int64_t n) {
-        for (int64_t i = 0; i < n; i++)
-            multiply<false>(queries, dim, own.key_at[i], block, scores + i * block, strip, m, block, dim);
+    // One strip of tiles, whose bias is set: so many keys of them, a multiple of PANEL.
+    const auto read = [&](int64_t width) {
+        for (int64_t at = 0; at < width; at += block)
+            multiply<false>(queries, dim, own.key_at[at / block], block, scores + at, strip, m, std::min(block, width - at), dim);
         for (int64_t r = 0; r < m; r++)
-            softmax_strip(scores + r * strip, bias, n * block, acc + r * dim, dim, row_max + r, row_sum + r);
-        for (int64_t i = 0; i < n; i++)
-            multiply<true>(scores + i * block, strip, own.value_at[i], dim, acc, dim, m, dim, block);
+            softmax_strip(scores + r * strip, bias, width, acc + r * dim, dim, row_max + r, row_sum + r);
+        for (int64_t at = 0; at < width; at += block)
+            multiply<true>(scores + at, strip, own.value_at[at / block], dim, acc, dim, m, dim, std::min(block, width - at));
     };
 
     const uint8_t* kept = c.keep + (bh * c.tiles + tile) * c.tiles;
@@ -163,7 +165,7 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
             own.value_at[i] = values + j * size;
             key_bias(c, b, kept, counts, j, bias + i * block);
         }
-        read(n);
+        read(n * block);
     }
     const int64_t singles = tile < c.video ? c.most_singles : 0;
     const int64_t* single = c.singles + (bh * c.video + tile) * c.most_singles;
@@ -182,7 +184,7 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
             own.key_at[i] = into;
             own.value_at[i] = into + size;
         }
-        read(n);
+        read(std::min(n * block, (singles - start + PANEL - 1) / PANEL * PANEL));
     }
     for (int64_t r = 0; r < filled; r++) {
         const int64_t to = (b * c.tokens + slots[r]) * c.heads + h;

@@ -65,6 +65,42 @@ inline Vec exp2_any(Vec x) {
     return exp2_of(whole, x - __builtin_convertvector(whole, Vec));
 }
 
+// The lower or upper halves of two vectors, their elements in turn.
+template <bool UPPER>
+inline Vec interleave(Vec a, Vec b) {
+    constexpr int HALF = LANES / 2, FIRST = UPPER ? HALF : 0;
+#if defined(__clang__)
+    Vec both;
+    for (int i = 0; i < HALF; i++) {
+        both[2 * i] = a[FIRST + i];
+        both[2 * i + 1] = b[FIRST + i];
+    }
+    return both;
+#else
+    IntVec from;
+    for (int i = 0; i < HALF; i++) {
+        from[2 * i] = FIRST + i;
+        from[2 * i + 1] = LANES + FIRST + i;
+    }
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// out[column * stride + row] = rows[row][column] of LANES rows and as many columns, 0 for a row that is null. By shuffles of
+// whole vectors, rows i and i + LANES / 2 becoming rows 2i and 2i + 1 each time: one element at a time takes thrice as long.
+inline void transpose(const float* const* rows, float* out, long stride) {
+    Vec x[LANES], y[LANES];
+    for (int r = 0; r < LANES; r++) x[r] = rows[r] ? load(rows[r]) : Vec{};
+    for (int done = 1; done < LANES; done *= 2) {
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = interleave<false>(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = interleave<true>(x[i], x[i + LANES / 2]);
+        }
+        for (int r = 0; r < LANES; r++) x[r] = y[r];
+    }
+    for (int r = 0; r < LANES; r++) store(out + r * stride, x[r]);
+}
+
 // c[m x n] (+)= a[m x k] b[k x n]; m a multiple of ROWS, n of PANEL.
 template <bool ADD>
 ON_ITS_OWN void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long m, long n, long k) {
