@@ -55,6 +55,11 @@ struct Scratch {
 // A tile of the keys and values at rows and value_rows, null for none: keys transposed [dim, block], values [block, dim].
 void fill(const Call& c, const float* const* rows, const float* const* value_rows, float* keys, float* values) {
     for (int64_t s = 0; s < c.block; s++) {
+        const int64_t ahead = std::min(s + 8, c.block - 1);
+        for (int64_t d = 0; d < c.dim; d += 16) {
+            __builtin_prefetch(rows[ahead] + d);
+            __builtin_prefetch(value_rows[ahead] + d);
+        }
         if (value_rows[s]) std::memcpy(values + s * c.dim, value_rows[s], c.dim * sizeof(float));
         else std::fill(values + s * c.dim, values + (s + 1) * c.dim, 0.f);
     }

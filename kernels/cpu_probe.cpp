@@ -45,9 +45,13 @@ struct Head {
         float square = 0.f;
         for (int64_t d = 0; d < p.dim; d++) square += mean[d] * mean[d];
         for (int64_t s = 0; s < p.block; s++) {
-            const int64_t at = tile * p.block + s, token = p.slots[at];
+            const int64_t at = tile * p.block + s, token = p.slots[at], ahead = p.slots[std::min(at + 8, p.keys() - 1)];
             const float* k = p.k + b * p.k_at.batch + token * p.k_at.token + h * p.k_at.head;
             const float* v = p.v + b * p.v_at.batch + token * p.v_at.token + h * p.v_at.head;
+            for (int64_t d = 0; d < p.dim; d += 16) {
+                __builtin_prefetch(k + (ahead - token) * p.k_at.token + d);
+                __builtin_prefetch(v + (ahead - token) * p.v_at.token + d);
+            }
             float own = 0.f, both = 0.f;
             for (int64_t d = 0; token >= 0 && d < p.dim; d++) {
                 own += v[d] * v[d];
@@ -106,19 +110,6 @@ void errors(const Probe& p, int64_t bh, int64_t first, const Head& head, ProbeSc
     }
 }
 
-// Logarithm in base 2 of x > 0 to some 2e-6, by the series of the inverse hyperbolic tangent.
-inline Vec log2_vec(Vec x) {
-    const IntVec bits = reinterpret_cast<IntVec>(x);
-    const Vec exponent = __builtin_convertvector((bits >> 23) - 127, Vec);
-    const Vec m = reinterpret_cast<Vec>((bits & 0x7fffff) | 0x3f800000);
-    const Vec t = (m - 1.f) / (m + 1.f), square = t * t;
-    Vec p = square * (1.f / 9) + 1.f / 7;
-    p = p * square + 1.f / 5;
-    p = p * square + 1.f / 3;
-    p = p * square + 1.f;
-    return exponent + p * t * (2.f * LOG2E);
-}
-
 // Floats as integers of the same order.
 inline IntVec ordered(Vec x) {
     const IntVec bits = reinterpret_cast<IntVec>(x);
@@ -175,19 +166,26 @@ void best_tokens(const Probe& p, int64_t bh, int64_t first, const Head& head, Pr
     own.take(p, bh, first, ROWS);
     const int64_t rows = std::min<int64_t>(ROWS, p.tiles - first), n = p.keys();
     const uint8_t* keep = p.keep + (bh * p.tiles + first) * p.tiles;
-    float* scores = own.scores.data();
+    const float* centers = p.center + (bh * p.tiles + first) * p.tiles;
+    float *scores = own.scores.data(), best[ROWS];
+    for (int64_t r = 0; r < rows; r++) {
+        best[r] = NEGATIVE_INFINITY;
+        for (int64_t tile = 0; tile < p.tiles; tile++)
+            if (!keep[r * p.tiles + tile]) best[r] = std::max(best[r], centers[r * p.tiles + tile]);
+    }
     for (int64_t tile = 0; tile < p.tiles; tile++) {
         const int64_t start = tile * p.block;
         multiply<false>(own.queries.data(), p.dim, head.packed.get() + start * p.dim, p.block, scores + start, n, ROWS,
                         p.block, p.dim);
         for (int64_t r = 0; r < rows; r++) {
-            const float center = p.center[(bh * p.tiles + first + r) * p.tiles + tile];
-            const float hidden = keep[r * p.tiles + tile] ? NEGATIVE_INFINITY : 2.f * center;
+            const float center = centers[r * p.tiles + tile];
+            // Of what has so little weight that it would vanish the order does not matter.
+            const float weight = keep[r * p.tiles + tile] ? 0.f : std::exp2(std::max(2.f * (center - best[r]), -100.f));
             for (int64_t at = start; at < start + p.block; at += LANES) {
                 float* to = scores + r * n + at;
                 const Vec square = squared_error(load(to), center, &head.length[at], &head.along[at]) + load(&head.rest[at]);
-                const Vec error = log2_vec(square) + hidden;
-                store(to, square > 0.f ? error : splat(NEGATIVE_INFINITY));
+                const Vec error = square * weight;
+                store(to, error > 0.f ? error : splat(NEGATIVE_INFINITY));
             }
         }
     }
