@@ -190,13 +190,21 @@ def _nothing(ROWS: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def _resume(out_ptr, lse_ptr, at, filled, D: tl.constexpr, D_PAD: tl.constexpr):
-    """The state that `whole_tiles` left as output and log-sum-exp of the rows `at`."""
-    dim = tl.arange(0, D_PAD)
+def _merged(state, out_ptr, lse_ptr, at, filled, D: tl.constexpr):
+    """The state, and what `whole_tiles` left as output and log-sum-exp of the rows `at`.
+
+    At the end, not as the first state of the loops: products onto what comes from memory would wait for one another.
+    """
+    acc, row_max, row_sum = state
+    dim = tl.arange(0, acc.shape[1])
     there = filled[:, None] & (dim < D)[None, :]
-    acc = tl.load(out_ptr + at[:, None] * D + dim[None, :], mask=there, other=0.0).to(tl.float32)
-    row_max = tl.load(lse_ptr + at, mask=filled, other=float("-inf")) * LOG2E
-    return acc, row_max, tl.where(row_max == float("-inf"), 0.0, 1.0)
+    other = tl.load(out_ptr + at[:, None] * D + dim[None, :], mask=there, other=0.0).to(tl.float32)
+    other_max = tl.load(lse_ptr + at, mask=filled, other=float("-inf")) * LOG2E
+    new_max = tl.maximum(row_max, other_max)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    share = tl.math.exp2(row_max - shift)
+    other_share = tl.math.exp2(other_max - shift)
+    return acc * share[:, None] + other * other_share[:, None], new_max, row_sum * share + other_share
 
 
 @triton.jit
@@ -225,8 +233,8 @@ def forward(
     ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr,
     WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows go on from
-    the output and log-sum-exp that `whole_tiles` left.
+    """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows leave out
+    whole tiles and add the output and log-sum-exp that `whole_tiles` left.
 
     k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
     tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
@@ -259,8 +267,6 @@ def forward(
     if RESUME:  # noqa: SIM102 (decided when compiled, the other when run)
         if tile_q < video_tiles:
             begin = whole * PARTS
-            at = (b * tokens + position.to(tl.int64)) * heads + h
-            state = _resume(out_ptr, lse_ptr, at, position >= 0, D, D_PAD)
     if ACCESS == "descriptors":
         outer = (b * layout[0] + h * layout[1]).to(tl.int32)
         inner = (h * layout[2]).to(tl.int32)
@@ -300,6 +306,11 @@ def forward(
         state = _pooled(
             q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2, D, DESCRIPTORS, MASKED_STAGES
         )
+    if RESUME:  # noqa: SIM102
+        if tile_q < video_tiles:
+            position = tl.load(query_slots_ptr + tile_q * TILE + tl.arange(0, TILE), volatile=True)  # as in _finish
+            at = (b * tokens + position.to(tl.int64)) * heads + h
+            state = _merged(state, out_ptr, lse_ptr, at, position >= 0, D)
     _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, tokens, D, LSE)
 
 
