@@ -106,10 +106,11 @@ def _text(
 
 @triton.jit
 def _box_rows(
-    q, k_ptr, v_ptr, tokens_at, list_ptr, begin, end, lead, video, state, scale_log2,
-    BOX: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
+    q, k_ptr, v_ptr, tokens_at, list_ptr, begin, end, video, state, scale_log2,
+    BOX: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Parts [begin, end) of the listed boxes, all inside the grid, by address. tokens_at: strides of k and v."""
+    """Parts [begin, end) of the listed boxes, all inside the grid, by address. Entries are first tokens of boxes.
+    tokens_at: strides of k and v, the same if ALIKE; a box spans less than 2^31 elements."""
     acc, row_max, row_sum = state
     KEYS: tl.constexpr = PART[0] * PART[1] * PART[2]
     PARTS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // KEYS
@@ -117,13 +118,16 @@ def _box_rows(
     slot = tl.arange(0, KEYS)
     in_part = slot // (PART[1] * PART[2]) * height * width + slot // PART[2] % PART[1] * width + slot % PART[2]
     dim = tl.arange(0, q.shape[1])
+    k_in_part = (in_part * tokens_at[0].to(tl.int32))[:, None] + dim[None, :]
+    v_in_part = k_in_part
+    if not ALIKE:
+        v_in_part = (in_part * tokens_at[1].to(tl.int32))[:, None] + dim[None, :]
     bias = tl.zeros([KEYS], tl.float32)
     for i in tl.range(begin, end):
-        corner = tl.load(list_ptr + i // PARTS)
-        t, y, x = _part_corner(corner, i % PARTS, BOX, PART)
-        at = (lead + (t * height + y) * width + x + in_part).to(tl.int64)[:, None]
-        k = tl.load(k_ptr + at * tokens_at[0] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
-        v = tl.load(v_ptr + at * tokens_at[1] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        t, y, x = _part_corner(0, i % PARTS, BOX, PART)
+        first = tl.load(list_ptr + i // PARTS).to(tl.int64) + (t * height + y) * width + x
+        k = tl.load(k_ptr + first * tokens_at[0] + k_in_part, mask=(dim < D)[None, :], other=0.0)
+        v = tl.load(v_ptr + first * tokens_at[1] + v_in_part, mask=(dim < D)[None, :], other=0.0)
         acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, False)
     return acc, row_max, row_sum
 
@@ -231,20 +235,20 @@ def forward(
     shape, video, strides, layout,
     KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr,
     ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr,
-    WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows leave out
     whole tiles and add the output and log-sum-exp that `whole_tiles` left.
 
     k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
     tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
-    lists: pointers to order, counts, entries.  shape: heads, tokens, tiles, video tiles, lead.
+    lists: pointers to order, counts, entries.  shape: heads, tokens, tiles, video tiles.
     video: frames, height, width.  strides: of q, k and v (batch, token, head), then the batch strides of the key slots
     and of the text's bias.  layout: as `Interleave` has it, (outer per batch, outer per head, inner per head).
     """
     query_slots_ptr, key_slots_ptr, ragged_bias_ptr, text_bias_ptr, tail_bias_ptr = tables
     order_ptr, counts_ptr, list_ptr = lists
-    heads, tokens, tiles, video_tiles, lead = shape
+    heads, tokens, tiles, video_tiles = shape
     q_at, k_at, v_at, tables_at = strides
     turn = tl.program_id(0)
     bh = turn // tiles
@@ -292,7 +296,7 @@ def forward(
         tokens_at = (k_at[1], v_at[1])
         if ACCESS == "strided":
             state = _box_rows(
-                q, k, v, tokens_at, list_ptr, begin, whole * PARTS, lead, video, state, scale_log2, BOX, PART, D
+                q, k, v, tokens_at, list_ptr, begin, whole * PARTS, video, state, scale_log2, BOX, PART, D, ALIKE
             )
             list_ptr += whole
         masked = ragged + tl.load(counts_ptr + row * 3 + 2)
@@ -324,7 +328,7 @@ def whole_tiles(
     Triton's pass takes one loop, fed by descriptors made in the kernel, and can split queries among warp groups only if
     they come as rows: q_tiles [batch, tiles * TILE, heads * D] is q in tile order. `forward` does the rest with
     RESUME. Heads must stand side by side in a token of k and v. Grid: (batch, head, query tile); text rows are left
-    alone. Tuples as in `forward`; strides: of k and v (batch, token).
+    alone. Tuples as in `forward`; shape ends in lead; strides: of k and v (batch, token).
     """
     order_ptr, counts_ptr, list_ptr = lists
     heads, tokens, tiles, video_tiles, lead = shape

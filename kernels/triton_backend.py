@@ -36,6 +36,7 @@ except ImportError:
 differentiable = False
 reads_tokens = False
 _DESCRIPTORS = ("hopper", "blackwell")
+_INT32 = 2**31  # elements that a box may span for "strided"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -95,14 +96,20 @@ def _architecture(device: torch.device) -> str:
     return {9: "hopper", 10: "blackwell"}.get(major, "strided")
 
 
-def access_to(k: Tensor, v: Tensor, tables: TileTables) -> str:
+def access_to(k: Tensor, v: Tensor, tiling: Tiling) -> str:
     """How keys and values are read: "hopper" and "blackwell" by descriptors, "strided" by address, "gather" slot by
     slot."""
-    if tables.box is None:
+    box = tables_for(tiling).box
+    if box is None:
         return "gather"
     layout = interleave(k)
-    alike = layout is not None and layout == interleave(v) and k.stride() == v.stride()
-    return _architecture(k.device) if alike and k.element_size() == 2 else "strided"
+    if layout is not None and layout == interleave(v) and k.stride() == v.stride() and k.element_size() == 2:
+        access = _architecture(k.device)
+        if access != "strided":
+            return access
+    _, height, width = tiling.grid.shape
+    span = ((box[0] - 1) * height + box[1] - 1) * width + box[2]
+    return "strided" if span * max(k.stride(1), v.stride(1)) < _INT32 else "gather"
 
 
 def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -148,13 +155,13 @@ class Call:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
         tiling, tail, video = problem.tiling, problem.tail, problem.tiling.video_tiles
         tables = tables_for(tiling)
-        access = access_to(k, v, tables)
+        access = access_to(k, v, tiling)
         numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
         entries = numbers
         if access != "gather":
             corners = tables.corners
             if access == "strided":  # ragged tiles go by the positions of their slots
-                corners = torch.where(tables.kinds[:video] == WHOLE, corners, numbers[:video])
+                corners = torch.where(tables.kinds[:video] == WHOLE, tables.slots[:video, 0], numbers[:video])
             entries = torch.cat([corners, numbers[video:]])
         key_slots = tables.slots[None]
         if problem.text_mask is not None:
@@ -194,9 +201,9 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes that both kernels take: heads, tokens, tiles, video tiles, lead."""
+        """Sizes that both kernels take: heads, tokens, tiles, video tiles."""
         tiling = self.tiling
-        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles, tiling.lead
+        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles
 
     def launch(self, config: Config) -> tuple[Tensor, Tensor | None]:
         """Run it. Raises DoesNotCompile if the GPU or the compiler cannot take the configuration."""
@@ -276,6 +283,7 @@ class Call:
             LSE=self.want_lse,
             WIDEN=_widened(q.dtype),
             MASKED_STAGES=config.masked_stages or config.stages,
+            ALIKE=k.stride(1) == v.stride(1),
             num_warps=config.warps,
             num_stages=config.stages,
             **options,
@@ -299,7 +307,7 @@ class Call:
                 lists=(lists.order, lists.counts, lists.lists),
                 scale_log2=self.scale_log2,
                 batch=q.shape[0],
-                shape=self.shape,
+                shape=(*self.shape, self.tiling.lead),
                 video=self.tiling.grid.shape,
                 strides=(k.stride()[:2], v.stride()[:2]),
                 TILE=self.tiling.block_size,

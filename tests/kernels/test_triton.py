@@ -79,10 +79,29 @@ def test_memory_layouts_are_read_in_place(name):
     assert_attends(*found, problem)
 
 
+def test_keys_and_values_may_lie_differently():
+    problem = make(SMALL_BOXES, 64, torch.float16, False)
+    wide = torch.cat([problem.v, problem.v], dim=2)[:, :, :1]
+    call = triton_backend.Call.prepare(replace(problem, v=wide), want_lse=True)
+    assert call.access == "strided" and call.k.stride(1) != call.v.stride(1)
+    assert_attends(*call.launch(triton_configs.Config(32, 4, 2)), problem)
+
+
 def test_tiles_that_are_no_boxes_are_gathered():
     call, found, problem = launch(KERNEL_CASES[2], triton_configs.Config(64, 4, 2))
     assert call.access == "gather"
     assert_attends(*found, problem)
+
+
+def test_boxes_that_span_more_than_32_bits_can_count_are_gathered(monkeypatch):
+    """Offsets inside a box are 32 bits wide."""
+    monkeypatch.setattr(triton_backend, "_architecture", lambda device: "strided")
+    problem = make(SMALL_BOXES, 64, torch.float16, False)
+    span = ((2 - 1) * 6 + 4 - 1) * 12 + 8
+    monkeypatch.setattr(triton_backend, "_INT32", span * 64 + 1)
+    assert triton_backend.access_to(problem.k, problem.v, problem.tiling) == "strided"
+    monkeypatch.setattr(triton_backend, "_INT32", span * 64)
+    assert triton_backend.access_to(problem.k, problem.v, problem.tiling) == "gather"
 
 
 def test_a_specialised_run_resumes_rows_that_read_no_whole_tile():
