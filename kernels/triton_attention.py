@@ -1,7 +1,8 @@
 """Device code of the `triton` backend: a query tile walks its kept key tiles, read in place, with an online softmax.
 
 A program owns one query tile of one head. It reads, in this order: whole video tiles (no mask), ragged video tiles and
-text tiles (a bias per key, -inf where there is none), then the pooled tail. Softmax in base 2 with the scale folded in.
+text tiles (a bias per key, -inf where there is none), single tokens, then the pooled tail. Softmax in base 2 with the
+scale folded in.
 
 Video tiles are boxes of the model's own [frames, height, width] layout. With descriptors a box is one bulk tensor load
 (Hopper and later); otherwise its rows are addressed by arithmetic, or through a table of positions if the tile is no
@@ -107,10 +108,10 @@ def _text(
 @triton.jit
 def _box_rows(
     q, k_ptr, v_ptr, tokens_at, list_ptr, begin, end, video, state, scale_log2,
-    BOX: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, ALIKE: tl.constexpr,
+    BOX: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Parts [begin, end) of the listed boxes, all inside the grid, by address. Entries are first tokens of boxes.
-    tokens_at: strides of k and v, the same if ALIKE; a box spans less than 2^31 elements."""
+    tokens_at: strides of k and v; a box spans less than 2^31 elements."""
     acc, row_max, row_sum = state
     KEYS: tl.constexpr = PART[0] * PART[1] * PART[2]
     PARTS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // KEYS
@@ -119,9 +120,7 @@ def _box_rows(
     in_part = slot // (PART[1] * PART[2]) * height * width + slot // PART[2] % PART[1] * width + slot % PART[2]
     dim = tl.arange(0, q.shape[1])
     k_in_part = (in_part * tokens_at[0].to(tl.int32))[:, None] + dim[None, :]
-    v_in_part = k_in_part
-    if not ALIKE:
-        v_in_part = (in_part * tokens_at[1].to(tl.int32))[:, None] + dim[None, :]
+    v_in_part = (in_part * tokens_at[1].to(tl.int32))[:, None] + dim[None, :]
     bias = tl.zeros([KEYS], tl.float32)
     for i in tl.range(begin, end):
         t, y, x = _part_corner(0, i % PARTS, BOX, PART)
@@ -150,6 +149,25 @@ def _slots(
         v = tl.load(v_ptr + at.to(tl.int64)[:, None] * tokens_at[1] + dim[None, :], mask=there, other=0.0)
         bias = tl.where(at >= 0, 0.0, float("-inf"))
         acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, True)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _singles(
+    q, k_ptr, v_ptr, tokens_at, at_ptr, begin, end, count, state, scale_log2,
+    KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Places [begin, end) of the list of single tokens, if MASKED only the first `count` of the list; those behind name
+    a token that is read. tokens_at: strides of k and v."""
+    acc, row_max, row_sum = state
+    slot = tl.arange(0, KEYS)
+    dim = tl.arange(0, q.shape[1])
+    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+        at = tl.load(at_ptr + start + slot).to(tl.int64)[:, None]
+        k = tl.load(k_ptr + at * tokens_at[0] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        v = tl.load(v_ptr + at * tokens_at[1] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        bias = tl.where(start + slot < count, 0.0, float("-inf"))
+        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, MASKED)
     return acc, row_max, row_sum
 
 
@@ -231,18 +249,19 @@ def _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, token
 
 @triton.jit
 def forward(
-    q_ptr, k, v, k_text, v_text, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, scale_log2,
+    q_ptr, k, v, k_text, v_text, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, singles, scale_log2,
     shape, video, strides, layout,
     KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr,
-    ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr,
-    WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr, ALIKE: tl.constexpr,
+    ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, SINGLES: tl.constexpr, TAIL: tl.constexpr,
+    LSE: tl.constexpr, WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows leave out
     whole tiles and add the output and log-sum-exp that `whole_tiles` left.
 
     k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
     tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
-    lists: pointers to order, counts, entries.  shape: heads, tokens, tiles, video tiles.
+    lists: pointers to order, counts, entries.  singles: pointers to the positions of single tokens, the number of
+    places of a row, k and v.  shape: heads, tokens, tiles, video tiles.
     video: frames, height, width.  strides: of q, k and v (batch, token, head), then the batch strides of the key slots
     and of the text's bias.  layout: as `Interleave` has it, (outer per batch, outer per head, inner per head).
     """
@@ -263,10 +282,12 @@ def forward(
         q = q.to(tl.float32)
     state = _nothing(TILE, D_PAD)
 
+    # One name for one number, and the compiler forms offsets once.
+    tokens_at = (k_at[1], k_at[1] if ALIKE else v_at[1])
     PARTS: tl.constexpr = TILE // KEYS
     list_ptr += row.to(tl.int64) * (tiles + 1)  # one more, for the entry that is fetched ahead
-    whole = tl.load(counts_ptr + row * 3)
-    ragged = tl.load(counts_ptr + row * 3 + 1)
+    whole = tl.load(counts_ptr + row * 4)
+    ragged = tl.load(counts_ptr + row * 4 + 1)
     begin = 0
     if RESUME:  # noqa: SIM102 (decided when compiled, the other when run)
         if tile_q < video_tiles:
@@ -285,7 +306,7 @@ def forward(
         )  # fmt: skip
         if TEXT:
             list_ptr += ragged
-            text = tl.load(counts_ptr + row * 3 + 2)
+            text = tl.load(counts_ptr + row * 4 + 2)
             text_bias_ptr += b * tables_at[1]
             state = _text(
                 q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, video_tiles, state, scale_log2, TILE, KEYS
@@ -293,17 +314,27 @@ def forward(
     else:
         k += b * k_at[0] + h * k_at[2]
         v += b * v_at[0] + h * v_at[2]
-        tokens_at = (k_at[1], v_at[1])
         if ACCESS == "strided":
             state = _box_rows(
-                q, k, v, tokens_at, list_ptr, begin, whole * PARTS, video, state, scale_log2, BOX, PART, D, ALIKE
+                q, k, v, tokens_at, list_ptr, begin, whole * PARTS, video, state, scale_log2, BOX, PART, D
             )
             list_ptr += whole
-        masked = ragged + tl.load(counts_ptr + row * 3 + 2)
+        masked = ragged + tl.load(counts_ptr + row * 4 + 2)
         key_slots_ptr += b * tables_at[0]
         state = _slots(
             q, k, v, tokens_at, list_ptr, masked, key_slots_ptr, state, scale_log2, TILE, KEYS, D, MASKED_STAGES
         )
+    if SINGLES:
+        at_ptr, most, k_rows, v_rows = singles
+        at_ptr += row.to(tl.int64) * most
+        k_rows += b * k_at[0] + h * k_at[2]
+        v_rows += b * v_at[0] + h * v_at[2]
+        count = tl.load(counts_ptr + row * 4 + 3)
+        full = count // KEYS * KEYS
+        state = _singles(
+            q, k_rows, v_rows, tokens_at, at_ptr, 0, full, count, state, scale_log2, KEYS, D, False, MASKED_STAGES
+        )
+        state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, count, count, state, scale_log2, KEYS, D, True, 1)
     if TAIL:
         tail_bias_ptr += row.to(tl.int64) * video_tiles
         DESCRIPTORS: tl.constexpr = ACCESS == "descriptors"
@@ -363,7 +394,7 @@ def whole_tiles(
         acc, row_max, row_sum = _nothing(TILE, D)
         no_bias = tl.zeros([TILE], tl.float32)
         list_ptr += row.to(tl.int64) * (tiles + 1)
-        for i in tl.range(0, tl.load(counts_ptr + row * 3), warp_specialize=SPECIALIZE):
+        for i in tl.range(0, tl.load(counts_ptr + row * 4), warp_specialize=SPECIALIZE):
             entry = tl.load(list_ptr + i)
             t, y, x = entry >> 20, entry >> 10 & 1023, entry & 1023
             k = k_box.load([b, t, y, x, inner]).reshape(TILE, D)

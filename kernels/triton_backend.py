@@ -34,7 +34,7 @@ except ImportError:
     triton = None
 
 differentiable = False
-reads_tokens = False
+reads_tokens = True
 _DESCRIPTORS = ("hopper", "blackwell")
 _INT32 = 2**31  # elements that a box may span for "strided"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,8 +121,8 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     with on_device_of(q):
         if _INTERPRETED or len(configs) == 1:
             return call.launch(configs[0])
-        parts = (triton.__version__, call.access, q.dtype, q.shape[-1], block_size, problem.tail is not None)
-        return call.launch(fastest(" ".join(map(str, parts)), configs, call.launch, q.device))
+        kind = (call.access, q.dtype, q.shape[-1], block_size, problem.tail is not None, call.singles)
+        return call.launch(fastest(" ".join(map(str, (triton.__version__, *kind))), configs, call.launch, q.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class Call:
     q, k, v: the problem's, head_dim contiguous.  key_slots int32 [batch or 1, tiles, block_size], -1 where none may be
     read.  text_bias fp32 [batch or 1, text tiles, block_size].  text: k and v of the text tiles
     [batch, heads, text tiles, block_size, head_dim], 0 where none may be read; only descriptors need it.
-    pooled: means of k and v in their dtype.
+    singles: whether there are single tokens.  pooled: means of k and v in their dtype.
     """
 
     q: Tensor
@@ -145,6 +145,7 @@ class Call:
     key_slots: Tensor
     text_bias: Tensor
     text: tuple[Tensor, Tensor] | None
+    singles: bool
     pooled: tuple[Tensor, Tensor] | None
     scale_log2: float
     want_lse: bool
@@ -184,11 +185,13 @@ class Call:
                 tiling,
                 entries=entries,
                 tail=tail is not None,
-                log_counts=None if problem.tokens is None else problem.log_counts,
+                tokens=problem.tokens,
+                tile_of=None if problem.tokens is None else problem.tile_of,
             ),
             key_slots=key_slots,
             text_bias=text_bias,
             text=text,
+            singles=problem.tokens is not None and problem.tokens.shape[-1] > 0,
             pooled=tail and (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous()),
             scale_log2=problem.factor * math.log2(math.e),
             want_lse=want_lse,
@@ -262,9 +265,10 @@ class Call:
             q,
             *operands,
             out,
-            lse if lse is not None else tables.log2_tokens,
+            lse if lse is not None else tables.tokens,
             tables=(tables.slots, self.key_slots, *biases),
             lists=(lists.order, lists.counts, lists.lists),
+            singles=(lists.singles, lists.singles.shape[1], k, v),
             scale_log2=self.scale_log2,
             shape=self.shape,
             video=self.tiling.grid.shape,
@@ -279,6 +283,7 @@ class Call:
             ACCESS="descriptors" if described else self.access,
             RESUME=config.specialised is not None,
             TEXT=self.tiling.text > 0,
+            SINGLES=self.singles,
             TAIL=self.pooled is not None,
             LSE=self.want_lse,
             WIDEN=_widened(q.dtype),
