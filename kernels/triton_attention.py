@@ -1,8 +1,8 @@
 """Device code of the `triton` backend: a query tile walks its kept key tiles, read in place, with an online softmax.
 
-A program owns one query tile of one head. It reads, in this order: whole video tiles (no mask), ragged video tiles and
-text tiles (a bias per key, -inf where there is none), single tokens, then the pooled tail. Softmax in base 2 with the
-scale folded in.
+A program owns one query tile of one head. It reads, in this order: single tokens as far as they fill blocks, whole
+video tiles (both without a mask), ragged video tiles, text tiles and the other single tokens (a bias per key, -inf
+where there is none), then the pooled tail. Softmax in base 2 with the scale folded in.
 
 Video tiles are boxes of the model's own [frames, height, width] layout. With descriptors a box is one bulk tensor load
 (Hopper and later); otherwise its rows are addressed by arithmetic, or through a table of positions if the tile is no
@@ -133,17 +133,20 @@ def _box_rows(
 
 @triton.jit
 def _slots(
-    q, k_ptr, v_ptr, tokens_at, list_ptr, count, slots_ptr, state, scale_log2,
-    TILE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    q, k_ptr, v_ptr, tokens_at, list_ptr, count, slots_ptr, singles_ptr, rest, state, scale_log2,
+    TILE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, SINGLES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The listed tiles, by a table of the positions of their slots, -1 for none. tokens_at: strides of k and v."""
+    """The listed tiles, by a table of the positions of their slots, and if SINGLES `rest` (0 or 1) blocks of positions;
+    -1 is none. tokens_at: strides of k and v."""
     acc, row_max, row_sum = state
     PARTS: tl.constexpr = TILE // KEYS
     slot = tl.arange(0, KEYS)
     dim = tl.arange(0, q.shape[1])
-    for i in tl.range(0, count * PARTS, num_stages=STAGES):
-        tile = tl.load(list_ptr + i // PARTS)
-        at = tl.load(slots_ptr + tile * TILE + i % PARTS * KEYS + slot)
+    for i in tl.range(0, count * PARTS + rest, num_stages=STAGES):
+        at_ptr = slots_ptr + tl.load(list_ptr + i // PARTS) * TILE + i % PARTS * KEYS
+        if SINGLES:
+            at_ptr = tl.where(i < count * PARTS, at_ptr, singles_ptr)
+        at = tl.load(at_ptr + slot)
         there = (at >= 0)[:, None] & (dim < D)[None, :]
         k = tl.load(k_ptr + at.to(tl.int64)[:, None] * tokens_at[0] + dim[None, :], mask=there, other=0.0)
         v = tl.load(v_ptr + at.to(tl.int64)[:, None] * tokens_at[1] + dim[None, :], mask=there, other=0.0)
@@ -154,20 +157,19 @@ def _slots(
 
 @triton.jit
 def _singles(
-    q, k_ptr, v_ptr, tokens_at, at_ptr, begin, end, count, state, scale_log2,
-    KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    q, k_ptr, v_ptr, tokens_at, at_ptr, count, state, scale_log2,
+    KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Places [begin, end) of the list of single tokens, if MASKED only the first `count` of the list; those behind name
-    a token that is read. tokens_at: strides of k and v."""
+    """The tokens at `count` positions, a multiple of KEYS. tokens_at: strides of k and v."""
     acc, row_max, row_sum = state
     slot = tl.arange(0, KEYS)
     dim = tl.arange(0, q.shape[1])
-    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+    bias = tl.zeros([KEYS], tl.float32)
+    for start in tl.range(0, count, KEYS, num_stages=STAGES):
         at = tl.load(at_ptr + start + slot).to(tl.int64)[:, None]
         k = tl.load(k_ptr + at * tokens_at[0] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
         v = tl.load(v_ptr + at * tokens_at[1] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
-        bias = tl.where(start + slot < count, 0.0, float("-inf"))
-        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, MASKED)
+        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, False)
     return acc, row_max, row_sum
 
 
@@ -292,6 +294,17 @@ def forward(
     if RESUME:  # noqa: SIM102 (decided when compiled, the other when run)
         if tile_q < video_tiles:
             begin = whole * PARTS
+    at_ptr, places, k_rows, v_rows = singles
+    full = 0
+    rest = 0
+    if SINGLES:
+        at_ptr += row.to(tl.int64) * places
+        k_rows += b * k_at[0] + h * k_at[2]
+        v_rows += b * v_at[0] + h * v_at[2]
+        count = tl.load(counts_ptr + row * 4 + 3)
+        full = count // KEYS * KEYS
+        rest = (count > full).to(tl.int32)
+        state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
     if ACCESS == "descriptors":
         outer = (b * layout[0] + h * layout[1]).to(tl.int32)
         inner = (h * layout[2]).to(tl.int32)
@@ -311,6 +324,11 @@ def forward(
             state = _text(
                 q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, video_tiles, state, scale_log2, TILE, KEYS
             )
+        if SINGLES:
+            state = _slots(
+                q, k_rows, v_rows, tokens_at, list_ptr, 0, key_slots_ptr, at_ptr + full, rest, state, scale_log2,
+                TILE, KEYS, D, True, 1,
+            )  # fmt: skip
     else:
         k += b * k_at[0] + h * k_at[2]
         v += b * v_at[0] + h * v_at[2]
@@ -322,19 +340,9 @@ def forward(
         masked = ragged + tl.load(counts_ptr + row * 4 + 2)
         key_slots_ptr += b * tables_at[0]
         state = _slots(
-            q, k, v, tokens_at, list_ptr, masked, key_slots_ptr, state, scale_log2, TILE, KEYS, D, MASKED_STAGES
-        )
-    if SINGLES:
-        at_ptr, most, k_rows, v_rows = singles
-        at_ptr += row.to(tl.int64) * most
-        k_rows += b * k_at[0] + h * k_at[2]
-        v_rows += b * v_at[0] + h * v_at[2]
-        count = tl.load(counts_ptr + row * 4 + 3)
-        full = count // KEYS * KEYS
-        state = _singles(
-            q, k_rows, v_rows, tokens_at, at_ptr, 0, full, count, state, scale_log2, KEYS, D, False, MASKED_STAGES
-        )
-        state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, count, count, state, scale_log2, KEYS, D, True, 1)
+            q, k, v, tokens_at, list_ptr, masked, key_slots_ptr, at_ptr + full, rest, state, scale_log2,
+            TILE, KEYS, D, SINGLES, MASKED_STAGES,
+        )  # fmt: skip
     if TAIL:
         tail_bias_ptr += row.to(tl.int64) * video_tiles
         DESCRIPTORS: tl.constexpr = ACCESS == "descriptors"

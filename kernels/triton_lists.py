@@ -88,7 +88,7 @@ class TileLists:
 
     A row is a query tile of a head.  counts [rows, 4] int32: whole, ragged and text tiles, single tokens.
     lists [rows, tiles + 1] int32: the tiles' entries in this order, ascending in each; the rest is undefined.
-    singles [rows, any] int32: positions of single tokens, then one of them again up to a multiple of STEP; the rest is
+    singles [rows, any] int32: positions of single tokens, then -1 up to a multiple of STEP; the rest is
     undefined.  order [batch * heads, tiles] int32: query tiles, longest first.  tail_bias [rows, video_tiles] fp32:
     log2 of the tokens that a skipped tile's mean stands for, all but those read singly, -inf where there are none or
     the tile is kept.
@@ -138,7 +138,6 @@ def _compact(
         taken += number
     video = tile < video_tiles
     singles = 0
-    some = -1
     in_tile = tl.zeros([SIZE], tl.int32)
     if SINGLES:  # noqa: SIM102 (decided when compiled, the other when run)
         if row % tiles < video_tiles:
@@ -149,12 +148,11 @@ def _compact(
                 there = token >= 0
                 turn = singles + tl.cumsum(there.to(tl.int32), 0) - 1
                 tl.store(singles_ptr + row * places + turn, token, mask=there)
-                some = tl.maximum(some, tl.max(token, 0))
                 singles += tl.sum(there.to(tl.int32), 0)
                 # The last bin is no tile's.
                 in_tile += tl.histogram(tl.load(tile_of_ptr + token, mask=there, other=SIZE - 1), SIZE)
             behind = singles + tl.arange(0, STEP)
-            tl.store(singles_ptr + row * places + behind, some, mask=behind < tl.cdiv(singles, STEP) * STEP)
+            tl.store(singles_ptr + row * places + behind, -1, mask=behind < tl.cdiv(singles, STEP) * STEP)
     tl.store(counts_ptr + row * 4 + 3, singles)
     if TAIL:
         left = tl.load(held_ptr + tile, mask=video, other=0.0) - in_tile.to(tl.float32)

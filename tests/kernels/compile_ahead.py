@@ -136,7 +136,7 @@ SIZES = ((128, 128), (64, 128), (96, 128), (128, 64), (64, 64))  # head_dim and 
 
 
 def problems(every: bool) -> Iterator[Problem]:
-    """Sizes, text on, grid ragged, with and without a tail."""
+    """Sizes, text on, grid ragged, with and without a tail and single tokens."""
     for head_dim, block_size in SIZES:
         if head_dim == 96 and not every:
             continue
@@ -144,10 +144,12 @@ def problems(every: bool) -> Iterator[Problem]:
         for dtype in (torch.bfloat16, torch.float16)[: 2 if every and head_dim == 128 else 1]:
             tiling = tiling_for(LatentGrid(3, 20, 40), tile, block_size, text=77)
             q, k, v = torch.zeros(3, 1, tiling.tokens, 2, head_dim, dtype=dtype)
-            means = torch.zeros(1, 2, tiling.video_tiles, head_dim)
+            means = Tail(*torch.zeros(2, 1, 2, tiling.video_tiles, head_dim))
+            tokens = torch.zeros(1, 2, tiling.video_tiles, 200, dtype=torch.int64)
             keep = torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool)
-            for tail in (None, Tail(means, means)):
-                yield Problem(q, k, v, keep, tiling, tail=tail, scale=0.1)
+            for tail, singles in ((None, None), (means, None), (means, tokens)):
+                if every or singles is None or head_dim == block_size:
+                    yield Problem(q, k, v, keep, tiling, tail=tail, scale=0.1, tokens=singles)
 
 
 def tried(configs: list[Config]) -> list[Config]:
@@ -180,7 +182,7 @@ def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
             for config in configs if every else tried(configs):
                 compiled.clear()
                 about = {"head_dim": head_dim, "block": block_size, "dtype": str(problem.q.dtype)}
-                about |= {"tail": problem.tail is not None, "config": str(config)}
+                about |= {"tail": problem.tail is not None, "singles": call.singles, "config": str(config)}
                 try:
                     call.launch(config)
                 except DoesNotCompile as error:
@@ -190,7 +192,8 @@ def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
         tiling = problem.tiling
         triton_draft.pool(problem.q, tiling)
         triton_draft.select_draft(torch.zeros(1, 2, 600, 600), torch.full((2,), 0.2, dtype=torch.float64))
-        triton_backend.list_tiles(problem.keep, tiling, entries=call.tables.kinds, tail=True)
+        for single in ({}, {"tokens": problem.tokens, "tile_of": problem.tile_of}):
+            triton_backend.list_tiles(problem.keep, tiling, entries=call.tables.kinds, tail=True, **single)
         found += [machine_code(kernel, capability) for kernel in compiled]
     return found
 
