@@ -19,7 +19,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-TAIL_BLOCK = tl.constexpr(64)  # pooled tiles per step
+TAIL_KEYS = tl.constexpr(64)  # the most pooled tiles per step: each has a bias
 
 
 @triton.jit
@@ -176,7 +176,7 @@ def _singles(
 @triton.jit
 def _pooled(
     q, k_pool, v_pool, bh, bias_ptr, video_tiles, state, scale_log2,
-    D: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The means of the video tiles [batch * heads, video_tiles, D], each with its bias."""
     acc, row_max, row_sum = state
@@ -184,12 +184,12 @@ def _pooled(
     if not DESCRIPTORS:
         k_pool += bh.to(tl.int64) * video_tiles * D
         v_pool += bh.to(tl.int64) * video_tiles * D
-    for start in tl.range(0, video_tiles, TAIL_BLOCK, num_stages=STAGES):
-        pooled = start + tl.arange(0, TAIL_BLOCK)
+    for start in tl.range(0, video_tiles, KEYS, num_stages=STAGES):
+        pooled = start + tl.arange(0, KEYS)
         exists = pooled < video_tiles
         if DESCRIPTORS:
-            k = k_pool.load([bh, start, 0]).reshape(TAIL_BLOCK, q.shape[1])
-            v = v_pool.load([bh, start, 0]).reshape(TAIL_BLOCK, q.shape[1])
+            k = k_pool.load([bh, start, 0]).reshape(KEYS, q.shape[1])
+            v = v_pool.load([bh, start, 0]).reshape(KEYS, q.shape[1])
         else:
             there = exists[:, None] & (dim < D)[None, :]
             k = tl.load(k_pool + pooled[:, None] * D + dim[None, :], mask=there, other=0.0)
@@ -347,8 +347,9 @@ def forward(
         tail_bias_ptr += row.to(tl.int64) * video_tiles
         DESCRIPTORS: tl.constexpr = ACCESS == "descriptors"
         state = _pooled(
-            q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2, D, DESCRIPTORS, MASKED_STAGES
-        )
+            q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2,
+            min(KEYS, TAIL_KEYS), D, DESCRIPTORS, MASKED_STAGES,
+        )  # fmt: skip
     if RESUME:  # noqa: SIM102
         if tile_q < video_tiles:
             position = tl.load(query_slots_ptr + tile_q * TILE + tl.arange(0, TILE), volatile=True)  # as in _finish

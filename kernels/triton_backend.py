@@ -242,7 +242,7 @@ class Call:
             shape = [layout.outer, *grid.shape, layout.columns]
             strides = [layout.outer_stride, frame * token, row * token, token, 1]
             operands.append(TensorDescriptor(x[:, lead:], shape, strides, [1, *part, padded]))
-        for pair, rows in ((self.text, keys), (self.pooled, triton_attention.TAIL_BLOCK.value)):
+        for pair, rows in ((self.text, keys), (self.pooled, min(keys, triton_attention.TAIL_KEYS.value))):
             # What a call does without, the kernel does not touch.
             tiles = [x.flatten(0, 1).flatten(1, -2) for x in pair or ()]
             described = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, padded]) for x in tiles]
