@@ -186,7 +186,6 @@ class Call:
                 entries=entries,
                 tail=tail is not None,
                 tokens=problem.tokens,
-                tile_of=None if problem.tokens is None else problem.tile_of,
             ),
             key_slots=key_slots,
             text_bias=text_bias,

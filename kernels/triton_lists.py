@@ -39,7 +39,7 @@ class TileTables:
     slots [tiles, block_size] int32: model position of each slot, -1 for none; a box in raster order, holes included.
     kinds [tiles] int32: WHOLE, RAGGED or TEXT.  corners [video_tiles] int32: first
     token of a tile's box, packed.
-    tokens [video_tiles] fp32: how many are in each.
+    tokens [video_tiles] fp32: how many are in each.  tile_of [tokens] int32: the tile of each token.
     """
 
     box: tuple[int, int, int] | None
@@ -47,6 +47,7 @@ class TileTables:
     kinds: Tensor
     corners: Tensor
     tokens: Tensor
+    tile_of: Tensor
 
 
 @lru_cache(maxsize=32)
@@ -67,6 +68,7 @@ def tables_for(tiling: Tiling) -> TileTables:
         in_boxes = rearrange(positions, "(f t) (y h) (x w) -> (f y x) (t h w)", t=t, h=h, w=w)
         slots = torch.cat([in_boxes, slots[video:]])
     index = torch.arange(tiling.tiles, device=device)
+    tile_of = index.repeat_interleave(tiling.counts, output_size=tiling.tokens)[tiling.restore]
     is_whole = (tiling.counts == tiling.block_size) & is_box
     kinds = torch.where(index < video, torch.where(is_whole, WHOLE, RAGGED), TEXT)
     index = index[:video]
@@ -79,6 +81,7 @@ def tables_for(tiling: Tiling) -> TileTables:
         kinds=kinds.to(torch.int32),
         corners=corners.to(torch.int32),
         tokens=tiling.counts[:video].to(torch.float32),
+        tile_of=tile_of.to(torch.int32),
     )
 
 
@@ -167,10 +170,9 @@ def list_tiles(
     entries: Tensor,
     tail: bool,
     tokens: Tensor | None = None,
-    tile_of: Tensor | None = None,
 ) -> TileLists:
     """Lists of keep, bool [batch, heads, tiles, tiles], and of single tokens. entries [tiles] int32: what stands for
-    each tile.  tokens, tile_of: as a `Problem` has them."""
+    each tile.  tokens: as a `Problem` has them."""
     batch, heads, tiles, _ = keep.shape
     tables, rows, device = tables_for(tiling), batch * heads * tiles, keep.device
     most = 0 if tokens is None else tokens.shape[-1]
@@ -187,7 +189,7 @@ def list_tiles(
             entries,
             tables.tokens,
             tokens.contiguous() if tokens is not None and most else counts,
-            tile_of.to(torch.int32) if tile_of is not None and most else counts,
+            tables.tile_of,
             counts,
             lists,
             singles,

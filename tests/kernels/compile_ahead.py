@@ -192,8 +192,8 @@ def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
         tiling = problem.tiling
         triton_draft.pool(problem.q, tiling)
         triton_draft.select_draft(torch.zeros(1, 2, 600, 600), torch.full((2,), 0.2, dtype=torch.float64))
-        for single in ({}, {"tokens": problem.tokens, "tile_of": problem.tile_of}):
-            triton_backend.list_tiles(problem.keep, tiling, entries=call.tables.kinds, tail=True, **single)
+        for tokens in (None, problem.tokens):
+            triton_backend.list_tiles(problem.keep, tiling, entries=call.tables.kinds, tail=True, tokens=tokens)
         found += [machine_code(kernel, capability) for kernel in compiled]
     return found
 

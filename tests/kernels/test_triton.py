@@ -143,7 +143,7 @@ def test_lists_hold_single_tokens_and_means_stand_for_the_others(monkeypatch):
     tokens[:, :, ::2, ::3] = -1  # in between as well as at the end
     problem = replace(problem, tokens=tokens)
     numbers = torch.arange(tiling.tiles, dtype=torch.int32)
-    lists = list_tiles(problem.keep, tiling, entries=numbers, tail=True, tokens=tokens, tile_of=problem.tile_of)
+    lists = list_tiles(problem.keep, tiling, entries=numbers, tail=True, tokens=tokens)
     for row, given in enumerate(tokens.flatten(0, 2)):
         expected = given[given >= 0].tolist()
         assert lists.counts[row, 3] == len(expected)
