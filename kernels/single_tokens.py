@@ -1,4 +1,4 @@
-"""Attention over single tokens by itself, merged into what was made of the tiles: for kernels that read tiles only."""
+"""Attention over single tokens by itself, merged into what was made of the tiles: for one that reads tiles only."""
 
 from __future__ import annotations
 

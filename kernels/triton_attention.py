@@ -1,7 +1,8 @@
 """Device code of the `triton` backend: a query tile walks its kept key tiles, read in place, with an online softmax.
 
-A program owns one query tile of one head. It reads, in this order: whole video tiles (no mask), ragged video tiles and
-text tiles (a bias per key, -inf where there is none), then the pooled tail. Softmax in base 2 with the scale folded in.
+A program owns one query tile of one head. It reads, in this order: single tokens as far as they fill blocks, whole
+video tiles (both without a mask), ragged video tiles, text tiles and the other single tokens (a bias per key, -inf
+where there is none), then the pooled tail. Softmax in base 2 with the scale folded in.
 
 Video tiles are boxes of the model's own [frames, height, width] layout. With descriptors a box is one bulk tensor load
 (Hopper and later); otherwise its rows are addressed by arithmetic, or through a table of positions if the tile is no
@@ -18,7 +19,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-TAIL_BLOCK = tl.constexpr(64)  # pooled tiles per step
+TAIL_KEYS = tl.constexpr(64)  # the most pooled tiles per step: each has a bias
 
 
 @triton.jit
@@ -106,10 +107,11 @@ def _text(
 
 @triton.jit
 def _box_rows(
-    q, k_ptr, v_ptr, tokens_at, list_ptr, begin, end, lead, video, state, scale_log2,
+    q, k_ptr, v_ptr, tokens_at, list_ptr, begin, end, video, state, scale_log2,
     BOX: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Parts [begin, end) of the listed boxes, all inside the grid, by address. tokens_at: strides of k and v."""
+    """Parts [begin, end) of the listed boxes, all inside the grid, by address. Entries are first tokens of boxes.
+    tokens_at: strides of k and v; a box spans less than 2^31 elements."""
     acc, row_max, row_sum = state
     KEYS: tl.constexpr = PART[0] * PART[1] * PART[2]
     PARTS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // KEYS
@@ -117,30 +119,34 @@ def _box_rows(
     slot = tl.arange(0, KEYS)
     in_part = slot // (PART[1] * PART[2]) * height * width + slot // PART[2] % PART[1] * width + slot % PART[2]
     dim = tl.arange(0, q.shape[1])
+    k_in_part = (in_part * tokens_at[0].to(tl.int32))[:, None] + dim[None, :]
+    v_in_part = (in_part * tokens_at[1].to(tl.int32))[:, None] + dim[None, :]
     bias = tl.zeros([KEYS], tl.float32)
     for i in tl.range(begin, end):
-        corner = tl.load(list_ptr + i // PARTS)
-        t, y, x = _part_corner(corner, i % PARTS, BOX, PART)
-        at = (lead + (t * height + y) * width + x + in_part).to(tl.int64)[:, None]
-        k = tl.load(k_ptr + at * tokens_at[0] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
-        v = tl.load(v_ptr + at * tokens_at[1] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        t, y, x = _part_corner(0, i % PARTS, BOX, PART)
+        first = tl.load(list_ptr + i // PARTS).to(tl.int64) + (t * height + y) * width + x
+        k = tl.load(k_ptr + first * tokens_at[0] + k_in_part, mask=(dim < D)[None, :], other=0.0)
+        v = tl.load(v_ptr + first * tokens_at[1] + v_in_part, mask=(dim < D)[None, :], other=0.0)
         acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, False)
     return acc, row_max, row_sum
 
 
 @triton.jit
 def _slots(
-    q, k_ptr, v_ptr, tokens_at, list_ptr, count, slots_ptr, state, scale_log2,
-    TILE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    q, k_ptr, v_ptr, tokens_at, list_ptr, count, slots_ptr, singles_ptr, rest, state, scale_log2,
+    TILE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, SINGLES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The listed tiles, by a table of the positions of their slots, -1 for none. tokens_at: strides of k and v."""
+    """The listed tiles, by a table of the positions of their slots, and if SINGLES `rest` (0 or 1) blocks of positions;
+    -1 is none. tokens_at: strides of k and v."""
     acc, row_max, row_sum = state
     PARTS: tl.constexpr = TILE // KEYS
     slot = tl.arange(0, KEYS)
     dim = tl.arange(0, q.shape[1])
-    for i in tl.range(0, count * PARTS, num_stages=STAGES):
-        tile = tl.load(list_ptr + i // PARTS)
-        at = tl.load(slots_ptr + tile * TILE + i % PARTS * KEYS + slot)
+    for i in tl.range(0, count * PARTS + rest, num_stages=STAGES):
+        at_ptr = slots_ptr + tl.load(list_ptr + i // PARTS) * TILE + i % PARTS * KEYS
+        if SINGLES:
+            at_ptr = tl.where(i < count * PARTS, at_ptr, singles_ptr)
+        at = tl.load(at_ptr + slot)
         there = (at >= 0)[:, None] & (dim < D)[None, :]
         k = tl.load(k_ptr + at.to(tl.int64)[:, None] * tokens_at[0] + dim[None, :], mask=there, other=0.0)
         v = tl.load(v_ptr + at.to(tl.int64)[:, None] * tokens_at[1] + dim[None, :], mask=there, other=0.0)
@@ -150,9 +156,27 @@ def _slots(
 
 
 @triton.jit
+def _singles(
+    q, k_ptr, v_ptr, tokens_at, at_ptr, count, state, scale_log2,
+    KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The tokens at `count` positions, a multiple of KEYS. tokens_at: strides of k and v."""
+    acc, row_max, row_sum = state
+    slot = tl.arange(0, KEYS)
+    dim = tl.arange(0, q.shape[1])
+    bias = tl.zeros([KEYS], tl.float32)
+    for start in tl.range(0, count, KEYS, num_stages=STAGES):
+        at = tl.load(at_ptr + start + slot).to(tl.int64)[:, None]
+        k = tl.load(k_ptr + at * tokens_at[0] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        v = tl.load(v_ptr + at * tokens_at[1] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, False)
+    return acc, row_max, row_sum
+
+
+@triton.jit
 def _pooled(
     q, k_pool, v_pool, bh, bias_ptr, video_tiles, state, scale_log2,
-    D: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The means of the video tiles [batch * heads, video_tiles, D], each with its bias."""
     acc, row_max, row_sum = state
@@ -160,12 +184,12 @@ def _pooled(
     if not DESCRIPTORS:
         k_pool += bh.to(tl.int64) * video_tiles * D
         v_pool += bh.to(tl.int64) * video_tiles * D
-    for start in tl.range(0, video_tiles, TAIL_BLOCK, num_stages=STAGES):
-        pooled = start + tl.arange(0, TAIL_BLOCK)
+    for start in tl.range(0, video_tiles, KEYS, num_stages=STAGES):
+        pooled = start + tl.arange(0, KEYS)
         exists = pooled < video_tiles
         if DESCRIPTORS:
-            k = k_pool.load([bh, start, 0]).reshape(TAIL_BLOCK, q.shape[1])
-            v = v_pool.load([bh, start, 0]).reshape(TAIL_BLOCK, q.shape[1])
+            k = k_pool.load([bh, start, 0]).reshape(KEYS, q.shape[1])
+            v = v_pool.load([bh, start, 0]).reshape(KEYS, q.shape[1])
         else:
             there = exists[:, None] & (dim < D)[None, :]
             k = tl.load(k_pool + pooled[:, None] * D + dim[None, :], mask=there, other=0.0)
@@ -190,13 +214,21 @@ def _nothing(ROWS: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def _resume(out_ptr, lse_ptr, at, filled, D: tl.constexpr, D_PAD: tl.constexpr):
-    """The state that `whole_tiles` left as output and log-sum-exp of the rows `at`."""
-    dim = tl.arange(0, D_PAD)
+def _merged(state, out_ptr, lse_ptr, at, filled, D: tl.constexpr):
+    """The state, and what `whole_tiles` left as output and log-sum-exp of the rows `at`.
+
+    At the end, not as the first state of the loops: products onto what comes from memory would wait for one another.
+    """
+    acc, row_max, row_sum = state
+    dim = tl.arange(0, acc.shape[1])
     there = filled[:, None] & (dim < D)[None, :]
-    acc = tl.load(out_ptr + at[:, None] * D + dim[None, :], mask=there, other=0.0).to(tl.float32)
-    row_max = tl.load(lse_ptr + at, mask=filled, other=float("-inf")) * LOG2E
-    return acc, row_max, tl.where(row_max == float("-inf"), 0.0, 1.0)
+    other = tl.load(out_ptr + at[:, None] * D + dim[None, :], mask=there, other=0.0).to(tl.float32)
+    other_max = tl.load(lse_ptr + at, mask=filled, other=float("-inf")) * LOG2E
+    new_max = tl.maximum(row_max, other_max)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    share = tl.math.exp2(row_max - shift)
+    other_share = tl.math.exp2(other_max - shift)
+    return acc * share[:, None] + other * other_share[:, None], new_max, row_sum * share + other_share
 
 
 @triton.jit
@@ -219,24 +251,25 @@ def _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, token
 
 @triton.jit
 def forward(
-    q_ptr, k, v, k_text, v_text, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, scale_log2,
+    q_ptr, k, v, k_text, v_text, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, singles, scale_log2,
     shape, video, strides, layout,
     KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr,
-    ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr,
-    WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, SINGLES: tl.constexpr, TAIL: tl.constexpr,
+    LSE: tl.constexpr, WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows go on from
-    the output and log-sum-exp that `whole_tiles` left.
+    """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows leave out
+    whole tiles and add the output and log-sum-exp that `whole_tiles` left.
 
     k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
     tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
-    lists: pointers to order, counts, entries.  shape: heads, tokens, tiles, video tiles, lead.
+    lists: pointers to order, counts, entries.  singles: pointers to the positions of single tokens, the number of
+    places of a row, k and v.  shape: heads, tokens, tiles, video tiles.
     video: frames, height, width.  strides: of q, k and v (batch, token, head), then the batch strides of the key slots
     and of the text's bias.  layout: as `Interleave` has it, (outer per batch, outer per head, inner per head).
     """
     query_slots_ptr, key_slots_ptr, ragged_bias_ptr, text_bias_ptr, tail_bias_ptr = tables
     order_ptr, counts_ptr, list_ptr = lists
-    heads, tokens, tiles, video_tiles, lead = shape
+    heads, tokens, tiles, video_tiles = shape
     q_at, k_at, v_at, tables_at = strides
     turn = tl.program_id(0)
     bh = turn // tiles
@@ -251,16 +284,27 @@ def forward(
         q = q.to(tl.float32)
     state = _nothing(TILE, D_PAD)
 
+    # One name for one number, and the compiler forms offsets once.
+    tokens_at = (k_at[1], k_at[1] if ALIKE else v_at[1])
     PARTS: tl.constexpr = TILE // KEYS
     list_ptr += row.to(tl.int64) * (tiles + 1)  # one more, for the entry that is fetched ahead
-    whole = tl.load(counts_ptr + row * 3)
-    ragged = tl.load(counts_ptr + row * 3 + 1)
+    whole = tl.load(counts_ptr + row * 4)
+    ragged = tl.load(counts_ptr + row * 4 + 1)
     begin = 0
     if RESUME:  # noqa: SIM102 (decided when compiled, the other when run)
         if tile_q < video_tiles:
             begin = whole * PARTS
-            at = (b * tokens + position.to(tl.int64)) * heads + h
-            state = _resume(out_ptr, lse_ptr, at, position >= 0, D, D_PAD)
+    at_ptr, places, k_rows, v_rows = singles
+    full = 0
+    rest = 0
+    if SINGLES:
+        at_ptr += row.to(tl.int64) * places
+        k_rows += b * k_at[0] + h * k_at[2]
+        v_rows += b * v_at[0] + h * v_at[2]
+        count = tl.load(counts_ptr + row * 4 + 3)
+        full = count // KEYS * KEYS
+        rest = (count > full).to(tl.int32)
+        state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
     if ACCESS == "descriptors":
         outer = (b * layout[0] + h * layout[1]).to(tl.int32)
         inner = (h * layout[2]).to(tl.int32)
@@ -275,31 +319,42 @@ def forward(
         )  # fmt: skip
         if TEXT:
             list_ptr += ragged
-            text = tl.load(counts_ptr + row * 3 + 2)
+            text = tl.load(counts_ptr + row * 4 + 2)
             text_bias_ptr += b * tables_at[1]
             state = _text(
                 q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, video_tiles, state, scale_log2, TILE, KEYS
             )
+        if SINGLES:
+            state = _slots(
+                q, k_rows, v_rows, tokens_at, list_ptr, 0, key_slots_ptr, at_ptr + full, rest, state, scale_log2,
+                TILE, KEYS, D, True, 1,
+            )  # fmt: skip
     else:
         k += b * k_at[0] + h * k_at[2]
         v += b * v_at[0] + h * v_at[2]
-        tokens_at = (k_at[1], v_at[1])
         if ACCESS == "strided":
             state = _box_rows(
-                q, k, v, tokens_at, list_ptr, begin, whole * PARTS, lead, video, state, scale_log2, BOX, PART, D
+                q, k, v, tokens_at, list_ptr, begin, whole * PARTS, video, state, scale_log2, BOX, PART, D
             )
             list_ptr += whole
-        masked = ragged + tl.load(counts_ptr + row * 3 + 2)
+        masked = ragged + tl.load(counts_ptr + row * 4 + 2)
         key_slots_ptr += b * tables_at[0]
         state = _slots(
-            q, k, v, tokens_at, list_ptr, masked, key_slots_ptr, state, scale_log2, TILE, KEYS, D, MASKED_STAGES
-        )
+            q, k, v, tokens_at, list_ptr, masked, key_slots_ptr, at_ptr + full, rest, state, scale_log2,
+            TILE, KEYS, D, SINGLES, MASKED_STAGES,
+        )  # fmt: skip
     if TAIL:
         tail_bias_ptr += row.to(tl.int64) * video_tiles
         DESCRIPTORS: tl.constexpr = ACCESS == "descriptors"
         state = _pooled(
-            q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2, D, DESCRIPTORS, MASKED_STAGES
-        )
+            q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2,
+            min(KEYS, TAIL_KEYS), D, DESCRIPTORS, MASKED_STAGES,
+        )  # fmt: skip
+    if RESUME:  # noqa: SIM102
+        if tile_q < video_tiles:
+            position = tl.load(query_slots_ptr + tile_q * TILE + tl.arange(0, TILE), volatile=True)  # as in _finish
+            at = (b * tokens + position.to(tl.int64)) * heads + h
+            state = _merged(state, out_ptr, lse_ptr, at, position >= 0, D)
     _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, tokens, D, LSE)
 
 
@@ -313,7 +368,7 @@ def whole_tiles(
     Triton's pass takes one loop, fed by descriptors made in the kernel, and can split queries among warp groups only if
     they come as rows: q_tiles [batch, tiles * TILE, heads * D] is q in tile order. `forward` does the rest with
     RESUME. Heads must stand side by side in a token of k and v. Grid: (batch, head, query tile); text rows are left
-    alone. Tuples as in `forward`; strides: of k and v (batch, token).
+    alone. Tuples as in `forward`; shape ends in lead; strides: of k and v (batch, token).
     """
     order_ptr, counts_ptr, list_ptr = lists
     heads, tokens, tiles, video_tiles, lead = shape
@@ -348,7 +403,7 @@ def whole_tiles(
         acc, row_max, row_sum = _nothing(TILE, D)
         no_bias = tl.zeros([TILE], tl.float32)
         list_ptr += row.to(tl.int64) * (tiles + 1)
-        for i in tl.range(0, tl.load(counts_ptr + row * 3), warp_specialize=SPECIALIZE):
+        for i in tl.range(0, tl.load(counts_ptr + row * 4), warp_specialize=SPECIALIZE):
             entry = tl.load(list_ptr + i)
             t, y, x = entry >> 20, entry >> 10 & 1023, entry & 1023
             k = k_box.load([b, t, y, x, inner]).reshape(TILE, D)

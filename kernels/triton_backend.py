@@ -34,8 +34,9 @@ except ImportError:
     triton = None
 
 differentiable = False
-reads_tokens = False
+reads_tokens = True
 _DESCRIPTORS = ("hopper", "blackwell")
+_INT32 = 2**31  # elements that a box may span for "strided"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -95,14 +96,20 @@ def _architecture(device: torch.device) -> str:
     return {9: "hopper", 10: "blackwell"}.get(major, "strided")
 
 
-def access_to(k: Tensor, v: Tensor, tables: TileTables) -> str:
+def access_to(k: Tensor, v: Tensor, tiling: Tiling) -> str:
     """How keys and values are read: "hopper" and "blackwell" by descriptors, "strided" by address, "gather" slot by
     slot."""
-    if tables.box is None:
+    box = tables_for(tiling).box
+    if box is None:
         return "gather"
     layout = interleave(k)
-    alike = layout is not None and layout == interleave(v) and k.stride() == v.stride()
-    return _architecture(k.device) if alike and k.element_size() == 2 else "strided"
+    if layout is not None and layout == interleave(v) and k.stride() == v.stride() and k.element_size() == 2:
+        access = _architecture(k.device)
+        if access != "strided":
+            return access
+    _, height, width = tiling.grid.shape
+    span = ((box[0] - 1) * height + box[1] - 1) * width + box[2]
+    return "strided" if span * max(k.stride(1), v.stride(1)) < _INT32 else "gather"
 
 
 def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -114,8 +121,8 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     with on_device_of(q):
         if _INTERPRETED or len(configs) == 1:
             return call.launch(configs[0])
-        parts = (triton.__version__, call.access, q.dtype, q.shape[-1], block_size, problem.tail is not None)
-        return call.launch(fastest(" ".join(map(str, parts)), configs, call.launch, q.device))
+        kind = (call.access, q.dtype, q.shape[-1], block_size, problem.tail is not None, call.singles)
+        return call.launch(fastest(" ".join(map(str, (triton.__version__, *kind))), configs, call.launch, q.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +132,7 @@ class Call:
     q, k, v: the problem's, head_dim contiguous.  key_slots int32 [batch or 1, tiles, block_size], -1 where none may be
     read.  text_bias fp32 [batch or 1, text tiles, block_size].  text: k and v of the text tiles
     [batch, heads, text tiles, block_size, head_dim], 0 where none may be read; only descriptors need it.
-    pooled: means of k and v in their dtype.
+    singles: whether there are single tokens.  pooled: means of k and v in their dtype.
     """
 
     q: Tensor
@@ -138,6 +145,7 @@ class Call:
     key_slots: Tensor
     text_bias: Tensor
     text: tuple[Tensor, Tensor] | None
+    singles: bool
     pooled: tuple[Tensor, Tensor] | None
     scale_log2: float
     want_lse: bool
@@ -148,13 +156,13 @@ class Call:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
         tiling, tail, video = problem.tiling, problem.tail, problem.tiling.video_tiles
         tables = tables_for(tiling)
-        access = access_to(k, v, tables)
+        access = access_to(k, v, tiling)
         numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
         entries = numbers
         if access != "gather":
             corners = tables.corners
             if access == "strided":  # ragged tiles go by the positions of their slots
-                corners = torch.where(tables.kinds[:video] == WHOLE, corners, numbers[:video])
+                corners = torch.where(tables.kinds[:video] == WHOLE, tables.slots[:video, 0], numbers[:video])
             entries = torch.cat([corners, numbers[video:]])
         key_slots = tables.slots[None]
         if problem.text_mask is not None:
@@ -177,11 +185,12 @@ class Call:
                 tiling,
                 entries=entries,
                 tail=tail is not None,
-                log_counts=None if problem.tokens is None else problem.log_counts,
+                tokens=problem.tokens,
             ),
             key_slots=key_slots,
             text_bias=text_bias,
             text=text,
+            singles=problem.tokens is not None and problem.tokens.shape[-1] > 0,
             pooled=tail and (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous()),
             scale_log2=problem.factor * math.log2(math.e),
             want_lse=want_lse,
@@ -194,9 +203,9 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes that both kernels take: heads, tokens, tiles, video tiles, lead."""
+        """Sizes that both kernels take: heads, tokens, tiles, video tiles."""
         tiling = self.tiling
-        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles, tiling.lead
+        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles
 
     def launch(self, config: Config) -> tuple[Tensor, Tensor | None]:
         """Run it. Raises DoesNotCompile if the GPU or the compiler cannot take the configuration."""
@@ -232,7 +241,7 @@ class Call:
             shape = [layout.outer, *grid.shape, layout.columns]
             strides = [layout.outer_stride, frame * token, row * token, token, 1]
             operands.append(TensorDescriptor(x[:, lead:], shape, strides, [1, *part, padded]))
-        for pair, rows in ((self.text, keys), (self.pooled, triton_attention.TAIL_BLOCK.value)):
+        for pair, rows in ((self.text, keys), (self.pooled, min(keys, triton_attention.TAIL_KEYS.value))):
             # What a call does without, the kernel does not touch.
             tiles = [x.flatten(0, 1).flatten(1, -2) for x in pair or ()]
             described = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, padded]) for x in tiles]
@@ -255,9 +264,10 @@ class Call:
             q,
             *operands,
             out,
-            lse if lse is not None else tables.log2_tokens,
+            lse if lse is not None else tables.tokens,
             tables=(tables.slots, self.key_slots, *biases),
             lists=(lists.order, lists.counts, lists.lists),
+            singles=(lists.singles, lists.singles.shape[1], k, v),
             scale_log2=self.scale_log2,
             shape=self.shape,
             video=self.tiling.grid.shape,
@@ -272,10 +282,12 @@ class Call:
             ACCESS="descriptors" if described else self.access,
             RESUME=config.specialised is not None,
             TEXT=self.tiling.text > 0,
+            SINGLES=self.singles,
             TAIL=self.pooled is not None,
             LSE=self.want_lse,
             WIDEN=_widened(q.dtype),
             MASKED_STAGES=config.masked_stages or config.stages,
+            ALIKE=k.stride(1) == v.stride(1),
             num_warps=config.warps,
             num_stages=config.stages,
             **options,
@@ -299,7 +311,7 @@ class Call:
                 lists=(lists.order, lists.counts, lists.lists),
                 scale_log2=self.scale_log2,
                 batch=q.shape[0],
-                shape=self.shape,
+                shape=(*self.shape, self.tiling.lead),
                 video=self.tiling.grid.shape,
                 strides=(k.stride()[:2], v.stride()[:2]),
                 TILE=self.tiling.block_size,

@@ -27,16 +27,15 @@ class Config:
     specialised: int | None = None
 
 
-_TWO_PER_SM = Config(64, 8, 2, registers=128, masked_stages=1)
 # By kind of access, padded head_dim and tile size: at most five, the one expected to be fastest first.
 CONFIGS: dict[str, dict[tuple[int, int], list[Config]]] = {
     "hopper": {
         (128, 128): [
-            _TWO_PER_SM,
             Config(128, 8, 2),
-            Config(64, 8, 2, registers=128, masked_stages=1, specialised=2),
             Config(128, 8, 3, masked_stages=2),
+            Config(128, 8, 2, specialised=2),
             Config(64, 8, 3),
+            Config(32, 8, 3, registers=128, masked_stages=1),
         ],
         (64, 128): [
             Config(64, 8, 3, registers=128, masked_stages=1),
@@ -45,7 +44,7 @@ CONFIGS: dict[str, dict[tuple[int, int], list[Config]]] = {
             Config(64, 4, 3),
             Config(128, 8, 2),
         ],
-        (128, 64): [Config(64, 4, 3), Config(64, 4, 2)],
+        (128, 64): [Config(64, 4, 2), Config(64, 4, 3)],
         (64, 64): [Config(64, 4, 4), Config(64, 4, 3)],
     },
     "blackwell": {

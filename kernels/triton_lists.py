@@ -21,6 +21,8 @@ from torch import Tensor
 from draftdiff.core.grid import Tiling
 
 WHOLE, RAGGED, TEXT = range(3)
+STEP = tl.constexpr(128)  # the most keys of a step of `triton_attention.forward`
+_SCAN = 1024  # single tokens at once
 _MOST_TOKENS = 1023  # per axis, so that a corner packs into 32 bits
 
 
@@ -37,14 +39,15 @@ class TileTables:
     slots [tiles, block_size] int32: model position of each slot, -1 for none; a box in raster order, holes included.
     kinds [tiles] int32: WHOLE, RAGGED or TEXT.  corners [video_tiles] int32: first
     token of a tile's box, packed.
-    log2_tokens [video_tiles] fp32.
+    tokens [video_tiles] fp32: how many are in each.  tile_of [tokens] int32: the tile of each token.
     """
 
     box: tuple[int, int, int] | None
     slots: Tensor
     kinds: Tensor
     corners: Tensor
-    log2_tokens: Tensor
+    tokens: Tensor
+    tile_of: Tensor
 
 
 @lru_cache(maxsize=32)
@@ -65,6 +68,7 @@ def tables_for(tiling: Tiling) -> TileTables:
         in_boxes = rearrange(positions, "(f t) (y h) (x w) -> (f y x) (t h w)", t=t, h=h, w=w)
         slots = torch.cat([in_boxes, slots[video:]])
     index = torch.arange(tiling.tiles, device=device)
+    tile_of = index.repeat_interleave(tiling.counts, output_size=tiling.tokens)[tiling.restore]
     is_whole = (tiling.counts == tiling.block_size) & is_box
     kinds = torch.where(index < video, torch.where(is_whole, WHOLE, RAGGED), TEXT)
     index = index[:video]
@@ -76,7 +80,8 @@ def tables_for(tiling: Tiling) -> TileTables:
         slots=slots.to(torch.int32).contiguous(),
         kinds=kinds.to(torch.int32),
         corners=corners.to(torch.int32),
-        log2_tokens=tiling.counts[:video].log2().to(torch.float32),
+        tokens=tiling.counts[:video].to(torch.float32),
+        tile_of=tile_of.to(torch.int32),
     )
 
 
@@ -84,14 +89,17 @@ def tables_for(tiling: Tiling) -> TileTables:
 class TileLists:
     """The kept key tiles of each query tile.
 
-    A row is a query tile of a head.  counts [rows, 3] int32: whole, ragged and text tiles.  lists [rows, tiles + 1]
-    int32: their entries in this order, ascending in each; the rest is undefined.  order [batch * heads, tiles] int32:
-    query tiles, longest first.  tail_bias [rows, video_tiles] fp32: log2 of the tokens of a skipped tile, -inf where
-    it is kept.
+    A row is a query tile of a head.  counts [rows, 4] int32: whole, ragged and text tiles, single tokens.
+    lists [rows, tiles + 1] int32: the tiles' entries in this order, ascending in each; the rest is undefined.
+    singles [rows, any] int32: positions of single tokens, then -1 up to a multiple of STEP; the rest is
+    undefined.  order [batch * heads, tiles] int32: query tiles, longest first.  tail_bias [rows, video_tiles] fp32:
+    log2 of the tokens that a skipped tile's mean stands for, all but those read singly, -inf where there are none or
+    the tile is kept.
     """
 
     counts: Tensor
     lists: Tensor
+    singles: Tensor
     order: Tensor
     tail_bias: Tensor
 
@@ -101,15 +109,21 @@ def _compact(
     keep_ptr,
     kinds_ptr,
     entries_ptr,
-    log2_counts_ptr,
-    counts_row,
+    held_ptr,
+    tokens_ptr,
+    tile_of_ptr,
     counts_ptr,
     lists_ptr,
+    singles_ptr,
     tail_bias_ptr,
     tiles,
     video_tiles,
+    most,
+    places,
     SIZE: tl.constexpr,
     TAIL: tl.constexpr,
+    SINGLES: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, SIZE)
@@ -123,43 +137,73 @@ def _compact(
         place = taken + tl.cumsum(mine, 0) - 1
         tl.store(lists_ptr + row * (tiles + 1) + place, entry, mask=mine != 0)
         number = tl.sum(mine, 0)
-        tl.store(counts_ptr + row * 3 + wanted, number)
+        tl.store(counts_ptr + row * 4 + wanted, number)
         taken += number
+    video = tile < video_tiles
+    singles = 0
+    in_tile = tl.zeros([SIZE], tl.int32)
+    if SINGLES:  # noqa: SIM102 (decided when compiled, the other when run)
+        if row % tiles < video_tiles:
+            tokens_ptr += (row // tiles * video_tiles + row % tiles) * most
+            for start in range(0, most, SCAN):
+                lane = start + tl.arange(0, SCAN)
+                token = tl.load(tokens_ptr + lane, mask=lane < most, other=-1).to(tl.int32)
+                there = token >= 0
+                turn = singles + tl.cumsum(there.to(tl.int32), 0) - 1
+                tl.store(singles_ptr + row * places + turn, token, mask=there)
+                singles += tl.sum(there.to(tl.int32), 0)
+                # The last bin is no tile's.
+                in_tile += tl.histogram(tl.load(tile_of_ptr + token, mask=there, other=SIZE - 1), SIZE)
+            behind = singles + tl.arange(0, STEP)
+            tl.store(singles_ptr + row * places + behind, -1, mask=behind < tl.cdiv(singles, STEP) * STEP)
+    tl.store(counts_ptr + row * 4 + 3, singles)
     if TAIL:
-        video = tile < video_tiles
-        bias = tl.load(log2_counts_ptr + row * counts_row + tile, mask=video, other=0.0)
+        left = tl.load(held_ptr + tile, mask=video, other=0.0) - in_tile.to(tl.float32)
+        bias = tl.where(left > 0.0, tl.math.log2(tl.maximum(left, 1.0)), float("-inf"))
         tl.store(tail_bias_ptr + row * video_tiles + tile, tl.where(keep, float("-inf"), bias), mask=video)
 
 
 def list_tiles(
-    keep: Tensor, tiling: Tiling, *, entries: Tensor, tail: bool, log_counts: Tensor | None = None
+    keep: Tensor,
+    tiling: Tiling,
+    *,
+    entries: Tensor,
+    tail: bool,
+    tokens: Tensor | None = None,
 ) -> TileLists:
-    """Lists of keep, bool [batch, heads, tiles, tiles]. entries [tiles] int32: what stands for each tile.  log_counts:
-    what a tile's mean stands for, [batch, heads, tiles, video_tiles], where that is not all of its tokens."""
+    """Lists of keep, bool [batch, heads, tiles, tiles], and of single tokens. entries [tiles] int32: what stands for
+    each tile.  tokens: as a `Problem` has them."""
     batch, heads, tiles, _ = keep.shape
     tables, rows, device = tables_for(tiling), batch * heads * tiles, keep.device
-    counts = torch.empty((rows, 3), dtype=torch.int32, device=device)
+    most = 0 if tokens is None else tokens.shape[-1]
+    places = triton.cdiv(most, STEP.value) * STEP.value
+    counts = torch.empty((rows, 4), dtype=torch.int32, device=device)
     lists = torch.empty((rows, tiles + 1), dtype=torch.int32, device=device)
+    singles = torch.empty((rows, places) if most else (1, 1), dtype=torch.int32, device=device)
     tail_bias = torch.empty((rows, tiling.video_tiles) if tail else (1,), dtype=torch.float32, device=device)
-    size = triton.next_power_of_2(tiles)
-    log2_counts = tables.log2_tokens
-    if log_counts is not None:
-        log2_counts = (log_counts * math.log2(math.e)).contiguous()
+    size = triton.next_power_of_2(tiles + 1 if most else tiles)
     with on_device_of(counts):
         _compact[(rows,)](
             keep.contiguous().view(torch.uint8),
             tables.kinds,
             entries,
-            log2_counts,
-            0 if log_counts is None else tiling.video_tiles,
+            tables.tokens,
+            tokens.contiguous() if tokens is not None and most else counts,
+            tables.tile_of,
             counts,
             lists,
+            singles,
             tail_bias,
             tiles,
             tiling.video_tiles,
+            most,
+            places,
             SIZE=size,
             TAIL=tail,
+            SINGLES=most > 0,
+            SCAN=min(_SCAN, triton.next_power_of_2(max(most, 32))),
             num_warps=4 if size <= 2048 else 8,
         )
-    order = counts.sum(-1).view(batch * heads, tiles).argsort(dim=-1, descending=True).to(torch.int32)
-    return TileLists(counts, lists, order, tail_bias)
+    lengths = counts[:, :3].sum(-1) * tiling.block_size + counts[:, 3]
+    order = lengths.view(batch * heads, tiles).argsort(dim=-1, descending=True).to(torch.int32)
+    return TileLists(counts, lists, singles, order, tail_bias)

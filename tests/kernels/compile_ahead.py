@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for a GPU that need not be there, and reads what the machine code says.
 
-    python -m tests.kernels.compile_ahead 90     # compute capability; prints a JSON list, an entry per kernel
+    python -m tests.kernels.compile_ahead 90          # compute capability; prints a JSON list, an entry per kernel
+    python -m tests.kernels.compile_ahead 90 every    # not the first configuration of a kind alone
 
 The kernels are launched through the code that launches them on a GPU, on CPU tensors, with Triton told to compile and
 not to run. Registers, spills and instructions come from the tools inside the triton wheel.
@@ -14,14 +15,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import numpy as np
 import torch
 import triton
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
@@ -31,9 +36,18 @@ from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels import triton_backend, triton_configs, triton_draft
 from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.triton_configs import Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ACCESS = {80: "strided", 90: "hopper", 100: "blackwell"}
+ACCESS = {80: "strided", 86: "strided", 89: "strided", 90: "hopper", 100: "blackwell", 120: "strided"}
+PRODUCTS = {90: "HGMMA", 100: "UTC.?MMA"}  # others: HMMA
+COUNTED = {
+    "spills": r"\b(STL|LDL)\b",
+    "bulk_tensor_loads": "UTMALDG",
+    "arrivals": r"WARPGROUP\.ARRIVE",
+    "drains": r"WARPGROUP\.DEPBAR",
+    "register_handovers": "USETMAXREG",
+}
 
 
 class AbsentGPU(DriverBase):
@@ -68,8 +82,8 @@ class AbsentGPU(DriverBase):
         return {}
 
 
-def machine_code(kernel: Any) -> dict[str, Any]:
-    """Registers, spills and the instructions that matter."""
+def machine_code(kernel: Any, capability: int) -> dict[str, Any]:
+    """Registers, shared memory in bytes and the instructions that matter, in all and in each loop over keys."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -79,25 +93,72 @@ def machine_code(kernel: Any) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, code = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
-    count = {
-        "spill_stores": r"\bSTL",
-        "bulk_tensor_loads": "UTMALDG",
-        "hopper_products": "HGMMA",
-        "blackwell_products": "UTC.?MMA",
-        "ampere_products": r"\bHMMA",
-        "register_handovers": "USETMAXREG",
-    }
+    patterns = {"products": PRODUCTS.get(capability, r"\bHMMA"), **COUNTED}
+
+    def counted(lines: list[str]) -> dict[str, int]:
+        found = {name: sum(bool(re.search(pattern, line)) for line in lines) for name, pattern in patterns.items()}
+        return {"instructions": len(lines), **found}
+
+    instructions, loops = parsed(code)
     return {
         "kernel": kernel.metadata.name,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
-        "shared_kib": kernel.metadata.shared // 1024,
-        **{name: len(re.findall(pattern, code)) for name, pattern in count.items()},
+        "shared": kernel.metadata.shared,
+        **counted(instructions),
+        "loops": [loop for loop in map(counted, loops) if loop["products"]],
     }
 
 
-def compile_all(capability: int) -> list[dict[str, Any]]:
-    """Every configuration of this capability's access, head sizes and tile sizes, tail and text on, grid ragged."""
+def parsed(code: str) -> tuple[list[str], list[list[str]]]:
+    """The instructions of a disassembly, and those of each loop: of a set that all lead to one another."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    edges = []
+    for at, instruction in enumerate(instructions):
+        if target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction):
+            edges.append((at, labels[target[1]]))
+        if not re.match(r"(EXIT|RET\b|BRA(\.U)? `)", instruction) and at + 1 < len(instructions):
+            edges.append((at, at + 1))
+    graph = coo_array((np.ones(len(edges)), np.array(edges).T), shape=(len(instructions),) * 2)
+    _, member = connected_components(graph, connection="strong")
+    loops: dict[int, list[str]] = {}
+    for instruction, loop in zip(instructions, member.tolist()):
+        loops.setdefault(loop, []).append(instruction)
+    return instructions, [loop for loop in loops.values() if len(loop) > 1]
+
+
+SIZES = ((128, 128), (64, 128), (96, 128), (128, 64), (64, 64))  # head_dim and tokens per tile
+
+
+def problems(every: bool) -> Iterator[Problem]:
+    """Sizes, text on, grid ragged, with and without a tail and single tokens."""
+    for head_dim, block_size in SIZES:
+        if head_dim == 96 and not every:
+            continue
+        tile = (1, 8, 16) if block_size == 128 else (2, 4, 8)
+        for dtype in (torch.bfloat16, torch.float16)[: 2 if every and head_dim == 128 else 1]:
+            tiling = tiling_for(LatentGrid(3, 20, 40), tile, block_size, text=77)
+            q, k, v = torch.zeros(3, 1, tiling.tokens, 2, head_dim, dtype=dtype)
+            means = Tail(*torch.zeros(2, 1, 2, tiling.video_tiles, head_dim))
+            tokens = torch.zeros(1, 2, tiling.video_tiles, 200, dtype=torch.int64)
+            keep = torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool)
+            for tail, singles in ((None, None), (means, None), (means, tokens)):
+                if every or singles is None or head_dim == block_size:
+                    yield Problem(q, k, v, keep, tiling, tail=tail, scale=0.1, tokens=singles)
+
+
+def tried(configs: list[Config]) -> list[Config]:
+    """The first configuration of each kind."""
+    return list({config.specialised is None: config for config in reversed(configs)}.values())
+
+
+def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
+    """Every configuration of this capability's access, or the first of each kind, for each of `problems`."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -113,33 +174,29 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(triton_backend, "_architecture", return_value=access),
     ):
-        for head_dim, block_size in ((128, 128), (64, 128), (96, 128), (128, 64), (64, 64)):
-            tile = (1, 8, 16) if block_size == 128 else (2, 4, 8)
-            for dtype in (torch.bfloat16, torch.float16)[: 2 if head_dim == 128 else 1]:
-                tiling = tiling_for(LatentGrid(3, 20, 40), tile, block_size, text=77)
-                q, k, v = torch.zeros(3, 1, tiling.tokens, 2, head_dim, dtype=dtype)
-                means = torch.zeros(1, 2, tiling.video_tiles, head_dim)
-                keep = torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool)
-                problem = Problem(q, k, v, keep, tiling, tail=Tail(means, means), scale=0.1)
-                call = triton_backend.Call.prepare(problem, want_lse=True)
-                assert call.access == access
-                for config in triton_configs.configs_for(access, dtype, head_dim, block_size):
-                    compiled.clear()
-                    about = {"access": access, "head_dim": head_dim, "block": block_size, "dtype": str(dtype)}
-                    about["config"] = str(config)
-                    try:
-                        call.launch(config)
-                    except DoesNotCompile as error:
-                        found.append({**about, "kernel": "forward", "error": str(error)})
-                    found += [{**about, **machine_code(kernel)} for kernel in compiled]
+        for problem in problems(every):
+            head_dim, block_size = problem.q.shape[-1], problem.tiling.block_size
+            call = triton_backend.Call.prepare(problem, want_lse=True)
+            assert call.access == access
+            configs = triton_configs.configs_for(access, problem.q.dtype, head_dim, block_size)
+            for config in configs if every else tried(configs):
+                compiled.clear()
+                about = {"head_dim": head_dim, "block": block_size, "dtype": str(problem.q.dtype)}
+                about |= {"tail": problem.tail is not None, "singles": call.singles, "config": str(config)}
+                try:
+                    call.launch(config)
+                except DoesNotCompile as error:
+                    found.append({**about, "kernel": "forward", "error": str(error)})
+                found += [{**about, **machine_code(kernel, capability)} for kernel in compiled]
         compiled.clear()
-        q = torch.zeros(1, tiling.tokens, 2, 128, dtype=torch.bfloat16)
-        triton_draft.pool(q, tiling)
+        tiling = problem.tiling
+        triton_draft.pool(problem.q, tiling)
         triton_draft.select_draft(torch.zeros(1, 2, 600, 600), torch.full((2,), 0.2, dtype=torch.float64))
-        triton_backend.list_tiles(keep, tiling, entries=call.tables.kinds, tail=True)
-        found += [{"access": access, **machine_code(kernel)} for kernel in compiled]
+        for tokens in (None, problem.tokens):
+            triton_backend.list_tiles(problem.keep, tiling, entries=call.tables.kinds, tail=True, tokens=tokens)
+        found += [machine_code(kernel, capability) for kernel in compiled]
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]))))
+    print(json.dumps(compile_all(int(sys.argv[1]), sys.argv[2:] == ["every"])))

@@ -11,6 +11,7 @@ from draftdiff.attention import attend
 from draftdiff.attention.rule import Rule
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels import drafting, triton_backend, triton_draft, triton_lists
+from draftdiff.kernels.problem import Problem
 
 GRID = LatentGrid(3, 20, 40)
 META = torch.device("meta")
@@ -66,6 +67,15 @@ def test_draft_selection_lists_and_kernel_read_no_value_on_the_host(monkeypatch,
     out, stats = attend.attend(q, k, v, density, rule, grid=GRID, text_mask=text_mask)
     assert out.shape == q.shape and out.is_meta and stats.is_meta
     assert launched == ["_pool"] * (3 if tail else 2) + ["_cover", "_threshold", "_compact", "forward"]
+
+
+def test_single_tokens_are_listed_without_a_value_read_on_the_host(launched):
+    tiling = without_values(tiling_for(GRID, (1, 8, 16), 128, 77))
+    q, k, v = torch.empty(3, 1, tiling.tokens, 2, 64, dtype=torch.bfloat16, device=META)
+    keep = torch.empty(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool, device=META)
+    tokens = torch.empty(1, 2, tiling.video_tiles, 200, dtype=torch.int64, device=META)
+    triton_backend.run(Problem(q, k, v, keep, tiling, tokens=tokens), want_lse=False)
+    assert launched == ["_compact", "forward"]
 
 
 @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero()])

@@ -1,5 +1,6 @@
 """The Triton kernels in Triton's interpreter: every way of reading memory, every configuration, lists and the draft."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("triton")
 from draftdiff.core.draft import draft_map, pool
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import select_draft
-from draftdiff.kernels import triton_backend, triton_configs, triton_draft
+from draftdiff.kernels import triton_backend, triton_configs, triton_draft, triton_lists
 from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tables_for
 from tests.kernels.cases import KERNEL_CASES, KernelCase, assert_attends, make
@@ -79,10 +80,29 @@ def test_memory_layouts_are_read_in_place(name):
     assert_attends(*found, problem)
 
 
+def test_keys_and_values_may_lie_differently():
+    problem = make(SMALL_BOXES, 64, torch.float16, False)
+    wide = torch.cat([problem.v, problem.v], dim=2)[:, :, :1]
+    call = triton_backend.Call.prepare(replace(problem, v=wide), want_lse=True)
+    assert call.access == "strided" and call.k.stride(1) != call.v.stride(1)
+    assert_attends(*call.launch(triton_configs.Config(32, 4, 2)), problem)
+
+
 def test_tiles_that_are_no_boxes_are_gathered():
     call, found, problem = launch(KERNEL_CASES[2], triton_configs.Config(64, 4, 2))
     assert call.access == "gather"
     assert_attends(*found, problem)
+
+
+def test_boxes_that_span_more_than_32_bits_can_count_are_gathered(monkeypatch):
+    """Offsets inside a box are 32 bits wide."""
+    monkeypatch.setattr(triton_backend, "_architecture", lambda device: "strided")
+    problem = make(SMALL_BOXES, 64, torch.float16, False)
+    span = ((2 - 1) * 6 + 4 - 1) * 12 + 8
+    monkeypatch.setattr(triton_backend, "_INT32", span * 64 + 1)
+    assert triton_backend.access_to(problem.k, problem.v, problem.tiling) == "strided"
+    monkeypatch.setattr(triton_backend, "_INT32", span * 64)
+    assert triton_backend.access_to(problem.k, problem.v, problem.tiling) == "gather"
 
 
 def test_a_specialised_run_resumes_rows_that_read_no_whole_tile():
@@ -90,7 +110,7 @@ def test_a_specialised_run_resumes_rows_that_read_no_whole_tile():
     config = triton_configs.CONFIGS["hopper"][64, 128][2]
     assert config.specialised
     call, found, problem = launch(case, config)
-    whole = call.lists.counts.view(2, 2, call.tiling.tiles, 3)[:, :, : call.tiling.video_tiles, WHOLE]
+    whole = call.lists.counts.view(2, 2, call.tiling.tiles, 4)[:, :, : call.tiling.video_tiles, WHOLE]
     assert bool((whole == 0).any()) and bool((whole > 0).any())
     assert_attends(*found, problem)
 
@@ -105,7 +125,7 @@ def test_lists_hold_the_kept_tiles_by_kind_and_rows_longest_first():
     keep = problem.keep.flatten(0, 2)
     for row in range(len(keep)):
         expected = [numbers[keep[row] & (tables.kinds == kind)] for kind in (WHOLE, RAGGED, TEXT)]
-        assert lists.counts[row].tolist() == [len(part) for part in expected]
+        assert lists.counts[row].tolist() == [*map(len, expected), 0]
         assert lists.lists[row, : int(keep[row].sum())].tolist() == torch.cat(expected).tolist()
     video = tiling.video_tiles
     skipped = tiling.counts[:video].log2().where(~keep[:, :video], -torch.inf)
@@ -113,6 +133,36 @@ def test_lists_hold_the_kept_tiles_by_kind_and_rows_longest_first():
     lengths = keep.sum(-1).view(-1, tiling.tiles).gather(1, lists.order.long())
     assert bool((lengths.diff(dim=1) <= 0).all())
     assert lists.order.sort(dim=1).values.tolist() == [list(range(tiling.tiles))] * len(lists.order)
+
+
+def test_lists_hold_single_tokens_and_means_stand_for_the_others(monkeypatch):
+    monkeypatch.setattr(triton_lists, "_SCAN", 32)
+    problem = make(next(case for case in KERNEL_CASES if case.singles == 40), 64, torch.float32, False)
+    tiling = problem.tiling
+    tokens = problem.tokens.clone()
+    tokens[:, :, ::2, ::3] = -1  # in between as well as at the end
+    problem = replace(problem, tokens=tokens)
+    numbers = torch.arange(tiling.tiles, dtype=torch.int32)
+    lists = list_tiles(problem.keep, tiling, entries=numbers, tail=True, tokens=tokens)
+    for row, given in enumerate(tokens.flatten(0, 2)):
+        expected = given[given >= 0].tolist()
+        assert lists.counts[row, 3] == len(expected)
+        assert lists.singles[row, : len(expected)].tolist() == expected
+    log2_counts = (problem.log_counts / math.log(2)).masked_fill(problem.keep, -torch.inf)
+    torch.testing.assert_close(lists.tail_bias.view_as(log2_counts), log2_counts)
+    lengths = problem.keep.sum(-1) * tiling.block_size + (tokens >= 0).sum(-1)
+    lengths = lengths.view(-1, tiling.tiles).gather(1, lists.order.long())
+    assert bool((lengths.diff(dim=1) <= 0).all())
+
+
+@pytest.mark.parametrize("access", ["hopper", "strided"])
+@pytest.mark.parametrize("count", [31, 32, 33, 64])
+def test_single_tokens_fill_blocks_or_not(monkeypatch, access, count):
+    monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
+    case = KernelCase("singles", (2, 9, 10), (2, 4, 8), 64, batch=1, heads=2, singles=count)
+    _, found, problem = launch(case, triton_configs.Config(32, 4, 2), head_dim=96)
+    assert int((problem.tokens[0, 0, 0] >= 0).sum()) == count
+    assert_attends(*found, problem)
 
 
 @pytest.mark.parametrize(
