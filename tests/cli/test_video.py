@@ -80,12 +80,16 @@ def test_compare_prints_a_table_and_writes_one_folder(model, tmp_path, capsys):
     out = tmp_path / "results"
     argv = ["compare", "--model", model, "--prompt", "a red circle", "-o", str(out), *SIZE, "--repeat", "1"]
     settings = ["--sparsity", "0.5", "--setting", "paper=selection:upstream,tail:false,tile:1x8x8"]
-    assert main([*argv, *settings]) == 0
+    others = ["--start-percent", "0.5", "--dense-blocks", "0-1", "--setting", "late=dense_steps:0,end_percent:0.5"]
+    assert main([*argv, *settings, *others]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in ("dense", "sparsity 0.5", "paper", "speed-up", "PSNR", "no sparse attention"))
     results = json.loads((out / "results.json").read_text())
-    assert [setting["setting"] for setting in results["settings"]] == ["dense", "sparsity 0.5", "paper"]
-    assert results["settings"][2]["config"]["tile"] == [1, 8, 8]
+    assert [setting["setting"] for setting in results["settings"]] == ["dense", "sparsity 0.5", "paper", "late"]
+    paper, late = (setting["config"] for setting in results["settings"][2:])
+    assert paper["tile"] == [1, 8, 8]
+    assert [(config["dense_steps"], config["dense_end"]) for config in (paper, late)] == [(0.5, 0), (0, 0.5)]
+    assert paper["dense_layers"] == late["dense_layers"] == [0, 1]
     assert "--setting paper=" in results["about"]["command"] and results["about"]["versions"]["torch"]
     assert {file.name for file in out.iterdir()} == {"results.json", "report.html", "videos"}
     assert list(tmp_path.iterdir()) == [out]
@@ -197,6 +201,8 @@ def test_nan_weights_end_in_one_line_and_no_file(tmp_path, capsys):
         ("nothing", ["nothing", "NAME=KEY:VALUE"]),
         ("mine=speed:11", ["mine", "speed", "selection"]),
         ("mine=tail:perhaps", ["mine", "tail:perhaps"]),
+        ("mine=end_percent:late", ["mine", "end_percent:late"]),
+        ("mine=dense_steps:1,start_percent:0.5", ["dense_steps", "twice"]),
         ("dense=sparsity:0.5", ["dense"]),
         ("sparsity-0.5=tail:false", ["differ"]),
     ],

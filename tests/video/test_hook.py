@@ -218,6 +218,12 @@ def test_threads_that_share_a_transformer_do_not_mix(model, sizes):
     assert not wrong
 
 
+def test_the_steps_at_both_ends_may_stay_dense(pipe):
+    config = DraftAttentionConfig(dense_steps=0.2, dense_end=0.4, dense_layers=0, min_tokens=0)
+    run(draftdiff.enable(pipe, config), steps=5)
+    assert [forward.sparse for forward in draftdiff.report(pipe).transformers[0].forwards[::2]] == [0, 1, 1, 0, 0]
+
+
 def test_two_pipelines_in_threads_count_their_own_steps(pipe):
     config = DraftAttentionConfig(dense_steps=0.5, dense_layers=0, min_tokens=0)
     draftdiff.enable(pipe, config)
