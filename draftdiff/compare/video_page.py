@@ -122,5 +122,7 @@ def _facts(comparison: VideoComparison) -> dict[str, Any]:
     facts |= {name: value for name, value in comparison.plain_call.items() if value is not None}
     for result in comparison.results:
         if result.config is not None:
-            facts[f"setting “{result.name}”"] = result.config
+            told = {(report["selection"], report["tokens"]) for clip in result.clips for report in clip.reports}
+            reads = [f"tiles by {name!r}, {count} single tokens per query tile" for name, count in sorted(told) if name]
+            facts[f"setting “{result.name}”"] = "; ".join([*reads, str(result.config)])
     return facts

@@ -154,6 +154,7 @@ class Hook:
         device, log = hidden_states.device, call.log
         log.grid = call.grid.shape
         log.tile, log.block_size = self.config.rule.tile_for(call.grid)
+        log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(call.grid)
         density = self.config.budget.density(len(tasks), host.heads_of(self.layers[0].module), progress)
         shares = density.mean(1).tolist()
         limit = self._dense_above(hidden_states, log)

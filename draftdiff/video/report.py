@@ -42,18 +42,23 @@ class Log:
     grid: tuple[int, int, int] | None = None
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
+    selection: str = ""
+    tokens: int = 0
     backend: str = ""
 
 
 @dataclass
 class TransformerReport:
-    """The last run of one transformer, all passes of a pipeline call together. seconds: by part, of all calls."""
+    """The last run of one transformer, all passes of a pipeline call together. tokens: single ones that each query tile
+    reads.  seconds: by part, of all calls."""
 
     transformer: str
     layers: list[str]
     grid: tuple[int, int, int] | None
     tile: tuple[int, int, int] | None
     block_size: int | None
+    selection: str
+    tokens: int
     backend: str
     forwards: list[Forward]
     reasons: dict[str, int]
@@ -67,6 +72,8 @@ class TransformerReport:
             log.grid,
             log.tile,
             log.block_size,
+            log.selection,
+            log.tokens,
             log.backend,
             forwards=list(log.forwards),
             reasons=dict(log.reasons),
@@ -135,6 +142,8 @@ class TransformerReport:
             "grid": self.grid,
             "tile": self.tile,
             "block_size": self.block_size,
+            "selection": self.selection,
+            "tokens": self.tokens,
             "backend": self.backend,
             "passes": self.passes,
             "dense_steps": self.dense_steps,
@@ -155,6 +164,9 @@ class TransformerReport:
             f"{self.transformer}: {self.sparse_steps} sparse and {self.dense_steps} dense steps{passes}, "
             f"grid {grid}, tiles {tile}, backend {self.backend or 'none'}"
         ]
+        if self.selection:
+            besides = f" and {self.tokens} single tokens" if self.tokens else ""
+            lines.append(f"  each query tile reads tiles by {self.selection!r}{besides} exactly")
         if self.mean_density is not None and self.mean_missed_mass is not None:
             mass = f"missed mass {self.mean_missed_mass:.3f} (draft's estimate)"
             lines.append(f"  density {self.mean_density:.3f} in sparse layers, {mass}")

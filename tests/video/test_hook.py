@@ -2,6 +2,7 @@
 speed, never correctness, and the report says so."""
 
 import copy
+import math
 import sys
 import threading
 import types
@@ -221,7 +222,10 @@ def test_threads_that_share_a_transformer_do_not_mix(model, sizes):
 def test_the_steps_at_both_ends_may_stay_dense(pipe):
     config = DraftAttentionConfig(dense_steps=0.2, dense_end=0.4, dense_layers=0, min_tokens=0)
     run(draftdiff.enable(pipe, config), steps=5)
-    assert [forward.sparse for forward in draftdiff.report(pipe).transformers[0].forwards[::2]] == [0, 1, 1, 0, 0]
+    told = draftdiff.report(pipe).transformers[0]
+    assert [forward.sparse for forward in told.forwards[::2]] == [0, 1, 1, 0, 0]
+    assert told.tokens == round(0.25 * 0.25 * math.prod(told.grid))
+    assert f"reads tiles by 'error' and {told.tokens} single tokens exactly" in str(told)
 
 
 def test_two_pipelines_in_threads_count_their_own_steps(pipe):
