@@ -71,7 +71,7 @@ def attend(
         with part("select"):
             tokens = None
             single = rule.singles_of(grid)
-            in_tiles = (density - single / grid.tokens).clamp(min=0)
+            in_tiles = (density - single / grid.tokens).clamp(min=0).where(density < 1, density)
             # Where there is no tail nothing stands for what is skipped.
             means = tail or Tail(k_mean, torch.zeros_like(k_mean))
             if rule.selection == "error":

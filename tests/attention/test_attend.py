@@ -65,6 +65,15 @@ def test_keys_without_queries_stand_before_the_grid(backend, before):
     assert 0 < float(density) < 1
 
 
+def test_a_head_of_full_density_is_dense_beside_one_that_reads_single_tokens():
+    q, k, v = made(GRID.tokens)
+    rule = Rule(selection="error", single=0.125, tile=(2, 4, 8), block_size=64)
+    out, _ = attend(q, k, v, torch.tensor([1.0, 0.5], dtype=torch.float64), rule, grid=GRID)
+    expected = dense(q, k, v)
+    close(out[:, :, 0], expected[:, :, 0])
+    assert float((out[:, :, 1] - expected[:, :, 1]).abs().max()) > 1e-3
+
+
 def test_less_is_computed_at_a_lower_density():
     q, k, v = made(LatentGrid(4, 16, 16).tokens)
     found = []
