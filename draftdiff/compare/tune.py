@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median, stdev
 from typing import Any, ClassVar
 
@@ -63,6 +63,9 @@ class Target:
 
     def __str__(self) -> str:
         return {"psnr": "{:g} dB", "lpips": "lpips {:g}", "speedup": "{:g}x"}[self.kind].format(self.value)
+
+    def of_run(self, run: Run, dense: Run) -> float:
+        return (psnr if self.kind == "psnr" else lpips)(run.frames, dense.frames)
 
     def met(self, value: float) -> bool:
         return value <= self.value if self.kind == "lpips" else value >= self.value
@@ -218,20 +221,27 @@ def search(
             stretches = min(_STRETCHES, found.steps)
             line = _Line(found, base, stretches)
             bar.set_postfix_str("weights")
-            line.learn(lambda config: renderer(config, prompts[0]), dense[0], bands)
-            checks, chosen = _walk(line, goal, renderer, prompts, dense, bar)
+            probes = line.learn(lambda config: renderer(config, prompts[0]), dense[0], bands)
+            first = (
+                []
+                if goal.kind == "speedup"
+                else [(_log10(lost), goal.beyond(goal.of_run(run, dense[0]))) for lost, run in probes]
+            )
+            checks, chosen = _walk(line, goal, first, renderer, prompts, dense, bar)
     finally:
         disable(pipeline)
     best = checks[chosen]
     assert found.grid is not None
-    row = {"prompts": prompts, "seed": seed, "call": {k: v for k, v in call.items() if isinstance(v, (str, int, float))}}
+    row = {
+        "prompts": prompts,
+        "seed": seed,
+        "call": {k: v for k, v in call.items() if isinstance(v, (str, int, float))},
+    }
     measured = row | {name: getattr(best, name) for name in ("psnr", "lpips", "seconds", "speedup")}
     measured["work"] = best.allocation.work
     profile = Profile(best.config, found.grid, found.steps, str(goal), measured, versions())
     weights = {"steps": line.of_steps.tolist(), "layers": line.of_layers.tolist()}
-    return Tuning(
-        type(pipeline).__name__, prompts, seed, goal, profile, checks, chosen, weights, dict(about or {})
-    )
+    return Tuning(type(pipeline).__name__, prompts, seed, goal, profile, checks, chosen, weights, dict(about or {}))
 
 
 def _may_be_single(config: DraftAttentionConfig, share: float) -> bool:
@@ -298,27 +308,34 @@ class _Line:
             dense_above=1.0 if faster else None,
         )
 
-    def learn(self, render: Callable[[DraftAttentionConfig], Run], dense: Run, bands: list[range]) -> None:
-        """Weights of steps and layers, from renders in which a stretch of steps or a band of layers is sparse alone."""
+    def learn(
+        self, render: Callable[[DraftAttentionConfig], Run], dense: Run, bands: list[range]
+    ) -> list[tuple[float, Run]]:
+        """Weights of steps and layers, from renders in which a stretch of steps or a band of layers is sparse alone.
+
+        Returns those renders, each with its squared distance from the dense one, which is what a loss now counts in.
+        """
+        seen = []
         local = self.loss[-1, _PROBED]  # [stretches, layers, heads]
         for place in range(len(self.of_steps)):
             density = torch.ones_like(local)
             density[place] = self.ladder[_PROBED]
-            self.of_steps[place] = self._change(render, density, dense) / local[place].sum().clamp(min=1e-30)
+            seen.append(self._probe(render, density, dense))
+            self.of_steps[place] = seen[-1][0] / local[place].sum().clamp(min=1e-30)
         weighed = (local * self.of_steps[:, None, None]).sum((0, 2))
         for band in bands:
             density = torch.ones_like(local)
             density[:, list(band)] = self.ladder[_PROBED]
-            change = self._change(render, density, dense)
-            self.of_layers[list(band)] = change / weighed[list(band)].sum().clamp(min=1e-30)
+            seen.append(self._probe(render, density, dense))
+            self.of_layers[list(band)] = seen[-1][0] / weighed[list(band)].sum().clamp(min=1e-30)
+        return seen
 
-    def _change(self, render: Callable[[DraftAttentionConfig], Run], density: Tensor, dense: Run) -> float:
-        """Squared distance of the render with these densities from the dense one."""
+    def _probe(self, render: Callable[[DraftAttentionConfig], Run], density: Tensor, dense: Run) -> tuple[float, Run]:
         config = replace(self.config(density, self.found.tokens[-1]), dense_above=1.0)
         run = render(config)
         if run.latents is not None and dense.latents is not None:
-            return relative_l2(run.latents, dense.latents) ** 2
-        return 10 ** (-psnr(run.frames, dense.frames) / 10)
+            return relative_l2(run.latents, dense.latents) ** 2, run
+        return 10 ** (-psnr(run.frames, dense.frames) / 10), run
 
     def points(self) -> list[Allocation]:
         """From the least work up; the last is dense where nothing else is exact."""
@@ -327,9 +344,18 @@ class _Line:
 
 
 def _walk(
-    line: _Line, goal: Target, render: _Renderer, prompts: list[str], dense: list[Run], bar: tqdm
+    line: _Line,
+    goal: Target,
+    first: list[tuple[float, float]],
+    render: _Renderer,
+    prompts: list[str],
+    dense: list[Run],
+    bar: tqdm,
 ) -> tuple[list[Check], int]:
-    """Rendered points of the line, and which of them meets the target with the least work (or, of a speed, loss)."""
+    """Rendered points of the line, and which of them meets the target with the least work (or, of a speed, loss).
+
+    first: what is known before of where a point lies and how far it is beyond the target.
+    """
     points = line.points()
     fast = goal.kind == "speedup"
     # From what surely misses the target to what surely meets it.
@@ -339,7 +365,7 @@ def _walk(
     known: list[tuple[float, float]] = [(1.0, -1 - -1 / goal.value)] if fast else []
     checks: list[Check] = []
     places: list[int] = []
-    now = len(points) // 2
+    now = _predicted(at, first or known)
     for _ in range(_CHECKS):
         one = points[now]
         checks.append(_checked(line.config(one.density, one.single), one, fast, render, prompts, dense, bar))

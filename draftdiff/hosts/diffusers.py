@@ -257,10 +257,11 @@ def head_dim_of(attention: Any) -> int:
 def projection_of(attention: Any) -> Tensor | None:
     """Weight of the linear layer that joins an attention's heads, [width, heads * head_dim]; None where there is no
     plain one."""
-    project = getattr(attention, "to_out", None)
+    project: Any = getattr(attention, "to_out", None)
     project = project[0] if isinstance(project, nn.ModuleList) and len(project) else project
-    plain = type(project) is nn.Linear and project.in_features == heads_of(attention) * head_dim_of(attention)
-    return project.weight if plain else None
+    if type(project) is not nn.Linear or project.in_features != heads_of(attention) * head_dim_of(attention):
+        return None
+    return project.weight
 
 
 def is_watched() -> bool:

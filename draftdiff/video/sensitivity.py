@@ -58,7 +58,9 @@ class Sensitivity:
         for layer in range(self.layers):
             seen = calls[:, layer].nonzero().flatten()
             if not len(seen):
-                raise UserError(f"attention layer {layer} of the model was never sparse, so nothing can be tuned for it")
+                raise UserError(
+                    f"attention layer {layer} of the model was never sparse, so nothing can be tuned for it"
+                )
             for place in range(stretches):
                 nearest = seen[(seen - place).abs().argmin()]
                 total[place, layer] = total[nearest, layer] / calls[nearest, layer].clamp(min=1)
