@@ -1,4 +1,4 @@
-"""A recording changes no bit of the run, and tells the layers, heads and steps that need much from those that do not."""
+"""A recording changes no bit of the run, and tells layers, heads and steps that need much from those that do not."""
 
 from dataclasses import replace
 
@@ -78,7 +78,7 @@ def test_the_loss_is_the_error_after_the_output_projection():
         assert torch.equal(output_of(model, inputs), before)
     enable(model, replace(CONFIG, sparsity=0.8, dense_steps=0, dense_layers=0))
     output_of(model, inputs)
-    off = (joined[2] - joined[0]).double()
+    off = (joined[1] - joined[0]).double()
     weight, dim = attention.to_out[0].weight.double(), host.head_dim_of(attention)
     expected = [(off[..., h * dim :][..., :dim] @ weight[:, h * dim :][:, :dim].T).square().sum() for h in range(2)]
     torch.testing.assert_close(found.errors[0][2][0, 0].double(), torch.stack(expected), rtol=1e-4, atol=0)
