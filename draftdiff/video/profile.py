@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from draftdiff.core.budget import Budget
+from draftdiff.core.values import is_whole
 from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.stored import read_json
@@ -36,7 +37,7 @@ class Profile:
     """
 
     config: DraftAttentionConfig
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     steps: int
     target: str
     measured: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +78,9 @@ class Profile:
         for name, kind in _KINDS.items():
             if type(content.get(name)) is not kind:
                 raise UserError(f"{path} is not a readable profile: {name} is missing or no {kind.__name__}")
+        grid = tuple(content["grid"])
+        if len(grid) != 3 or not all(map(is_whole, grid)):
+            raise UserError(f"{path} is not a readable profile: grid is not three whole numbers")
         try:
             config = _config(content["config"])
         except UserError as error:
@@ -84,7 +88,7 @@ class Profile:
         shape = MadeFor(content["transformer"], content["layers"], content["heads"])
         return cls(
             replace(config, made_for=shape),
-            tuple(content["grid"]),
+            grid,
             *(content[name] for name in ("steps", "target", "measured", "versions")),
         )
 
