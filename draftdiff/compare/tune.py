@@ -356,7 +356,9 @@ def _walk(
 
     first: what is known before of where a point lies and how far it is beyond the target.
     """
-    points = line.points()
+    points = [one for one in line.points() if one.work < 1]
+    if not points:
+        raise UserError("nothing can be tuned: dense attention is the fastest here, at any density")
     fast = goal.kind == "speedup"
     # From what surely misses the target to what surely meets it.
     points = points[::-1] if fast else points
