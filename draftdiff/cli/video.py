@@ -263,18 +263,17 @@ def _compare(options: Namespace) -> int:
 
 def _tune(options: Namespace) -> int:
     prepare_file(options.output, (".json",))
-    from draftdiff.compare import tune_page
-    from draftdiff.compare.tune import BASE, Target, search
+    from draftdiff.compare import tune, tune_page
     from draftdiff.models.video import world_prompts
 
-    Target.of(options.target)
+    tune.Target.of(options.target)
     if options.model is not None and not options.prompt:
-        raise UserError("--prompt is needed with --model: what the profile is to be found with")
+        raise UserError("--prompt is needed with --model: the profile is found with what it is to be used for")
     # As for the other commands: the embedded model has few tokens.
-    config = replace(BASE, min_tokens=0 if options.model is None else None)
+    config = replace(tune.BASE, min_tokens=0) if options.model is None else tune.BASE
     model, call = _load(options, [config])
     model.pipeline.set_progress_bar_config(leave=False)
-    tuning = search(
+    tuning = tune.search(
         model.pipeline,
         options.prompt or world_prompts(),
         target=options.target,
@@ -284,8 +283,8 @@ def _tune(options: Namespace) -> int:
         about={"model": model.name, **about(model.device, model.pipeline.dtype, options.command_line)},
     )
     print(json.dumps(tuning.to_dict(), default=str) if options.json else tuning.table())
-    tuning.profile.write(options.output)
     page = options.output.with_suffix(".html")
+    tuning.profile.write(options.output)
     tune_page.write(tuning, page)
     if not options.json:
         print(f"{options.output}, {page}")

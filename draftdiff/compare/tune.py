@@ -110,7 +110,7 @@ _COLUMNS: tuple[Column, ...] = (
         "speed-up",
         "speedup",
         "{:.2f}x".format,
-        "dense time over this time, median: in turns for a target of speed, else over the dense run at the beginning",
+        "dense time over this time, median: in turns for a target of speed, else over the dense runs before",
     ),
 )
 
@@ -209,15 +209,15 @@ def search(
     try:
         with tqdm(total=runs, desc="tune", unit="run", disable=not progress) as bar, inputs_refused(pipeline):
             renderer = _Renderer(pipeline, prompts, seed, call, bar)
-            bar.set_postfix_str("dense")
-            dense = [renderer(None, prompt) for prompt in prompts]
-            if goal.kind == "lpips":
-                _needs_lpips(dense[0])
             bar.set_postfix_str("recording")
             single = sorted({share * (1 - base.budget.sparsity) for share in _SINGLE if _may_be_single(base, share)})
             with recording(pipeline, base, LADDER, single) as found:
                 for prompt in prompts:
-                    renderer(None, prompt, keep=True)
+                    recorded = renderer(None, prompt, keep=True)
+            if goal.kind == "lpips":
+                _needs_lpips(recorded)
+            bar.set_postfix_str("dense")  # after a first use of everything, since its time counts
+            dense = [renderer(None, prompt) for prompt in prompts]
             stretches = min(_STRETCHES, found.steps)
             line = _Line(found, base, stretches)
             bar.set_postfix_str("weights")

@@ -109,7 +109,7 @@ def _pretrained(name: str, dtype: torch.dtype, variant: str | None) -> Model:
 
 
 def world_prompts() -> list[str]:
-    """A few prompts of the embedded model's world that it was not trained on, each of another colour and motion."""
+    """Three prompts of the embedded model's world, each of a combination that it was not trained on."""
     from draftdiff.pipelines.mini import world as mini_world
 
     looks = zip(mini_world.HELD_OUT[::3], mini_world.SIZES * 2, mini_world.BACKGROUNDS)
