@@ -222,12 +222,10 @@ def search(
             line = _Line(found, base, stretches)
             bar.set_postfix_str("weights")
             probes = line.learn(lambda config: renderer(config, prompts[0]), dense[0], bands)
-            first = (
-                []
-                if goal.kind == "speedup"
-                else [(_log10(lost), goal.beyond(goal.of_run(run, dense[0]))) for lost, run in probes]
-            )
-            checks, chosen = _walk(line, goal, first, renderer, prompts, dense, bar)
+            known = [(1.0, goal.beyond(1.0))]  # dense attention is as fast as itself
+            if goal.kind != "speedup":
+                known = [(_log10(lost), goal.beyond(goal.of_run(run, dense[0]))) for lost, run in probes if lost > 0]
+            checks, chosen = _walk(line, goal, known, renderer, prompts, dense, bar)
     finally:
         disable(pipeline)
     best = checks[chosen]
@@ -364,10 +362,10 @@ def _walk(
     points = points[::-1] if fast else points
     at = [one.work if fast else _log10(max(one.loss, 1e-300)) for one in points]
     missed, met = -1, len(points)
-    known: list[tuple[float, float]] = [(1.0, -1 - -1 / goal.value)] if fast else []
+    known: list[tuple[float, float]] = []
     checks: list[Check] = []
     places: list[int] = []
-    now = _predicted(at, first or known)
+    now = _predicted(at, first)
     for _ in range(_CHECKS):
         one = points[now]
         checks.append(_checked(line.config(one.density, one.single), one, fast, render, prompts, dense, bar))
@@ -377,7 +375,7 @@ def _walk(
         missed, met = (missed, now) if beyond >= 0 else (now, met)
         if met - missed <= 1 or 0 <= beyond <= Target.close[goal.kind]:
             break
-        now = min(max(_predicted(at, known), missed + 1), met - 1)
+        now = min(max(_predicted(at, first + known if fast else known), missed + 1), met - 1)
     if met == len(points):
         best = max(checks, key=lambda check: goal.beyond(check.value(goal.kind)))
         raise UserError(f"target {goal} was not met: the best of {len(checks)} checks has {_told(best, goal.kind)}")
@@ -387,7 +385,10 @@ def _walk(
 
 
 def _predicted(at: list[float], known: list[tuple[float, float]]) -> int:
-    """The first point that should meet the target, by a line through the two known ones that are nearest to it."""
+    """The first point that should meet the target, by a line through the two known ones that are nearest to it; that in
+    the middle if nothing is known."""
+    if not known:
+        return len(at) // 2
     nearest = sorted(known, key=lambda point: abs(point[1]))[:2]
     (x, y), slope = nearest[0], -1.0
     if len(nearest) > 1 and abs(nearest[1][0] - x) > 1e-9:

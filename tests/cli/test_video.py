@@ -351,7 +351,7 @@ def test_tune_writes_a_profile_and_a_page_that_generate_and_compare_take(model, 
     capsys.readouterr()
     assert main(["generate", *given, "--profile", file, "--json", "-o", str(tmp_path / "x.mp4")]) == 0
     config = json.loads(capsys.readouterr().out)["config"]
-    assert config["made_for"]["transformer"] == "WanTransformer3DModel" and config["tile"] == [1, 4, 4]
+    assert config["made_for"] == "WanTransformer3DModel with 2 layers of 2 heads" and config["tile"] == [1, 4, 4]
     assert config["min_tokens"] == 0  # what is given besides comes before it
     setting = ["--setting", f"own=profile:{file},dense_steps:1"]
     assert main(["compare", *given, "--profile", file, *setting, "--repeat", "1", "-o", str(tmp_path / "out")]) == 0
