@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from draftdiff._version import __version__
 
 if TYPE_CHECKING:
+    from draftdiff.compare.tune import tune
     from draftdiff.video.attention import draft_attention
     from draftdiff.video.config import DraftAttentionConfig
     from draftdiff.video.patch import disable, enable, report
 
-__all__ = ["DraftAttentionConfig", "__version__", "disable", "draft_attention", "enable", "report"]
+__all__ = ["DraftAttentionConfig", "__version__", "disable", "draft_attention", "enable", "report", "tune"]
 
 
 def _map_folders_of_the_checkout() -> None:
@@ -38,6 +39,7 @@ _HOMES = {
     "enable": "draftdiff.video.patch",
     "disable": "draftdiff.video.patch",
     "report": "draftdiff.video.patch",
+    "tune": "draftdiff.compare.tune",
 }
 
 

@@ -112,13 +112,14 @@ TABLE["compare"] = TABLE["models"] | {"models"}
 TABLE |= {name: TABLE["compare"] | {"compare"} for name in ("bench", "integrations", "doctor")}
 TABLE["cli"] = TABLE["compare"] | {"compare", "bench", "integrations", "doctor"}
 TABLE["__main__"] = {"cli"}
-TABLE["__init__"] = {"attention", "video"}
+TABLE["__init__"] = {"attention", "video", "compare"}
 TABLE = {name: allowed | {name} | BELOW_ALL for name, allowed in TABLE.items()}
 TABLE |= {"_version": set(), "errors": set(), "files": {"errors"}, "stored": {"errors"}}
 # Names of the top that stand for something of a part.
 PUBLIC = {
     **dict.fromkeys(("DraftAttentionConfig", "disable", "draft_attention", "enable", "report"), "video"),
     "__version__": "_version",
+    "tune": "compare",
 }
 OTHERS = {
     "core": {"torch", "einops"},

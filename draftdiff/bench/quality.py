@@ -19,7 +19,7 @@ from tqdm import tqdm
 from draftdiff.bench.runner import Routine, check_names
 from draftdiff.compare.table import Column, mean_of_known, spread, text_table, with_spread
 from draftdiff.compare.video import DENSE, Clip
-from draftdiff.compare.video_run import first_look, run_once
+from draftdiff.compare.video_run import first_look, run_setting
 from draftdiff.core.budget import Budget
 from draftdiff.errors import UserError, user_errors
 from draftdiff.models.video import Judge, Model, call_arguments, load, world_judge
@@ -150,7 +150,7 @@ class Quality(Routine):
         try:
             for _ in range(self.options.rounds):
                 for name, config in tqdm(settings.items(), desc=prompt, unit="video", leave=False):
-                    done = run_once(pipeline, config, prompt, seed, self.call)
+                    done = run_setting(pipeline, config, prompt, seed, self.call)
                     seconds[name].append(done.timing.seconds)
                     if name not in clips:
                         verdict = self.judge(prompt, done.frames) if self.judge else None

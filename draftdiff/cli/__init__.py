@@ -29,6 +29,7 @@ __all__ = ["main", "run"]
 _COMMANDS = (
     ("generate", "make one video or image", "video", "add_generate"),
     ("compare", "time and judge dense and sparse runs side by side", "video", "add_compare"),
+    ("tune", "find where a model needs its attention, and write a profile", "video", "add_tune"),
     ("image", "pictures by VAR or Infinity, with CoDe and ScaleKV; --compare, calibrate", "image", "add_image"),
     ("convert", "original checkpoints of VAR, CoDe or Infinity to a folder", "convert", "add_convert"),
     ("llm", "text by language models with a draft; generate, compare", "llm", "add_llm"),

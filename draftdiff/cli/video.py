@@ -1,9 +1,11 @@
-"""The commands `draftdiff generate` and `draftdiff compare`: diffusers' pipelines, dense and sparse."""
+"""The commands `draftdiff generate`, `compare` and `tune`: diffusers' pipelines, dense and sparse."""
 
 from __future__ import annotations
 
+import json
 import time
 from argparse import ArgumentTypeError, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ def add_generate(parser: Parser) -> None:
     how = parser.add_mutually_exclusive_group()
     _FIELDS["sparsity"].add_to(how)
     how.add_argument("--dense", action="store_true", help="the pipeline as it is, without draftdiff")
+    how.add_argument("--profile", type=Path, metavar="FILE", help="settings that draftdiff tune wrote")
     _add_attention(parser)
     _add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -46,11 +49,41 @@ def add_compare(parser: Parser) -> None:
         help=f"a further setting, over the options below; keys: {', '.join(_FIELDS)}; for example "
         '"upstream=selection:upstream,tail:false" or "flat tiles=tile:1x8x8"',
     )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="one more setting, that draftdiff tune wrote (in --setting: profile:FILE)",
+    )
     parser.add_argument("--repeat", type=int, default=3, help="timed rounds (default: 3)")
     _add_attention(parser)
     _add_model(parser)
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     parser.set_defaults(func=_compare)
+
+
+def add_tune(parser: Parser) -> None:
+    parser.add_argument(
+        "--target",
+        required=True,
+        help='least likeness to the dense videos, as "35 dB" or "lpips 0.05", or speed over dense, as "1.8x"',
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help="to calibrate with; repeat for several (default for the embedded model: three of its world)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".json; a page of the same name is put beside it",
+    )
+    _add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print the profile and its checks as JSON")
+    parser.set_defaults(func=_tune)
 
 
 def _add_attention(parser: Parser) -> None:
@@ -84,20 +117,29 @@ def _add_model(parser: Parser) -> None:
 
 
 def _config(fields: dict[str, Any], options: Namespace) -> DraftAttentionConfig:
-    """Of these fields, and for the others the options that were given."""
+    """Of these fields, for the others the options that were given, and for what is left the fields' profile."""
+    fields = dict(fields)
+    profile = fields.pop("profile", None)
     given = {name: getattr(options, name) for name in (*_FIELDS, *ALIASES) if name != "sparsity"}
     given = {name: value for name, value in given.items() if value is not None}
     if options.model is None:
         # It is there to show the method, also on a GPU where so few tokens do not pay.
         given.setdefault("min_tokens", 0)
     with user_errors():
-        return DraftAttentionConfig(**by_field(given) | by_field(fields))
+        asked = by_field(given) | by_field(fields)
+        return (
+            DraftAttentionConfig(**asked)
+            if profile is None
+            else replace(DraftAttentionConfig.from_profile(profile), **asked)
+        )
 
 
 def _settings(options: Namespace) -> dict[str, DraftAttentionConfig]:
     """All sparse settings of a comparison by name."""
-    sparsities = options.sparsity or ([] if options.setting else [0.5, 0.75, 0.9])
+    sparsities = options.sparsity or ([] if options.setting or options.profile else [0.5, 0.75, 0.9])
     settings = {f"sparsity {value:g}": _config({"sparsity": value}, options) for value in sparsities}
+    if options.profile:
+        settings["profile"] = _config({"profile": options.profile}, options)
     for text in options.setting:
         name, equals, body = text.partition("=")
         if not equals or not name.strip():
@@ -110,6 +152,8 @@ def _settings(options: Namespace) -> dict[str, DraftAttentionConfig]:
 
 def _pair(setting: str, pair: str) -> tuple[str, Any]:
     key, _, value = pair.partition(":")
+    if key == "profile":
+        return key, value
     if key not in (*_FIELDS, *ALIASES):
         raise UserError(f"--setting {setting!r}: unknown key {key!r}; keys: {', '.join(_FIELDS)}")
     try:
@@ -143,8 +187,8 @@ def _generate(options: Namespace) -> int:
     from draftdiff.models.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frames_of, write_frames
 
     prepare_file(options.output, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
-    sparsity = {} if options.sparsity is None else {"sparsity": options.sparsity}
-    config = None if options.dense else _config(sparsity, options)
+    asked = {name: getattr(options, name) for name in ("sparsity", "profile") if getattr(options, name) is not None}
+    config = None if options.dense else _config(asked, options)
     import torch
 
     from draftdiff import enable, report
@@ -215,3 +259,33 @@ def _compare(options: Namespace) -> int:
         about={"model": model.name, **about(model.device, model.pipeline.dtype, options.command_line)},
     )
     return deliver(comparison, video_page.write, options.output, options)
+
+
+def _tune(options: Namespace) -> int:
+    prepare_file(options.output, (".json",))
+    from draftdiff.compare import tune, tune_page
+    from draftdiff.models.video import world_prompts
+
+    tune.Target.of(options.target)
+    if options.model is not None and not options.prompt:
+        raise UserError("--prompt is needed with --model: the profile is found with what it is to be used for")
+    # As for the other commands: the embedded model has few tokens.
+    config = replace(tune.BASE, min_tokens=0) if options.model is None else tune.BASE
+    model, call = _load(options, [config])
+    model.pipeline.set_progress_bar_config(leave=False)
+    tuning = tune.search(
+        model.pipeline,
+        options.prompt or world_prompts(),
+        target=options.target,
+        call_kwargs=call,
+        config=config,
+        seed=options.seed,
+        about={"model": model.name, **about(model.device, model.pipeline.dtype, options.command_line)},
+    )
+    print(json.dumps(tuning.to_dict(), default=str) if options.json else tuning.table())
+    page = options.output.with_suffix(".html")
+    tuning.profile.write(options.output)
+    tune_page.write(tuning, page)
+    if not options.json:
+        print(f"{options.output}, {page}")
+    return 0

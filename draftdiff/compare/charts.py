@@ -111,8 +111,10 @@ def bars(rows: list[tuple[str, dict[str, float]]], unit: str = "s", title: str =
     return _svg(width, top + len(rows) * line + 4, parts, title)
 
 
-def heat_map(title: str, rows: list[list[float | None]]) -> str:
-    """Density, rows [steps][layers] from 0 to 1; None, drawn grey, where the layer did not run."""
+def heat_map(
+    title: str, rows: list[list[float | None]], across: str = "attention layer", down: str = "denoising step"
+) -> str:
+    """Density from 0 to 1, rows [down][across]; None, drawn grey, where a layer did not run."""
     values = np.array([[np.nan if value is None else value for value in row] for row in rows], float)
     steps, layers = values.shape
     left, top, bottom, plot_width, plot_height = 56, 30, 46, 300, 190
@@ -123,8 +125,8 @@ def heat_map(title: str, rows: list[list[float | None]]) -> str:
         f'<image x="{left}" y="{top}" width="{plot_width}" height="{plot_height}" preserveAspectRatio="none" '
         f'style="image-rendering:pixelated" href="data:image/png;base64,{image}"/>',
         f'<rect x="{left}" y="{top}" width="{plot_width}" height="{plot_height}" class="frame"/>',
-        _text(left + plot_width / 2, height - 8, "attention layer", "middle"),
-        _upright(14, top + plot_height / 2, "denoising step"),
+        _text(left + plot_width / 2, height - 8, across, "middle"),
+        _upright(14, top + plot_height / 2, down),
     ]
     for count, axis in ((layers, "x"), (steps, "y")):
         for index in sorted({0, count // 2, count - 1}):
@@ -133,7 +135,7 @@ def heat_map(title: str, rows: list[list[float | None]]) -> str:
                 parts.append(_text(left + at * plot_width, top + plot_height + 17, str(index), "middle"))
             else:
                 parts.append(_text(left - 8, top + at * plot_height + 4, str(index), "end"))
-    return _svg(width, height, parts, f"density by step and layer, {title}")
+    return _svg(width, height, parts, f"density by {down} and {across}, {title}")
 
 
 def density_legend() -> str:

@@ -65,18 +65,18 @@ def compare_videos(
                 bar.set_postfix_str(f"{result.name} (warm-up)")
                 # Kernels are compiled and memory is found on first use; the dense steps would hide the sparse ones.
                 config = replace(result.config, dense_steps=0) if result.config else None
-                run_once(pipeline, config, prompts[0], seed, {**call, **warm_up})
+                run_setting(pipeline, config, prompts[0], seed, {**call, **warm_up})
                 bar.update()
             for round_number in range(repeat):
                 for rows in (dense.clocked, *(result.timings for result in results)):
                     rows.append([])
                 for index, prompt in enumerate(prompts):
                     bar.set_postfix_str("dense (clocked)")
-                    dense.clocked[-1].append(run_once(pipeline, _CLOCKED, prompt, seed, call).timing)
+                    dense.clocked[-1].append(run_setting(pipeline, _CLOCKED, prompt, seed, call).timing)
                     bar.update()
                     for result in results:
                         bar.set_postfix_str(result.name)
-                        run = run_once(pipeline, result.config, prompt, seed, call)
+                        run = run_setting(pipeline, result.config, prompt, seed, call)
                         result.timings[-1].append(run.timing)
                         if round_number == 0:
                             base = None if result is dense else dense.clips[index]
@@ -99,7 +99,7 @@ def _check(prompts: list[str], settings: dict[str, DraftAttentionConfig], repeat
 
 
 @dataclass
-class Once:
+class Run:
     """One call of a pipeline. frames: uint8 [frames, height, width, 3].  latents: the last, None where not told.
     reports: one per transformer, none of the stock pipeline."""
 
@@ -109,9 +109,18 @@ class Once:
     timing: Timing
 
 
-def run_once(pipeline: Any, config: DraftAttentionConfig | None, prompt: str, seed: int, call: dict[str, Any]) -> Once:
-    """Switched to a setting; None is the stock pipeline."""
-    disable(pipeline)
+def run_setting(
+    pipeline: Any,
+    config: DraftAttentionConfig | None,
+    prompt: str,
+    seed: int,
+    call: dict[str, Any],
+    *,
+    keep: bool = False,
+) -> Run:
+    """Switched to a setting; None is the stock pipeline. keep: with the hooks that it has instead."""
+    if not keep:
+        disable(pipeline)
     if config is not None:
         enable(pipeline, config)
     frames, latents, seconds = _timed_call(pipeline, prompt, seed, call)
@@ -119,7 +128,7 @@ def run_once(pipeline: Any, config: DraftAttentionConfig | None, prompt: str, se
     parts: Counter[str] = Counter()
     for one in reports:
         parts.update(one.seconds)
-    return Once(frames, latents, reports, Timing(seconds, dict(parts)))
+    return Run(frames, latents, reports, Timing(seconds, dict(parts)))
 
 
 def _timed_call(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[np.ndarray, Tensor | None, float]:
@@ -139,7 +148,7 @@ def _timed_call(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> 
     return frames_of(output), last[0].cpu() if last else None, seconds
 
 
-def first_look(run: Once, dense: Clip | None, verdict: dict[str, bool] | None) -> Clip:
+def first_look(run: Run, dense: Clip | None, verdict: dict[str, bool] | None) -> Clip:
     """What there is to see of a setting's first run, against the dense clip unless it is that one."""
     reports = [one.to_dict() for one in run.reports]
     clip = Clip(run.frames, reports, verdict=verdict, latents=run.latents)

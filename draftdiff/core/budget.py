@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,28 @@ def check_sparsity(sparsity: float) -> float:
     return float(sparsity)
 
 
+def stretch_at(progress: float, stretches: int) -> int:
+    """Which of so many equal stretches a progress in [0, 1] is in."""
+    return min(int(progress * stretches + 1e-9), stretches - 1)  # 0.58 * 50 is a little less than 29
+
+
+def _shape(weights: Any) -> tuple[int, ...] | None:
+    """Lengths of a tuple, of those in it, and so on; () of anything else, None where they are uneven."""
+    if not isinstance(weights, tuple):
+        return ()
+    inner = {_shape(row) for row in weights} or {()}
+    one = inner.pop()
+    return None if inner or one is None else (len(weights), *one)
+
+
+def _values(weights: Any) -> Iterator[Any]:
+    if not isinstance(weights, tuple):
+        yield weights
+        return
+    for row in weights:
+        yield from _values(row)
+
+
 @dataclass(frozen=True)
 class Budget:
     """Sparsity with weights on the kept share (density = 1 - sparsity), each 1 where nothing is given.
@@ -26,24 +49,24 @@ class Budget:
     sparsity: share of video key tiles that a head skips, in [0, 1).
     steps: weights over equal stretches of the sparse steps, first to last: (1.5, 1, 0.5) starts careful.
     layers: one weight per attention layer.
-    heads: one weight per head, or one row of them per layer.
+    heads: one weight per head, a row of them per layer, or such rows for each of equal stretches of the sparse steps.
+        With a sparsity of 0 the weights of a whole table are the kept shares themselves.
     Lists and arrays are taken for tuples. Raises ValueError that names the value for anything else.
     """
 
     sparsity: float = 0.75
     steps: tuple[float, ...] = ()
     layers: tuple[float, ...] = ()
-    heads: tuple[float, ...] | tuple[tuple[float, ...], ...] = ()
+    heads: tuple[float, ...] | tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", check_sparsity(plain(self.sparsity)))
         for name in ("steps", "layers", "heads"):
             weights = plain(getattr(self, name))
-            by_layer = name == "heads" and isinstance(weights, tuple) and any(isinstance(row, tuple) for row in weights)
-            rows = weights if by_layer else (weights,)
-            if not all(isinstance(row, tuple) and len(row) == len(rows[0]) for row in rows):
+            shape = _shape(weights)
+            if not shape or len(shape) > (3 if name == "heads" else 1):
                 raise UserError(f"budget weights must be a tuple of numbers, got {name}={shown(getattr(self, name))}")
-            if not all(is_number(weight) and weight > 0 for row in rows for weight in row):
+            if not all(is_number(weight) and weight > 0 for weight in _values(weights)):
                 raise UserError(f"budget weights must be positive, got {name}={shown(getattr(self, name))}")
             object.__setattr__(self, name, weights)
 
@@ -54,12 +77,15 @@ class Budget:
         """
         kept = torch.full((layers, heads), 1 - self.sparsity, dtype=torch.float64)
         if self.steps:
-            kept *= self.steps[min(int(progress * len(self.steps)), len(self.steps) - 1)]
+            kept *= self.steps[stretch_at(progress, len(self.steps))]
         if self.layers:
             kept *= self._weights("layers", self.layers, (layers,))[:, None]
         if self.heads:
-            shape = (layers, heads) if isinstance(self.heads[0], Sequence) else (heads,)
-            kept *= self._weights("heads", self.heads, shape)
+            table: Sequence = self.heads
+            depth = len(_shape(table) or ())
+            if depth == 3:
+                table = table[stretch_at(progress, len(table))]
+            kept *= self._weights("heads", table, (heads,) if depth == 1 else (layers, heads))
         return kept.clamp(max=1.0)
 
     @staticmethod

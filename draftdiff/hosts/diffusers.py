@@ -66,8 +66,8 @@ class _Calling(threading.local):
 class _Backend:
     """Our entry in diffusers' dispatcher: hands a call on to the attention of the layer that calls."""
 
-    def __init__(self, attend: Attend) -> None:
-        self.attend, self.calling = attend, _Calling()
+    def __init__(self) -> None:
+        self.calling = _Calling()
         self.owners: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(
@@ -100,7 +100,7 @@ class _Backend:
             "gqa": enable_gqa,
         }
         if _parallel_config is None or not layer.is_sparse:
-            return self.attend(layer, query, key, value, options, 1, dense)
+            return layer.attend(layer, query, key, value, options, 1, dense)
 
         parallel = _parallel_config.context_parallel_config
         if (parallel.ring_degree or 1) > 1:
@@ -114,7 +114,7 @@ class _Backend:
                 return dispatch_attention_fn(query, key, value, mask, *given[1:], backend=stock)
 
             share = options | {"mask": _over_keys(mask, query, key)}
-            return self.attend(layer, query, key, value, share, parallel.ulysses_degree, dense)
+            return layer.attend(layer, query, key, value, share, parallel.ulysses_degree, dense)
 
         return _templated_context_parallel_attention(
             query, key, value, *given, False, forward_op=local, backward_op=None, _parallel_config=_parallel_config
@@ -127,7 +127,7 @@ def _over_keys(mask: Any, query: Tensor, key: Tensor) -> Any:
     return mask[:, None, None] if flat else mask
 
 
-def backend_for(owner: Any, attend: Attend) -> Any:
+def backend_for(owner: Any) -> Any:
     """Our entry in diffusers' dispatcher, made if it is not there; it stays while an owner lives and has not let go.
 
     A model that is dropped without `release_backend` leaves the entry until another one's release.
@@ -139,7 +139,7 @@ def backend_for(owner: Any, attend: Attend) -> Any:
         AttentionBackendName._member_map_[member._name_] = member
         AttentionBackendName._member_names_.append(member._name_)
         AttentionBackendName._value2member_map_[BACKEND] = member
-        _AttentionBackendRegistry.register(member, supports_context_parallel=True)(_Backend(attend))
+        _AttentionBackendRegistry.register(member, supports_context_parallel=True)(_Backend())
     _AttentionBackendRegistry._backends[member].owners.add(owner)
     return member
 
@@ -252,6 +252,16 @@ def heads_of(attention: Any) -> int:
 def head_dim_of(attention: Any) -> int:
     project = attention.to_q if hasattr(attention, "to_q") else attention.to_query
     return project.out_features // heads_of(attention)
+
+
+def projection_of(attention: Any) -> Tensor | None:
+    """Weight of the linear layer that joins an attention's heads, [width, heads * head_dim]; None where there is no
+    plain one."""
+    project: Any = getattr(attention, "to_out", None)
+    project = project[0] if isinstance(project, nn.ModuleList) and len(project) else project
+    if type(project) is not nn.Linear or project.in_features != heads_of(attention) * head_dim_of(attention):
+        return None
+    return project.weight
 
 
 def is_watched() -> bool:

@@ -108,6 +108,14 @@ def _pretrained(name: str, dtype: torch.dtype, variant: str | None) -> Model:
     return Model(name, pipeline, {}, fps if isinstance(fps, (int, float)) else _DEFAULT_FPS)
 
 
+def world_prompts() -> list[str]:
+    """Three prompts of the embedded model's world, each of a combination that it was not trained on."""
+    from draftdiff.pipelines.mini import world as mini_world
+
+    looks = zip(mini_world.HELD_OUT[::3], mini_world.SIZES * 2, mini_world.BACKGROUNDS)
+    return [mini_world.plain_caption(mini_world.Scene(*scene, *look)) for scene, *look in looks]
+
+
 def world_judge(prompts: Sequence[str]) -> tuple[Judge, list[str]]:
     """A judge of what the embedded model makes of these prompts, and a note on each that is not of its world."""
     from draftdiff.pipelines.mini import judge as mini_judge

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from draftdiff.attention.rule import Rule
@@ -13,6 +14,18 @@ from draftdiff.core.values import is_number, plain, shown
 from draftdiff.errors import UserError
 
 _TOKENS = 0.25  # of the budget
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """The only kind of transformer that a config is for: its class, and its attention layers and heads."""
+
+    transformer: str
+    layers: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.transformer} with {self.layers} layers of {self.heads} heads"
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class DraftAttentionConfig:
     backend: "auto" or a name of `draftdiff.kernels.block_sparse.BACKENDS`.
     dense_above: layers whose density is at least this are left to dense attention, in [0, 1]; None is where that is
         the faster one, by backend and kind of device (`draftdiff.kernels.crossover`).
+    made_for: what a profile was tuned for; any other transformer is refused.
 
     Lists and arrays are taken for tuples, and numbers of other libraries for Python's. Raises ValueError that names the
     value for anything else. `of` also takes the names that users of ComfyUI know (`ALIASES`).
@@ -54,6 +68,7 @@ class DraftAttentionConfig:
     min_tokens: int | None = None
     backend: str = "auto"
     dense_above: float | None = None
+    made_for: MadeFor | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
@@ -107,6 +122,13 @@ class DraftAttentionConfig:
                 f"config must be a DraftAttentionConfig, a sparsity or a dict of its fields, got {shown(value)}"
             )
         return cls(**by_field(value))
+
+    @classmethod
+    def from_profile(cls, path: str | Path) -> DraftAttentionConfig:
+        """The config that `draftdiff tune` wrote. Raises UserError, in one line, for a file that is none."""
+        from draftdiff.video.profile import Profile
+
+        return Profile.read(path).config
 
     @cached_property
     def budget(self) -> Budget:
@@ -197,4 +219,5 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "min_tokens": (int, _NONE),
     "backend": (str,),
     "dense_above": (float, int, _NONE),
+    "made_for": (MadeFor, _NONE),
 }

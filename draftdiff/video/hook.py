@@ -57,8 +57,6 @@ class Hook:
         num_steps: int,
     ) -> None:
         self.layout, self.config, self.shared, self.num_steps = layout, config, shared, num_steps
-        self.attend = attend
-        self.packed = config.rule.packed
         self.here = PerThread()
         self.log = Log()
         self.warned = False
@@ -87,7 +85,7 @@ class Hook:
 
     def take_over(self) -> None:
         """Put our processors in place, also of those that were set after us."""
-        self.backend = host.backend_for(self, self.attend)
+        self.backend = host.backend_for(self)
         for layer in self.layers:
             current: Any = layer.module.processor
             if getattr(current, "draft_layer", None) is not layer:

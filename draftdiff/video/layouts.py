@@ -52,10 +52,15 @@ def layout_for(transformer: nn.Module) -> Layout:
 
     Raises ValueError for a class that is not in the table.
     """
+    return LAYOUTS[layout_name(transformer)]
+
+
+def layout_name(transformer: nn.Module) -> str:
+    """The supported class that a transformer is of. Raises ValueError as `layout_for` does."""
     model = getattr(transformer, "_orig_mod", transformer)
     for cls in type(model).__mro__:
         if cls.__name__ in LAYOUTS:
-            return LAYOUTS[cls.__name__]
+            return cls.__name__
     raise UserError(f"{type(model).__name__} is not supported; supported transformers: {', '.join(LAYOUTS)}")
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from draftdiff.attention.attend import attend, attend_op, compute_dtype, needs_gradient
+from draftdiff.attention.rule import Rule
 from draftdiff.core.grid import LatentGrid
 from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
 from draftdiff.kernels.block_sparse import resolve
-from draftdiff.video.config import DraftAttentionConfig
+from draftdiff.video.config import DraftAttentionConfig, MadeFor
 from draftdiff.video.hook import Hook
-from draftdiff.video.layouts import LAYOUTS, layout_for
+from draftdiff.video.layouts import LAYOUTS, layout_for, layout_name
 from draftdiff.video.report import Report, TransformerReport
 from draftdiff.video.tasks import Layer, PerThread, Task, attentions_of
 
@@ -41,7 +42,7 @@ def attention_call(
             layer.hook.log.reasons["attention was reached outside a forward that draftdiff saw"] += 1
         return dense()
     is_self = query.shape[1] == key.shape[1]  # adapters send other calls the same way
-    reason = _reason_for_dense(layer, query, key, options, processes, eager) if task.density is not None else None
+    reason = reason_for_dense(layer, query, key, options, processes, eager) if task.density is not None else None
     if task.density is None or not is_self or reason is not None:
         if reason is not None and is_self:
             assert task.stats is not None
@@ -52,13 +53,14 @@ def attention_call(
             return dense()
         with task.call.log.clock.part("dense attention"):
             return dense()
-    out, stats = _sparse(layer, task, query, key, value, options, processes, eager)
+    rule = layer.hook.config.rule
+    out, stats = sparse(layer, task, rule, query, key, value, options, processes, eager)
     assert task.stats is not None
     task.stats.copy_(stats.detach())
     return out
 
 
-def _reason_for_dense(
+def reason_for_dense(
     layer: Layer, query: Tensor, key: Tensor, options: dict[str, Any], processes: int, eager: bool
 ) -> str | None:
     """Why a call of a layer with a sparse task has to be dense, or None."""
@@ -83,9 +85,10 @@ def _reason_for_dense(
     return None
 
 
-def _sparse(
+def sparse(
     layer: Layer,
     task: Task,
+    rule: Rule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -93,6 +96,7 @@ def _sparse(
     processes: int,
     eager: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Draft attention of a layer's call by this rule, at the density of its task; returns as `attend` does."""
     assert task.shape is not None and task.density is not None
     layout, mask = layer.hook.layout, options["mask"]
     frames, height, width, lead = task.shape.shape[:4]
@@ -113,10 +117,10 @@ def _sparse(
         valid = mask[:, 0, 0].expand(query.shape[0], -1)
         text_mask = torch.cat([valid[:, :lead], valid[:, lead + tokens :]], dim=1)
     density = task.density[: query.shape[2]].to(query.device)
-    scale, rule = options["scale"], layer.hook.config.rule
+    scale = options["scale"]
     if not eager or needs_gradient(query, key, value):
         grid = [frames, height, width]
-        out, stats = attend_op(query, key, value, density, text_mask, grid, lead, scale, layer.hook.packed)
+        out, stats = attend_op(query, key, value, density, text_mask, grid, lead, scale, rule.packed)
     else:
         log = task.call.log
         log.backend = resolve(rule.backend, query.device, dtype, query.shape[-1])
@@ -147,11 +151,11 @@ def _joined(x: Tensor, processes: int, sizes: list[int], axis: int, back: bool =
     return torch.cat([share.flatten(axis, axis + 1) for share in shares], dim=axis)
 
 
-def _unwrap(module: Any) -> Any:
+def unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def _transformers(target: Any) -> list[nn.Module]:
+def transformers_of(target: Any) -> list[nn.Module]:
     """The supported transformers of a pipeline, or the transformer itself, each as the target holds it: perhaps in a
     wrapper of `torch.compile`. Raises ValueError if there is none."""
     if isinstance(target, nn.Module):
@@ -162,7 +166,7 @@ def _transformers(target: Any) -> list[nn.Module]:
     found = [
         component
         for component in target.components.values()
-        if isinstance(component, nn.Module) and any(c.__name__ in LAYOUTS for c in type(_unwrap(component)).__mro__)
+        if isinstance(component, nn.Module) and any(c.__name__ in LAYOUTS for c in type(unwrapped(component)).__mro__)
     ]
     if not found:
         raise UserError(
@@ -173,7 +177,7 @@ def _transformers(target: Any) -> list[nn.Module]:
 
 def _hook_of(transformer: nn.Module) -> Hook | None:
     """The hook of a transformer, found where PyTorch keeps it: a copy of the model has a copy of it."""
-    for function in _unwrap(transformer)._forward_pre_hooks.values():
+    for function in unwrapped(transformer)._forward_pre_hooks.values():
         if isinstance(owner := getattr(function, "__self__", None), Hook):
             return owner
     return None
@@ -193,9 +197,13 @@ def check(target: Any, config: Any = None) -> DraftAttentionConfig:
 def _checked(target: Any, config: Any) -> tuple[DraftAttentionConfig, list[tuple[Any, nn.Module]]]:
     """The config, and each transformer with its first attention. Raises UserError where they do not fit each other."""
     config, models = DraftAttentionConfig.of(config), []
-    for model in map(_unwrap, _transformers(target)):
+    for model in map(unwrapped, transformers_of(target)):
         layers = attentions_of(model, layout_for(model).attention)
-        config.budget.density(len(layers), host.heads_of(layers[0][1]))
+        heads = host.heads_of(layers[0][1])
+        here = MadeFor(layout_name(model), len(layers), heads)
+        if config.made_for not in (None, here):
+            raise UserError(f"the profile was tuned for {config.made_for}, not for {here}")
+        config.budget.density(len(layers), heads)
         models.append((model, layers[0][1]))
     return config, models
 
@@ -212,8 +220,8 @@ def enable(target: Any, config: Any = None, *, num_steps: int = 50) -> Any:
     config, _ = _checked(target, config)
     disable(target)
     shared = PerThread()
-    for outer in _transformers(target):
-        model = _unwrap(outer)
+    for outer in transformers_of(target):
+        model = unwrapped(outer)
         hook = Hook(model, layout_for(model), config, attention_call, shared, num_steps)
         hook.install(model, outer if outer is not model else None)
     return target
@@ -224,7 +232,7 @@ def disable(target: Any) -> Any:
 
     Returns target.
     """
-    for transformer in _transformers(target):
+    for transformer in transformers_of(target):
         if (hook := _hook_of(transformer)) is not None:
             hook.remove()
     return target
@@ -232,7 +240,7 @@ def disable(target: Any) -> Any:
 
 def report(target: Any) -> Report:
     """What the last run did: dense and sparse steps, density, missed mass, time. Raises ValueError if not enabled."""
-    hooks = [(_unwrap(transformer), _hook_of(transformer)) for transformer in _transformers(target)]
+    hooks = [(unwrapped(transformer), _hook_of(transformer)) for transformer in transformers_of(target)]
     names = [(type(model).__name__, hook) for model, hook in hooks if hook is not None]
     if not names:
         raise UserError(f"draftdiff is not enabled on this {type(target).__name__}")

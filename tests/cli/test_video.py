@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel, WanVideoToVideoPipeline
 
+from draftdiff import DraftAttentionConfig
 from draftdiff.cli import main
 from draftdiff.models.frames import write_frames
 from tests.cli.one_line import fails_in_one_line
@@ -324,3 +325,87 @@ def test_seed_minus_one_draws_a_seed_and_tells_it(model, tmp_path, capsys):
     assert len(seeds) == 2 and min(seeds) >= 0
     line = fails_in_one_line(capsys, "generate", "--prompt", "a", "--seed", "-2", "-o", "x.mp4")
     assert "must be a whole number from -1" in line
+
+
+def cheap(self):
+    """As on a GPU: a little for the draft, and more than dense attention where all is read."""
+    times = 0.05 + 1.2 * torch.tensor(self.ladder, dtype=torch.float64)
+    return times.expand(len(self.tokens), -1), 1.0
+
+
+@pytest.fixture(scope="session")
+def profile(model, tmp_path_factory):
+    """The folder of a profile that the command wrote, with its page."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("draftdiff.video.sensitivity.Sensitivity.costs", cheap)
+        patch.setattr("draftdiff.compare.tune.BASE", DraftAttentionConfig(selection="error", tile=(1, 4, 4)))
+        argv = ["--model", model, "--prompt", "a red circle", *SIZE[:-2], "-o", str(folder / "tuned.json")]
+        with pytest.warns(UserWarning, match="fewer than min_tokens"):
+            assert main(["tune", "--target", "40 dB", *argv]) == 2
+        assert not list(folder.iterdir())
+        patch.setattr("draftdiff.compare.tune.BASE", DraftAttentionConfig(selection="error", tile=(1, 4, 4)))
+        patch.setattr("draftdiff.video.hook._MIN_TOKENS", {"cpu": 0})
+        assert main(["tune", "--target", "40 dB", *argv]) == 0
+    return folder
+
+
+def test_tune_writes_a_profile_and_a_page_that_generate_and_compare_take(model, profile, tmp_path, capsys):
+    assert {path.name for path in profile.iterdir()} == {"tuned.json", "tuned.html"}
+    file = str(profile / "tuned.json")
+    given = ["--model", model, "--prompt", "a red circle", *SIZE]
+    capsys.readouterr()
+    assert main(["generate", *given, "--profile", file, "--json", "-o", str(tmp_path / "x.mp4")]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["made_for"] == "WanTransformer3DModel with 2 layers of 2 heads" and config["tile"] == [1, 4, 4]
+    assert config["min_tokens"] == 0  # what is given besides comes before it
+    setting = ["--setting", f"own=profile:{file},dense_steps:1"]
+    assert main(["compare", *given, "--profile", file, *setting, "--repeat", "1", "-o", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert [one["setting"] for one in results] == ["dense", "profile", "own"]
+    assert [one["config"]["dense_steps"] for one in results[1:]] == [0, 1]
+    assert results[1]["psnr"] > 30
+
+
+def test_a_profile_that_cannot_be_used_is_one_line(model, profile, tmp_path, capsys):
+    given = ["generate", "--model", model, "--prompt", "a", "-o", tmp_path / "x.mp4", "--profile"]
+    assert "no profile at" in fails_in_one_line(capsys, *given, tmp_path / "nothing.json")
+    content = json.loads((profile / "tuned.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(content | {"layers": 30}))
+    line = fails_in_one_line(capsys, *given, tmp_path / "other.json")
+    assert "was tuned for WanTransformer3DModel with 30 layers of 2 heads, not for WanTransformer3DModel with 2" in line
+    (tmp_path / "newer.json").write_text(json.dumps(content | {"draftdiff_profile": 2}))
+    assert "is a profile of format 2" in fails_in_one_line(capsys, *given, tmp_path / "newer.json")
+    line = fails_in_one_line(capsys, *given, tmp_path / "newer.json", "--sparsity", "0.5")
+    assert "--sparsity" in line and "--profile" in line
+    setting = ["--setting", f"x=profile:{tmp_path / 'newer.json'}"]
+    line = fails_in_one_line(capsys, "compare", "--model", model, "--prompt", "a", "-o", tmp_path / "out", *setting)
+    assert "is a profile of format 2" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--target", "fast"], "target must be like '35 dB', 'lpips 0.05' or '1.8x', got 'fast'"),
+        (["--target", "35 dB", "-o", "x.txt"], "must end in .json"),
+        (["--target", "35 dB", "--prompt", "a", "--height", "100"], "--height must be a multiple of 16"),
+        (["--target", "35 dB"], "--prompt is needed with --model"),
+        ([], "--target"),
+    ],
+)
+def test_what_tune_cannot_use_is_one_line_and_no_file(model, tmp_path, capsys, argv, told):
+    argv = ["tune", "--model", model, *([] if "-o" in argv else ["-o", tmp_path / "profile.json"]), *argv]
+    assert told in fails_in_one_line(capsys, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_tuning_leaves_nothing_behind(model, tmp_path, capsys, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("draftdiff.compare.tune._walk", interrupted)
+    monkeypatch.setattr("draftdiff.video.hook._MIN_TOKENS", {"cpu": 0})
+    argv = ["tune", "--model", model, "--prompt", "a", *SIZE[:-2], "--target", "40 dB"]
+    assert main([*argv, "-o", str(tmp_path / "profile.json")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "draftdiff: interrupted"
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftdiff.core.budget import Budget
+from draftdiff.core.budget import Budget, stretch_at
 from draftdiff.errors import UserError
 
 
@@ -76,3 +76,27 @@ def test_lists_and_arrays_are_tuples():
     budget = Budget(np.float64(0.5), steps=[1, 2], layers=np.array([1.0, 2.0]), heads=[[1.0, 2.0], (3, 4)])
     assert budget == Budget(0.5, steps=(1, 2), layers=(1.0, 2.0), heads=((1.0, 2.0), (3, 4)))
     assert hash(budget)
+
+
+def test_heads_may_be_given_for_each_stretch_of_the_steps():
+    budget = Budget(0.0, heads=(((0.5, 1.0), (0.25, 0.5)), ((0.1, 0.2), (1.0, 2.0))))
+    assert budget.density(2, 2, progress=0.49).tolist() == [[0.5, 1.0], [0.25, 0.5]]
+    assert budget.density(2, 2, progress=0.5).tolist() == [[0.1, 0.2], [1.0, 1.0]]
+    with pytest.raises(UserError, match=r"heads must have shape \(3, 2\) for this model, got \(2, 2\)"):
+        budget.density(3, 2)
+
+
+@pytest.mark.parametrize(
+    "heads", [(((1.0,), (1.0, 2.0)),), (((1.0,),), ((1.0,), (1.0,))), ((((1.0,),),),), (((0.0,),),)]
+)
+def test_a_table_of_heads_that_is_uneven_too_deep_or_not_positive_is_refused(heads):
+    with pytest.raises(UserError, match="budget weights must be"):
+        Budget(0.5, heads=heads)
+
+
+@pytest.mark.parametrize("stretches", [1, 3, 7, 50])
+def test_every_stretch_of_the_steps_is_as_long_as_the_others(stretches):
+    steps = 4 * stretches
+    places = [stretch_at(step / steps, stretches) for step in range(steps)]
+    assert places == [step // 4 for step in range(steps)]
+    assert stretch_at(1.0, stretches) == stretches - 1

@@ -150,6 +150,7 @@ def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
         "min_tokens": None,
         "backend": "torch",
         "dense_above": None,
+        "made_for": None,
     }
 
 

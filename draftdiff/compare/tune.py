@@ -1,0 +1,427 @@
+"""From a target to a profile: what to compute where, found from one recorded dense run a prompt and checked on renders.
+
+Recorded errors are local: what an error of a layer or of a step means for the video is learnt from a few renders in
+which that layer, or that stretch of steps, is sparse alone. What is left is a search along one line, from the least
+work to dense attention, whose points are rendered until the cheapest that meets the target is found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median, stdev
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from draftdiff.compare.comparison import Comparison
+from draftdiff.compare.metrics import Unavailable, lpips, psnr, relative_l2
+from draftdiff.compare.table import Column
+from draftdiff.compare.video_run import Run, run_setting
+from draftdiff.core.allocation import Allocation, allocations
+from draftdiff.core.budget import Budget
+from draftdiff.errors import UserError
+from draftdiff.hosts.diffusers import heads_of
+from draftdiff.models.devices import versions
+from draftdiff.models.loading import inputs_refused
+from draftdiff.video.config import DraftAttentionConfig, MadeFor
+from draftdiff.video.layouts import layout_for, layout_name
+from draftdiff.video.patch import check, disable, transformers_of, unwrapped
+from draftdiff.video.profile import Profile
+from draftdiff.video.sensitivity import Sensitivity, recording
+from draftdiff.video.tasks import attentions_of
+
+BASE = DraftAttentionConfig(selection="error", tokens=0.25)
+LADDER = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
+_SINGLE = (0.0, 0.125, 0.25)  # shares of the base's budget that are spent on single tokens, each a choice
+_STRETCHES = 5  # of steps
+_BANDS = 6  # of layers whose weight is learnt together
+_PROBED = 2  # rung of the ladder at which weights are learnt
+_CHECKS = 6  # points that are rendered at most
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the profile must reach. kind: "psnr" (dB, mean of the prompts), "lpips" (likewise) or "speedup"."""
+
+    kind: str
+    value: float
+    close: ClassVar[dict[str, float]] = {"psnr": 0.025, "lpips": 0.02, "speedup": 0.01}
+
+    @classmethod
+    def of(cls, text: str) -> Target:
+        """Reads "35 dB", "lpips 0.05" or "1.8x". Raises UserError for anything else."""
+        number = r"(\d+(?:\.\d*)?|\.\d+)"
+        forms = {"psnr": rf"{number}\s*dB", "lpips": rf"lpips\s*{number}", "speedup": rf"{number}\s*x"}
+        for kind, form in forms.items():
+            if (found := re.fullmatch(form, str(text).strip(), re.IGNORECASE)) and float(found[1]) > 0:
+                return cls(kind, float(found[1]))
+        raise UserError(f"target must be like '35 dB', 'lpips 0.05' or '1.8x', got {text!r}")
+
+    def __str__(self) -> str:
+        return {"psnr": "{:g} dB", "lpips": "lpips {:g}", "speedup": "{:g}x"}[self.kind].format(self.value)
+
+    def of_run(self, run: Run, dense: Run) -> float:
+        return (psnr if self.kind == "psnr" else lpips)(run.frames, dense.frames)
+
+    def met(self, value: float) -> bool:
+        return value <= self.value if self.kind == "lpips" else value >= self.value
+
+    def beyond(self, value: float) -> float:
+        """How far a value is beyond the target, below 0 where it is not met, as it grows evenly along the line."""
+        kinds: dict[str, Callable[[float], float]] = {
+            "psnr": lambda x: x / 10,
+            "lpips": lambda x: -_log10(max(x, 1e-6)),
+            "speedup": lambda x: -1 / x,
+        }
+        return kinds[self.kind](value) - kinds[self.kind](self.value)
+
+
+@dataclass
+class Check:
+    """One point of the line and what its renders showed, one value a prompt. speedup: over dense."""
+
+    allocation: Allocation
+    config: DraftAttentionConfig
+    psnr: list[float] = field(default_factory=list)
+    lpips: list[float | None] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    speedup: list[float] = field(default_factory=list)
+
+    def value(self, kind: str) -> float:
+        if kind == "speedup":
+            return median(self.speedup)
+        return fmean(self.psnr if kind == "psnr" else [value for value in self.lpips if value is not None])
+
+
+_COLUMNS: tuple[Column, ...] = (
+    ("check", "check", str, "points of the search in the order of their rendering"),
+    ("target", "met", str, "whether the mean of the prompts meets the target"),
+    ("work", "work", "{:.3f}".format, "predicted time of the attention over that of dense attention"),
+    ("density", "density", "{:.3f}".format, "mean share of the video's keys that heads may read, dense ones included"),
+    ("PSNR", "psnr", "{:.1f} dB".format, "against the dense video, mean of the prompts"),
+    ("spread", "spread", "{:.1f} dB".format, "standard deviation of PSNR between prompts"),
+    ("ST-LPIPS", "lpips", "{:.3f}".format, "learned perceptual distance (shift-tolerant, AlexNet); 0 is identical"),
+    ("time", "seconds", "{:.2f} s".format, "median of the prompts' pipeline calls"),
+    (
+        "speed-up",
+        "speedup",
+        "{:.2f}x".format,
+        "dense time over this time, median: in turns for a target of speed, else over the dense runs before",
+    ),
+)
+
+
+@dataclass
+class Tuning(Comparison[Check]):
+    """A profile and how it was found. results: the rendered points, in their order.  chosen: which of them it is."""
+
+    made_by = "draftdiff tune"
+    columns = _COLUMNS
+
+    pipeline: str
+    prompts: list[str]
+    seed: int
+    target: Target
+    profile: Profile
+    results: list[Check]
+    chosen: int
+    weights: dict[str, list[float]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, result: Check) -> dict[str, Any]:
+        at = next(number for number, one in enumerate(self.results) if one is result)
+        known = [value for value in result.lpips if value is not None]
+        return {
+            "check": f"{at + 1} (the profile)" if at == self.chosen else f"{at + 1}",
+            "met": "met" if self.target.met(result.value(self.target.kind)) else "missed",
+            "work": result.allocation.work,
+            "density": float(result.allocation.density.mean()),
+            "psnr": fmean(result.psnr),
+            "spread": stdev(result.psnr) if len(result.psnr) > 1 else None,
+            "lpips": fmean(known) if known else None,
+            "seconds": median(result.seconds),
+            "speedup": median(result.speedup),
+        }
+
+    def notes(self) -> list[str]:
+        return [f"target {self.target}, on {len(self.prompts)} prompts; of others it may differ by the spread"]
+
+    def content(self) -> dict[str, Any]:
+        return {
+            "pipeline": self.pipeline,
+            "prompts": self.prompts,
+            "seed": self.seed,
+            "weights": self.weights,
+            "checks": self.rows(),
+            "profile": self.profile.to_dict(),
+        }
+
+
+def tune(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    target: str,
+    call_kwargs: dict[str, Any] | None = None,
+    config: DraftAttentionConfig | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Profile:
+    """The least work that makes these prompts' videos meet a target, as a profile; see `search` for the arguments."""
+    return search(
+        pipeline, prompts, target=target, call_kwargs=call_kwargs, config=config, seed=seed, progress=progress
+    ).profile
+
+
+def search(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    target: str,
+    call_kwargs: dict[str, Any] | None = None,
+    config: DraftAttentionConfig | None = None,
+    seed: int = 0,
+    about: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Tuning:
+    """Find a profile.
+
+    pipeline: a loaded diffusers pipeline; draftdiff is disabled on it afterwards.  prompts: to calibrate with.
+    target: "35 dB" or "lpips 0.05" against dense, or "1.8x" as fast as dense.  call_kwargs: further arguments of the
+    pipeline's call.  config: whose rule, tiles and backend are taken; how much is computed where, is found.
+    seed: of the noise.  about: where and with what it runs, for the report.
+    Raises UserError for a target that cannot be read or met, and what `enable` refuses.
+    """
+    goal, base, call = Target.of(target), check(pipeline, config or BASE), dict(call_kwargs or {})
+    prompts = list(prompts)
+    if not prompts:
+        raise UserError("tune needs at least one prompt")
+    models = [unwrapped(outer) for outer in transformers_of(pipeline)]
+    layers = attentions_of(models[0], layout_for(models[0]).attention)
+    shape = MadeFor(layout_name(models[0]), len(layers), heads_of(layers[0][1]))
+    base = replace(base, made_for=shape)
+    bands = _bands(shape.layers)
+    runs = len(prompts) * (2 + _CHECKS * (2 if goal.kind == "speedup" else 1)) + _STRETCHES + len(bands)
+    try:
+        with tqdm(total=runs, desc="tune", unit="run", disable=not progress) as bar, inputs_refused(pipeline):
+            renderer = _Renderer(pipeline, prompts, seed, call, bar)
+            bar.set_postfix_str("recording")
+            single = sorted({share * (1 - base.budget.sparsity) for share in _SINGLE if _may_be_single(base, share)})
+            with recording(pipeline, base, LADDER, single) as found:
+                for prompt in prompts:
+                    recorded = renderer(None, prompt, keep=True)
+            if goal.kind == "lpips":
+                _needs_lpips(recorded)
+            bar.set_postfix_str("dense")  # after a first use of everything, since its time counts
+            dense = [renderer(None, prompt) for prompt in prompts]
+            stretches = min(_STRETCHES, found.steps)
+            line = _Line(found, base, stretches)
+            bar.set_postfix_str("weights")
+            probes = line.learn(lambda config: renderer(config, prompts[0]), dense[0], bands)
+            known = [(1.0, goal.beyond(1.0))]  # dense attention is as fast as itself
+            if goal.kind != "speedup":
+                known = [(_log10(lost), goal.beyond(goal.of_run(run, dense[0]))) for lost, run in probes if lost > 0]
+            checks, chosen = _walk(line, goal, known, renderer, prompts, dense, bar)
+    finally:
+        disable(pipeline)
+    best = checks[chosen]
+    assert found.grid is not None
+    row = {
+        "prompts": prompts,
+        "seed": seed,
+        "call": {k: v for k, v in call.items() if isinstance(v, (str, int, float))},
+    }
+    measured = row | {name: getattr(best, name) for name in ("psnr", "lpips", "seconds", "speedup")}
+    measured["work"] = best.allocation.work
+    profile = Profile(best.config, found.grid, found.steps, str(goal), measured, versions())
+    weights = {"steps": line.of_steps.tolist(), "layers": line.of_layers.tolist()}
+    return Tuning(type(pipeline).__name__, prompts, seed, goal, profile, checks, chosen, weights, dict(about or {}))
+
+
+def _may_be_single(config: DraftAttentionConfig, share: float) -> bool:
+    return share == 0 or config.selection in ("draft", "error")
+
+
+def _bands(layers: int) -> list[range]:
+    """Layers in at most so many neighbouring groups."""
+    count = min(_BANDS, layers)
+    return [range(layers * i // count, layers * (i + 1) // count) for i in range(count)]
+
+
+def _needs_lpips(run: Run) -> None:
+    try:
+        lpips(run.frames, run.frames)
+    except Unavailable as error:
+        raise UserError(f"a target of lpips {error}") from None
+
+
+def _log10(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).log10())
+
+
+@dataclass
+class _Renderer:
+    """Runs the pipeline, dense for None, and tells the bar. keep: with the hooks that are there."""
+
+    pipeline: Any
+    prompts: list[str]
+    seed: int
+    call: dict[str, Any]
+    bar: tqdm
+
+    def __call__(self, config: DraftAttentionConfig | None, prompt: str, keep: bool = False) -> Run:
+        run = run_setting(self.pipeline, config, prompt, self.seed, self.call, keep=keep)
+        self.bar.update()
+        return run
+
+
+class _Line:
+    """Allocations from the least work to dense attention, each the best of its work by what was recorded and learnt.
+
+    of_steps, of_layers: what a squared error there counts, float64 [stretches] and [layers].
+    """
+
+    def __init__(self, found: Sensitivity, base: DraftAttentionConfig, stretches: int) -> None:
+        self.found, self.base = found, base
+        self.loss = found.loss(stretches)
+        self.costs, self.dense = found.costs()
+        self.ladder = torch.tensor(found.ladder, dtype=torch.float64)
+        self.of_steps = torch.ones(stretches, dtype=torch.float64)
+        self.of_layers = torch.ones(found.layers, dtype=torch.float64)
+
+    def config(self, density: Tensor, single: float) -> DraftAttentionConfig:
+        """The base at these densities, float64 [stretches, layers, heads]; layers of 1 throughout are exact."""
+        faster = self.dense <= self.costs[:, -1].min()
+        return replace(
+            self.base,
+            sparsity=Budget(0.0, heads=tuple(tuple(map(tuple, rows)) for rows in density.tolist())),
+            tokens=single,
+            dense_steps=0,
+            dense_end=0,
+            dense_layers=0,
+            dense_above=1.0 if faster else None,
+        )
+
+    def learn(
+        self, render: Callable[[DraftAttentionConfig], Run], dense: Run, bands: list[range]
+    ) -> list[tuple[float, Run]]:
+        """Weights of steps and layers, from renders in which a stretch of steps or a band of layers is sparse alone.
+
+        Returns those renders, each with its squared distance from the dense one, which is what a loss now counts in.
+        """
+        seen = []
+        local = self.loss[-1, _PROBED]  # [stretches, layers, heads]
+        for place in range(len(self.of_steps)):
+            density = torch.ones_like(local)
+            density[place] = self.ladder[_PROBED]
+            seen.append(self._probe(render, density, dense))
+            self.of_steps[place] = seen[-1][0] / local[place].sum().clamp(min=1e-30)
+        weighed = (local * self.of_steps[:, None, None]).sum((0, 2))
+        for band in bands:
+            density = torch.ones_like(local)
+            density[:, list(band)] = self.ladder[_PROBED]
+            seen.append(self._probe(render, density, dense))
+            self.of_layers[list(band)] = seen[-1][0] / weighed[list(band)].sum().clamp(min=1e-30)
+        return seen
+
+    def _probe(self, render: Callable[[DraftAttentionConfig], Run], density: Tensor, dense: Run) -> tuple[float, Run]:
+        config = replace(self.config(density, self.found.tokens[-1]), dense_above=1.0)
+        run = render(config)
+        if run.latents is not None and dense.latents is not None:
+            return relative_l2(run.latents, dense.latents) ** 2, run
+        return 10 ** (-psnr(run.frames, dense.frames) / 10), run
+
+    def points(self) -> list[Allocation]:
+        """From the least work up; the last is dense where nothing else is exact."""
+        loss = self.loss * self.of_steps[:, None, None] * self.of_layers[:, None]
+        return allocations(self.ladder, loss, self.costs, self.dense, self.found.tokens)
+
+
+def _walk(
+    line: _Line,
+    goal: Target,
+    first: list[tuple[float, float]],
+    render: _Renderer,
+    prompts: list[str],
+    dense: list[Run],
+    bar: tqdm,
+) -> tuple[list[Check], int]:
+    """Rendered points of the line, and which of them meets the target with the least work (or, of a speed, loss).
+
+    first: what is known before of where a point lies and how far it is beyond the target.
+    """
+    points = [one for one in line.points() if one.work < 1]
+    if not points:
+        raise UserError("nothing can be tuned: dense attention is the fastest here, at any density")
+    fast = goal.kind == "speedup"
+    # From what surely misses the target to what surely meets it.
+    points = points[::-1] if fast else points
+    at = [one.work if fast else _log10(max(one.loss, 1e-300)) for one in points]
+    missed, met = -1, len(points)
+    known: list[tuple[float, float]] = []
+    checks: list[Check] = []
+    places: list[int] = []
+    now = _predicted(at, first)
+    for _ in range(_CHECKS):
+        one = points[now]
+        checks.append(_checked(line.config(one.density, one.single), one, fast, render, prompts, dense, bar))
+        places.append(now)
+        beyond = goal.beyond(checks[-1].value(goal.kind))
+        known.append((at[now], beyond))
+        missed, met = (missed, now) if beyond >= 0 else (now, met)
+        if met - missed <= 1 or 0 <= beyond <= Target.close[goal.kind]:
+            break
+        now = min(max(_predicted(at, first + known if fast else known), missed + 1), met - 1)
+    if met == len(points):
+        best = max(checks, key=lambda check: goal.beyond(check.value(goal.kind)))
+        raise UserError(f"target {goal} was not met: the best of {len(checks)} checks has {_told(best, goal.kind)}")
+    bar.total = bar.n
+    bar.refresh()
+    return checks, places.index(met)
+
+
+def _predicted(at: list[float], known: list[tuple[float, float]]) -> int:
+    """The first point that should meet the target, by a line through the two known ones that are nearest to it; that in
+    the middle if nothing is known."""
+    if not known:
+        return len(at) // 2
+    nearest = sorted(known, key=lambda point: abs(point[1]))[:2]
+    (x, y), slope = nearest[0], -1.0
+    if len(nearest) > 1 and abs(nearest[1][0] - x) > 1e-9:
+        through = (nearest[1][1] - y) / (nearest[1][0] - x)
+        slope = through if through < 0 else slope
+    wanted = x - y / slope
+    return next((place for place, here in enumerate(at) if here <= wanted), len(at) - 1)
+
+
+def _checked(
+    config: DraftAttentionConfig,
+    allocation: Allocation,
+    in_turns: bool,
+    render: _Renderer,
+    prompts: list[str],
+    dense: list[Run],
+    bar: tqdm,
+) -> Check:
+    """in_turns: dense once more beside every render, so that a machine that slows down slows both."""
+    bar.set_postfix_str(f"check at {allocation.work:.2f} of dense work")
+    check = Check(allocation, config)
+    for prompt, truth in zip(prompts, dense):
+        again = render(None, prompt) if in_turns else truth
+        run = render(config, prompt)
+        check.psnr.append(psnr(run.frames, truth.frames))
+        try:
+            check.lpips.append(lpips(run.frames, truth.frames))
+        except Unavailable:
+            check.lpips.append(None)
+        check.seconds.append(run.timing.seconds)
+        check.speedup.append(again.timing.seconds / run.timing.seconds)
+    return check
+
+
+def _told(check: Check, kind: str) -> str:
+    return {"psnr": "{:.1f} dB", "lpips": "lpips {:.3f}", "speedup": "{:.2f}x"}[kind].format(check.value(kind))
