@@ -74,9 +74,9 @@ def test_the_loss_is_the_error_after_the_output_projection():
     attention = model.blocks[0].attn1
     joined = []
     attention.to_out[0].register_forward_pre_hook(lambda _, args: joined.append(args[0]))
-    with recording(model, CONFIG, (1 - 0.8,), (0.0,), every=1) as found:  # a little less than 0.2, and a tile
+    with recording(model, CONFIG, (0.2,), (0.0,), every=1) as found:
         assert torch.equal(output_of(model, inputs), before)
-    enable(model, replace(CONFIG, sparsity=0.8, dense_steps=0, dense_layers=0))
+    enable(model, replace(CONFIG, sparsity=0.8, tokens=0, dense_steps=0, dense_layers=0))
     output_of(model, inputs)
     off = (joined[1] - joined[0]).double()
     weight, dim = attention.to_out[0].weight.double(), host.head_dim_of(attention)
