@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, median, stdev
+from statistics import fmean, geometric_mean, median, stdev
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,8 @@ BASE = DraftAttentionConfig(selection="error", tokens=0.25)
 LADDER = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 _SINGLE = (0.0, 0.125, 0.25)  # shares of the base's budget that are spent on single tokens, each a choice
 _STRETCHES = 5  # of steps
-_BANDS = 6  # of layers whose weight is learnt together
+_BANDS = 3  # of layers whose weight is learnt together
+_LEARNT = 2  # prompts that weights are learnt from: what one run makes of an error is much by chance
 _PROBED = 2  # rung of the ladder at which weights are learnt
 _CHECKS = 6  # points that are rendered at most
 
@@ -205,7 +206,9 @@ def search(
     shape = MadeFor(layout_name(models[0]), len(layers), heads_of(layers[0][1]))
     base = replace(base, made_for=shape)
     bands = _bands(shape.layers)
-    runs = len(prompts) * (2 + _CHECKS * (2 if goal.kind == "speedup" else 1)) + _STRETCHES + len(bands)
+    learnt = prompts[:_LEARNT]
+    runs = len(prompts) * (2 + _CHECKS * (2 if goal.kind == "speedup" else 1))
+    runs += len(learnt) * (_STRETCHES + len(bands))
     try:
         with tqdm(total=runs, desc="tune", unit="run", disable=not progress) as bar, inputs_refused(pipeline):
             renderer = _Renderer(pipeline, prompts, seed, call, bar)
@@ -221,10 +224,14 @@ def search(
             stretches = min(_STRETCHES, found.steps)
             line = _Line(found, base, stretches)
             bar.set_postfix_str("weights")
-            probes = line.learn(lambda config: renderer(config, prompts[0]), dense[0], bands)
+            probes = line.learn(lambda config: [renderer(config, prompt) for prompt in learnt], dense, bands)
             known = [(1.0, goal.beyond(1.0))]  # dense attention is as fast as itself
             if goal.kind != "speedup":
-                known = [(_log10(lost), goal.beyond(goal.of_run(run, dense[0]))) for lost, run in probes if lost > 0]
+                known = [
+                    (_log10(lost), goal.beyond(fmean(map(goal.of_run, seen, dense))))
+                    for lost, seen in probes
+                    if lost > 0
+                ]
             checks, chosen = _walk(line, goal, known, renderer, prompts, dense, bar)
     finally:
         disable(pipeline)
@@ -307,11 +314,12 @@ class _Line:
         )
 
     def learn(
-        self, render: Callable[[DraftAttentionConfig], Run], dense: Run, bands: list[range]
-    ) -> list[tuple[float, Run]]:
+        self, render: Callable[[DraftAttentionConfig], list[Run]], dense: list[Run], bands: list[range]
+    ) -> list[tuple[float, list[Run]]]:
         """Weights of steps and layers, from renders in which a stretch of steps or a band of layers is sparse alone.
 
-        Returns those renders, each with its squared distance from the dense one, which is what a loss now counts in.
+        render: of the first prompts.  dense: runs of all.  Returns those renders, each with its squared distance from
+        the dense ones, the geometric mean of the prompts, which is what a loss now counts in.
         """
         seen = []
         local = self.loss[-1, _PROBED]  # [stretches, layers, heads]
@@ -328,17 +336,22 @@ class _Line:
             self.of_layers[list(band)] = seen[-1][0] / weighed[list(band)].sum().clamp(min=1e-30)
         return seen
 
-    def _probe(self, render: Callable[[DraftAttentionConfig], Run], density: Tensor, dense: Run) -> tuple[float, Run]:
-        config = replace(self.config(density, self.found.tokens[-1]), dense_above=1.0)
-        run = render(config)
-        if run.latents is not None and dense.latents is not None:
-            return relative_l2(run.latents, dense.latents) ** 2, run
-        return 10 ** (-psnr(run.frames, dense.frames) / 10), run
+    def _probe(
+        self, render: Callable[[DraftAttentionConfig], list[Run]], density: Tensor, dense: list[Run]
+    ) -> tuple[float, list[Run]]:
+        runs = render(replace(self.config(density, self.found.tokens[-1]), dense_above=1.0))
+        return geometric_mean([max(_squared_distance(*pair), 1e-300) for pair in zip(runs, dense)]), runs
 
     def points(self) -> list[Allocation]:
         """From the least work up; the last is dense where nothing else is exact."""
         loss = self.loss * self.of_steps[:, None, None] * self.of_layers[:, None]
         return allocations(self.ladder, loss, self.costs, self.dense, self.found.tokens)
+
+
+def _squared_distance(run: Run, dense: Run) -> float:
+    if run.latents is not None and dense.latents is not None:
+        return relative_l2(run.latents, dense.latents) ** 2
+    return 10 ** (-psnr(run.frames, dense.frames) / 10)
 
 
 def _walk(
