@@ -134,10 +134,15 @@ def _config(fields: dict[str, Any], options: Namespace) -> DraftAttentionConfig:
         )
 
 
+def _named(sparsity: float | tuple[float, ...]) -> str:
+    values = sparsity if isinstance(sparsity, tuple) else (sparsity,)
+    return f"sparsity {','.join(f'{value:g}' for value in values)}"
+
+
 def _settings(options: Namespace) -> dict[str, DraftAttentionConfig]:
     """All sparse settings of a comparison by name."""
     sparsities = options.sparsity or ([] if options.setting or options.profile else [0.5, 0.75, 0.9])
-    settings = {f"sparsity {value:g}": _config({"sparsity": value}, options) for value in sparsities}
+    settings = {_named(value): _config({"sparsity": value}, options) for value in sparsities}
     if options.profile:
         settings["profile"] = _config({"profile": options.profile}, options)
     for text in options.setting:

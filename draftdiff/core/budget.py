@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -69,6 +70,15 @@ class Budget:
             if not all(is_number(weight) and weight > 0 for weight in _values(weights)):
                 raise UserError(f"budget weights must be positive, got {name}={shown(getattr(self, name))}")
             object.__setattr__(self, name, weights)
+
+    @classmethod
+    def over_steps(cls, sparsities: tuple[float, ...]) -> Budget:
+        """A sparsity for each of equal stretches of the sparse steps, first to last. Raises ValueError as `Budget`."""
+        if not sparsities:
+            raise UserError("sparsity must be one number or several, got ()")
+        kept = [1 - check_sparsity(sparsity) for sparsity in sparsities]
+        mean = fmean(kept)
+        return cls(1 - mean, steps=tuple(share / mean for share in kept))
 
     def density(self, layers: int, heads: int, progress: float = 0.0) -> Tensor:
         """Kept share per layer and head, float64 [layers, heads], at `progress` in [0, 1) through the sparse steps.

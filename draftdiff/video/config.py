@@ -32,8 +32,9 @@ class MadeFor:
 class DraftAttentionConfig:
     """How much is computed, by which rule, and when.
 
-    sparsity: share of video key tiles that a head skips, in [0, 1), or a `Budget` that spreads it over steps, layers
-        and heads. Text is exact, so with much text the density over all tokens is above 1 - sparsity.
+    sparsity: share of video key tiles that a head skips, in [0, 1); several are for equal stretches of the sparse
+        steps, and a `Budget` spreads one over steps, layers and heads. Text is exact, so with much text the density
+        over all tokens is above 1 - sparsity.
     selection: "error" (the tiles that their mean would stand for worst, equally many for each query tile), "draft" (by
         the mass of the draft map: half of the budget evenly, the rest where mass is missed), "upstream" (the paper's
         rule: one threshold per head) or "full".
@@ -56,7 +57,7 @@ class DraftAttentionConfig:
     value for anything else. `of` also takes the names that users of ComfyUI know (`ALIASES`).
     """
 
-    sparsity: float | Budget = 0.75
+    sparsity: float | tuple[float, ...] | Budget = 0.75
     selection: str = "error"
     tail: bool = True
     tokens: int | float | None = None
@@ -115,7 +116,7 @@ class DraftAttentionConfig:
         """
         if value is None or isinstance(value, cls):
             return value or cls()
-        if isinstance(value, Budget) or (isinstance(plain(value), (int, float)) and not isinstance(value, bool)):
+        if isinstance(value, Budget) or (isinstance(plain(value), (int, float, tuple)) and not isinstance(value, bool)):
             return cls(sparsity=value)
         if not isinstance(value, Mapping):
             raise UserError(
@@ -132,6 +133,8 @@ class DraftAttentionConfig:
 
     @cached_property
     def budget(self) -> Budget:
+        if isinstance(self.sparsity, tuple):
+            return Budget.over_steps(self.sparsity)
         return self.sparsity if isinstance(self.sparsity, Budget) else Budget(self.sparsity)
 
     @cached_property
@@ -207,7 +210,7 @@ ALIASES: dict[str, tuple[str, type, Callable[[str, Any], Any]]] = {
 
 _NONE = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
-    "sparsity": (float, int, Budget),
+    "sparsity": (float, int, tuple, Budget),
     "selection": (str,),
     "tail": (bool,),
     "tokens": (int, float, _NONE),

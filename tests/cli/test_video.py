@@ -80,14 +80,17 @@ def test_a_prompt_outside_the_embedded_models_world_is_noted(tmp_path, capsys):
 def test_compare_prints_a_table_and_writes_one_folder(model, tmp_path, capsys):
     out = tmp_path / "results"
     argv = ["compare", "--model", model, "--prompt", "a red circle", "-o", str(out), *SIZE, "--repeat", "1"]
-    settings = ["--sparsity", "0.5", "--setting", "paper=selection:upstream,tail:false,tile:1x8x8"]
+    settings = ["--sparsity", "0.4,0.6", "--setting", "paper=selection:upstream,tail:false,tile:1x8x8"]
     others = ["--start-percent", "0.5", "--dense-blocks", "0-1", "--setting", "late=dense_steps:0,end_percent:0.5"]
     assert main([*argv, *settings, *others]) == 0
     table = capsys.readouterr().out
-    assert all(name in table for name in ("dense", "sparsity 0.5", "paper", "speed-up", "PSNR", "no sparse attention"))
+    assert all(
+        name in table for name in ("dense", "sparsity 0.4,0.6", "paper", "speed-up", "PSNR", "no sparse attention")
+    )
     results = json.loads((out / "results.json").read_text())
-    assert [setting["setting"] for setting in results["settings"]] == ["dense", "sparsity 0.5", "paper", "late"]
-    paper, late = (setting["config"] for setting in results["settings"][2:])
+    assert [setting["setting"] for setting in results["settings"]] == ["dense", "sparsity 0.4,0.6", "paper", "late"]
+    steps, paper, late = (setting["config"] for setting in results["settings"][1:])
+    assert steps["sparsity"] == [0.4, 0.6]
     assert paper["tile"] == [1, 8, 8]
     assert [(config["dense_steps"], config["dense_end"]) for config in (paper, late)] == [(0.5, 0), (0, 0.5)]
     assert paper["dense_layers"] == late["dense_layers"] == [0, 1]

@@ -154,7 +154,9 @@ def test_a_target_that_cannot_be_read_is_named(text):
 @pytest.mark.parametrize("layers", [1, 2, 6, 7, 40])
 def test_bands_hold_every_layer_once(layers):
     bands = tuning._bands(layers)
-    assert [layer for band in bands for layer in band] == list(range(layers)) and len(bands) == min(tuning._BANDS, layers)
+    assert [layer for band in bands for layer in band] == list(range(layers)) and len(bands) == min(
+        tuning._BANDS, layers
+    )
     assert all(one.stop == after.start for one, after in pairwise(bands))
 
 

@@ -1,5 +1,7 @@
 """What people pass for a config is taken where it is obvious, else refused in one line that names it."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
         (0, DraftAttentionConfig(sparsity=0)),
         (np.float32(0.5), DraftAttentionConfig(sparsity=0.5)),
         (Budget(0.6, steps=(2.0, 1.0)), DraftAttentionConfig(Budget(0.6, steps=(2.0, 1.0)))),
+        ([0.4, 0.8], DraftAttentionConfig(sparsity=(0.4, 0.8))),
         ({"sparsity": 0.9, "tile": [1, 8, 8]}, DraftAttentionConfig(sparsity=0.9, tile=(1, 8, 8))),
         (DraftAttentionConfig(tail=False), DraftAttentionConfig(tail=False)),
     ],
@@ -50,7 +53,7 @@ def test_lists_and_numbers_of_other_libraries_are_pythons(fields, expected):
     [
         ("0.8", "config must be a DraftAttentionConfig, a sparsity or a dict of"),
         (True, "config must be a DraftAttentionConfig, a sparsity or a dict of"),
-        ([0.8], "config must be a DraftAttentionConfig, a sparsity or a dict of"),
+        (["0.8"], "sparsity must be at least 0 and below 1, got '0.8'"),
         (1.5, "sparsity must be at least 0 and below 1, got 1.5"),
         (float("nan"), "sparsity must be at least 0 and below 1, got nan"),
         ({"sparsety": 0.8}, "config has no field sparsety; fields are sparsity, selection"),
@@ -68,7 +71,7 @@ def test_what_is_no_config_is_refused_by_enable_and_nothing_is_changed(value, me
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sparsity": "0.8"}, "sparsity must be of type float, int, Budget, got '0.8'"),
+        ({"sparsity": "0.8"}, "sparsity must be of type float, int, tuple, Budget, got '0.8'"),
         ({"tail": 1}, "tail must be of type bool, got 1"),
         ({"block_size": True}, "block_size must be of type int, None, got True"),
         ({"dense_steps": None}, "dense_steps must be of type int, float, got None"),
@@ -98,6 +101,19 @@ def test_the_share_of_single_tokens_is_of_the_budget():
     ):
         with pytest.raises(ValueError, match=message):
             DraftAttentionConfig(**fields)
+
+
+def test_sparsities_may_be_given_for_stretches_of_the_steps():
+    budget = DraftAttentionConfig((0.4, 0.7, 0.7)).budget
+    assert [float(budget.density(1, 1, at)) for at in (0.0, 0.3, 0.5, 0.99)] == pytest.approx([0.6, 0.6, 0.3, 0.3])
+    assert budget.sparsity == pytest.approx(0.6)
+    for wrong, message in (
+        ((0.5, 1.0), "sparsity must be at least 0 and below 1, got 1.0"),
+        ((), "sparsity must be one number or several, got ()"),
+        (("0.5",), "sparsity must be at least 0 and below 1, got '0.5'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            DraftAttentionConfig(wrong)
 
 
 def test_single_tokens_may_be_counted():
