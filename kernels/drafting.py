@@ -1,5 +1,5 @@
-"""Pooling, selection and the probe by kernels where there are such: `triton_draft` on a GPU, `cpu_probe` on a CPU;
-elsewhere as `core` does them."""
+"""Pooling, selection and the probe by kernels where there are such: `triton_draft` and `triton_probe` on a GPU,
+`cpu_probe` on a CPU; elsewhere as `core` does them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from draftdiff.core.grid import Tiling
 from draftdiff.kernels.block_sparse import preferred_on, unavailable
 
 
-def _fused(device: torch.device) -> bool:
-    return "triton" in preferred_on(device) and unavailable("triton", device, torch.float32, 64) is None
+def _fused(device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> bool:
+    return "triton" in preferred_on(device) and unavailable("triton", device, dtype, head_dim) is None
 
 
 def pool(x: Tensor, tiling: Tiling) -> Tensor:
@@ -40,17 +40,32 @@ def select(rule: str, probabilities: Tensor, density: Tensor) -> Tensor:
 
 def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *, scale: float) -> Tensor:
     """`core.probe.errors`."""
-    return _probe(k).errors(q_mean, k, v, means, tiling, scale=scale)
+    return _probe(k, tiling).errors(q_mean, k, v, means, tiling, scale=scale)
+
+
+def worst(error: Tensor, density: Tensor) -> Tensor:
+    """`core.probe.worst`."""
+    if _fused(error.device):
+        from draftdiff.kernels import triton_probe
+
+        if error.shape[-1] <= triton_probe.MOST:
+            return triton_probe.worst(error, density)
+    return probe.worst(error, density)
 
 
 def singles(
     q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, keep: Tensor, *, scale: float, tokens: int
 ) -> Tensor:
     """`core.probe.singles`."""
-    return _probe(k).singles(q_mean, k, v, means, tiling, keep, scale=scale, tokens=tokens)
+    return _probe(k, tiling, tokens).singles(q_mean, k, v, means, tiling, keep, scale=scale, tokens=tokens)
 
 
-def _probe(k: Tensor) -> Any:
+def _probe(k: Tensor, tiling: Tiling, tokens: int = 0) -> Any:
+    if _fused(k.device, k.dtype, k.shape[-1]):
+        from draftdiff.kernels import triton_probe
+
+        if triton_probe.fits(tiling, tokens):
+            return triton_probe
     if "cpu" in preferred_on(k.device) and unavailable("cpu", k.device, torch.float32, k.shape[-1]) is None:
         from draftdiff.kernels import cpu_probe
 

@@ -72,7 +72,9 @@ class Problem:
     def tile_of(self) -> Tensor:
         """The tile of each token, int64 [tokens]."""
         tiling = self.tiling
-        return torch.arange(tiling.tiles, device=tiling.device).repeat_interleave(tiling.counts)[tiling.restore]
+        return torch.arange(tiling.tiles, device=tiling.device).repeat_interleave(
+            tiling.counts, output_size=tiling.tokens
+        )[tiling.restore]
 
     @property
     def readable(self) -> Tensor:

@@ -18,11 +18,10 @@ from draftdiff.core import quality
 from draftdiff.core.devices import without_autocast
 from draftdiff.core.draft import Tail, draft_map, softmax_scale
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.core.probe import worst
 from draftdiff.core.select import with_text
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import block_sparse_attention
-from draftdiff.kernels.drafting import errors, pool, select, singles
+from draftdiff.kernels.drafting import errors, pool, select, singles, worst
 from draftdiff.kernels.problem import Problem, check_tensors
 
 STATS = ("density", "drafted_mass")

@@ -1,5 +1,6 @@
 """The probe's findings against their definitions, written out token by token; its kernels are held to the same."""
 
+import importlib.util
 import math
 
 import pytest
@@ -11,7 +12,12 @@ from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels import cpu_probe
 
 GRIDS = [((2, 8, 16), (1, 8, 8), 0, 0), ((3, 9, 11), (2, 4, 8), 70, 33)]
-PROBES = pytest.mark.parametrize("own", [probe, cpu_probe], ids=["core", "cpu"])
+OWN = {"core": probe, "cpu": cpu_probe}
+if importlib.util.find_spec("triton"):
+    from draftdiff.kernels import triton_probe
+
+    OWN["triton"] = triton_probe
+PROBES = pytest.mark.parametrize("own", OWN.values(), ids=OWN)
 SCALE = 0.25
 
 
@@ -65,6 +71,16 @@ def test_a_budget_is_dealt_out_to_the_last_tile():
     dealt = probe.counts(shares, 10)
     assert dealt.sum(-1).tolist() == [25, 18, 34, 100, 10]  # the last: one for each row
     assert (dealt.amax(-1) - dealt.amin(-1)).tolist() == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("size", [9, 40])
+def test_a_gpu_keeps_the_same_tiles(size):
+    triton_probe = pytest.importorskip("draftdiff.kernels.triton_probe")
+    error = torch.randn(2, 2, size, size, generator=torch.Generator().manual_seed(3))
+    error[0, 1, 4, 7] = -math.inf
+    error[1, 1, 5, 2] = math.nan
+    density = torch.tensor([0.34, 0.01], dtype=torch.float64)
+    assert torch.equal(triton_probe.worst(error, density), probe.worst(error, density))
 
 
 @PROBES
@@ -121,6 +137,30 @@ def test_keys_of_nan_are_not_chosen(own):
     assert not keep[..., 2].logical_xor(torch.arange(tiling.video_tiles) == 2).any()
     tokens = own.singles(q_mean, k, v, means, tiling, keep, scale=SCALE, tokens=20)
     assert not torch.isin(tokens, members(tiling)[2]).any() and (tokens >= 0).all()
+
+
+def test_a_gpu_ranks_what_reaches_the_bound_of_a_sample(monkeypatch):
+    triton_probe = pytest.importorskip("draftdiff.kernels.triton_probe")
+    monkeypatch.setattr(triton_probe, "MOST", 128)
+    tiling = tiling_for(LatentGrid(2, 14, 30), (1, 8, 8), 64, 7, 3)
+    q, k, v = torch.randn(3, 1, tiling.tokens, 1, 16, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    q_mean, means = pool(3 * q, tiling).to(q.dtype).float(), Tail(pool(k, tiling), pool(v, tiling))
+    keep = torch.eye(tiling.video_tiles, dtype=torch.bool).expand(1, 1, -1, -1)
+    expected, found = (
+        one.singles(q_mean, k, v, means, tiling, keep, scale=SCALE, tokens=200)[0, 0].sort(-1).values
+        for one in (probe, triton_probe)
+    )
+    for row, (theirs, own) in enumerate(zip(expected.tolist(), found.tolist())):
+        own = [token for token in own if token >= 0]
+        assert len(set(own)) == len(own) and not set(own) & set(members(tiling)[row].tolist())
+        assert len(own) >= 0.85 * len(theirs)
+        assert len(set(own) - set(theirs)) <= 2  # neighbours in the ranking may change places
+
+
+def test_a_gpu_has_no_room_for_too_many_single_tokens():
+    triton_probe = pytest.importorskip("draftdiff.kernels.triton_probe")
+    tiling = tiling_for(LatentGrid(21, 45, 80), (1, 8, 16), 128)
+    assert triton_probe.fits(tiling, 4000) and not triton_probe.fits(tiling, 40_000)
 
 
 def test_the_kernel_finds_what_the_definition_in_pytorch_finds():

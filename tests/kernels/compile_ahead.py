@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.kernels import triton_backend, triton_configs, triton_draft
+from draftdiff.kernels import triton_backend, triton_configs, triton_draft, triton_probe
 from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.problem import Problem
 from draftdiff.kernels.triton_configs import Config
@@ -157,6 +157,22 @@ def tried(configs: list[Config]) -> list[Config]:
     return list({config.specialised is None: config for config in reversed(configs)}.values())
 
 
+def compile_probe(every: bool) -> None:
+    """Every kernel of the probe, tiles of 128, their keys sampled; in other dtypes and with all keys, too."""
+    tiling = tiling_for(LatentGrid(3, 20, 40), (1, 8, 16), 128, text=77)
+    shape = (1, 2, tiling.video_tiles)
+    means = torch.zeros(*shape, 128)
+    asked = ((torch.bfloat16, 256), (torch.float32, 256), (torch.float16, triton_probe.MOST))
+    for dtype, most in asked if every else asked[:1]:
+        k, v = torch.zeros(2, 1, tiling.tokens, 2, 128, dtype=dtype)
+        with mock.patch.object(triton_probe, "MOST", most):
+            given = (means, k, v, Tail(means, means), tiling)
+            error = triton_probe.errors(*given, scale=0.1)
+            keep = triton_probe.worst(error, torch.full((2,), 0.2, dtype=torch.float64))
+            triton_probe.singles(*given, keep, scale=0.1, tokens=40)
+    triton_probe.worst(torch.zeros(1, 1, 1, triton_probe.MOST), torch.ones(1, dtype=torch.float64))
+
+
 def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
     """Every configuration of this capability's access, or the first of each kind, for each of `problems`."""
     compiled: list[Any] = []
@@ -194,6 +210,7 @@ def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
         triton_draft.select_draft(torch.zeros(1, 2, 600, 600), torch.full((2,), 0.2, dtype=torch.float64))
         for tokens in (None, problem.tokens):
             triton_backend.list_tiles(problem.keep, tiling, entries=call.tables.kinds, tail=True, tokens=tokens)
+        compile_probe(every)
         found += [machine_code(kernel, capability) for kernel in compiled]
     return found
 

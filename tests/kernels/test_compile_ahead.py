@@ -27,7 +27,9 @@ def test_kernels_compile_without_spills_in_loops_and_use_what_the_chip_has(capab
     # Warp specialisation is a pass of the compiler that comes and goes; every other configuration must compile.
     assert all("specialised=None" not in kernel["config"] for kernel in errors), errors
     built = [kernel for kernel in kernels if "error" not in kernel]
-    assert {kernel["kernel"] for kernel in built} >= {"forward", "_pool", "_cover", "_threshold", "_compact"}
+    drafting = {"_pool", "_cover", "_threshold", "_compact"}
+    probe = {"_values", "_errors", "_worst", "_sample", "_collect", "_pick"}
+    assert {kernel["kernel"] for kernel in built} >= {"forward"} | drafting | probe
     for kernel in built:
         assert kernel["registers"] <= 255, kernel
         assert kernel["shared"] <= SHARED_KIB[capability] << 10, kernel

@@ -10,11 +10,12 @@ pytest.importorskip("triton")
 from draftdiff.attention import attend
 from draftdiff.attention.rule import Rule
 from draftdiff.core.grid import LatentGrid, tiling_for
-from draftdiff.kernels import drafting, triton_backend, triton_draft, triton_lists
+from draftdiff.kernels import drafting, triton_backend, triton_draft, triton_lists, triton_probe
 from draftdiff.kernels.problem import Problem
 
 GRID = LatentGrid(3, 20, 40)
 META = torch.device("meta")
+PROBE = ("_values", "_errors", "_worst", "_sample", "_threshold", "_collect", "_pick")
 
 
 class Recorded:
@@ -37,9 +38,10 @@ def launched(monkeypatch):
         (triton_draft, "_pool"),
         (triton_draft, "_cover"),
         (triton_draft, "_threshold"),
+        *((triton_probe, name) for name in PROBE),
     ):
         monkeypatch.setattr(module, name, Recorded(name, names))
-    monkeypatch.setattr(drafting, "_fused", lambda device: True)
+    monkeypatch.setattr(drafting, "_fused", lambda *args: True)
     monkeypatch.setattr(triton_backend, "TensorDescriptor", lambda *args: args)
     monkeypatch.setattr(
         triton_backend, "interleave", lambda x: triton_backend.Interleave(1, x.stride(0), 128, 1, 0, 64)
@@ -76,6 +78,19 @@ def test_single_tokens_are_listed_without_a_value_read_on_the_host(launched):
     tokens = torch.empty(1, 2, tiling.video_tiles, 200, dtype=torch.int64, device=META)
     triton_backend.run(Problem(q, k, v, keep, tiling, tokens=tokens), want_lse=False)
     assert launched == ["_compact", "forward"]
+
+
+@pytest.mark.parametrize(("most", "ranked"), [(8192, []), (512, ["_threshold", "_collect"])], ids=["all", "sampled"])
+def test_the_probe_and_its_single_tokens_read_no_value_on_the_host(monkeypatch, launched, most, ranked):
+    monkeypatch.setattr(triton_probe, "MOST", most)
+    tiling = without_values(tiling_for(GRID, (1, 8, 16), 128, 77))
+    monkeypatch.setattr(attend, "tiling_for", lambda *args: tiling)
+    q, k, v = torch.empty(3, 1, GRID.tokens + 77, 2, 64, dtype=torch.bfloat16, device=META)
+    density = torch.empty(2, dtype=torch.float64, device=META)
+    out, stats = attend.attend(q, k, v, density, Rule(selection="error", single=64, backend="triton"), grid=GRID)
+    assert out.is_meta and stats.is_meta
+    found = ["_values", "_errors", "_worst", "_values", "_sample", *ranked, "_pick"]
+    assert launched[3 : 3 + len(found)] == found
 
 
 @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero()])

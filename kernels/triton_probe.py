@@ -1,0 +1,399 @@
+"""The probe (`core.probe`) on a GPU in few launches, with no value read by the host.
+
+Mean queries are rounded as the model's own are, to the type of the keys. Scores are never held in memory: single keys
+are found by ranking a sample of them, which gives a bound for the others, and then ranking those that reach it.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from draftdiff.core.draft import Tail
+from draftdiff.core.grid import Tiling
+from draftdiff.core.probe import counts
+from draftdiff.kernels.triton_backend import _widened
+from draftdiff.kernels.triton_lists import on_device_of, tables_for
+
+MOST = 8192  # tiles, or sampled keys: a row is ranked in registers
+_GROUP = 32  # key tiles of one program
+_HELD = 1 << 29  # bytes of sampled errors, or of what is ranked, at once
+_HIGHEST = tl.constexpr(40 * math.log2(math.e))  # as in core.probe
+_ROUGH = tl.constexpr(12)  # bits of a bound that is an estimate anyway
+_LN2 = tl.constexpr(math.log(2))
+_LOG2E = tl.constexpr(math.log2(math.e))
+_TINY = tl.constexpr(2.0**-120)  # square of an error, over that of the mean's weight, that is none
+_LEAST = tl.constexpr(-(2**31))
+_NOTHING = tl.constexpr(-0x7F800001)  # -inf as `_ordered`
+
+
+@triton.jit
+def _values(
+    v_ptr, mean_ptr, sums_ptr, slots_ptr, heads, tiles, strides,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Of each value its square, twice its product with its tile's mean, and that mean's square; 0 for an empty slot."""
+    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at, dim = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D_PAD)
+    position = tl.load(slots_ptr + at).to(tl.int64)
+    there = (position >= 0)[:, None] & (dim < D)[None, :]
+    v_ptr += bh // heads * strides[0] + bh % heads * strides[2]
+    v = tl.load(v_ptr + position[:, None] * strides[1] + dim[None, :], mask=there, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + (bh * tiles + tile) * D + dim, mask=dim < D, other=0.0)
+    sums_ptr += bh * 3 * tiles * BLOCK + at
+    tl.store(sums_ptr, tl.sum(v * v, 1))
+    tl.store(sums_ptr + tiles * BLOCK, 2 * tl.sum(v * mean[None, :], 1))
+    tl.store(sums_ptr + 2 * tiles * BLOCK, tl.where(position >= 0, tl.sum(mean * mean, 0), 0.0))
+
+
+@triton.jit
+def _queries(q_ptr, bh, rows, tiles, D: tl.constexpr, D_PAD: tl.constexpr, WIDEN: tl.constexpr):
+    dim = tl.arange(0, D_PAD)
+    mask = (rows < tiles)[:, None] & (dim < D)[None, :]
+    q = tl.load(q_ptr + (bh * tiles + rows)[:, None] * D + dim[None, :], mask=mask, other=0.0)
+    return q.to(tl.float32) if WIDEN else q
+
+
+@triton.jit
+def _squares(
+    q, k_ptr, k_token, position, sums_ptr, at, keys, center, scale_log2,
+    D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Squared errors of keys under their tiles' means over the squares of those means' weights, [rows, keys], but for
+    rounding not negative; center: scores with the mean keys in base 2, to be broadcast to that shape."""
+    dim = tl.arange(0, D_PAD)
+    k_at = position.to(tl.int64)[:, None] * k_token + dim[None, :]
+    k = tl.load(k_ptr + k_at, mask=(position >= 0)[:, None] & (dim < D)[None, :], other=0.0)
+    if WIDEN:
+        k = k.to(tl.float32)
+    length, along, rest = tl.load(sums_ptr + at), tl.load(sums_ptr + keys + at), tl.load(sums_ptr + 2 * keys + at)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    above = tl.minimum(scores * scale_log2 - center, _HIGHEST, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.math.exp2(above)
+    return weight * (weight * length[None, :] - along[None, :]) + rest[None, :]
+
+
+@triton.jit
+def _error(center, square):
+    """Twice the logarithm of a key's error, -inf for none, NaN for what is none."""
+    return 2 * _LN2 * center + tl.log(tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _errors(
+    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, error_ptr, heads, tiles, strides, scale_log2,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first, bh = tl.program_id(1) * GROUP, tl.program_id(2).to(tl.int64)
+    q = _queries(q_ptr, bh, rows, tiles, D, D_PAD, WIDEN)
+    k_ptr += bh // heads * strides[0] + bh % heads * strides[2]
+    sums_ptr += bh * 3 * tiles * BLOCK
+    center_ptr += bh * tiles * tiles
+    error_ptr += bh * tiles * tiles
+    to = rows * tiles
+    for tile in range(first, tl.minimum(first + GROUP, tiles)):
+        center = tl.load(center_ptr + to + tile, mask=rows < tiles, other=0.0)
+        total = tl.zeros([ROWS], tl.float32)
+        for part in tl.static_range(BLOCK // KEYS):
+            at = tile * BLOCK + part * KEYS + tl.arange(0, KEYS)
+            position = tl.load(slots_ptr + at)
+            squares = _squares(
+                q, k_ptr, strides[1], position, sums_ptr, at, tiles * BLOCK, center[:, None], scale_log2,
+                D, D_PAD, PRECISION, WIDEN,
+            )  # fmt: skip
+            total += tl.sum(squares, 1)
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        error = center * _LN2 + 0.5 * tl.log(total)
+        tl.store(error_ptr + to + tile, error, mask=rows < tiles)
+
+
+@triton.jit
+def _ordered(x):
+    """Floats as integers of the same order, NaN as -inf; its own inverse."""
+    bits = tl.where(x == x, x, float("-inf")).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _reached(x, most, ROUGH: tl.constexpr):
+    """The highest bound that `most` of the integers reach, but for its last ROUGH bits."""
+    bound = tl.full((), _LEAST, tl.int32)
+    bit = tl.full((), _LEAST, tl.int32)
+    for _ in range(32 - ROUGH):
+        higher = bound ^ bit
+        bound = tl.where(tl.sum((x >= higher).to(tl.int32), 0) >= most, higher, bound)
+        bit = (bit >> 1) & 0x7FFFFFFF
+        bit = tl.where(bit == 0, 1, bit)
+    return bound
+
+
+@triton.jit
+def _highest(x, most):
+    """Which are the `most` highest, the first ones among equals."""
+    bound = _reached(x, most, 0)
+    equal = (x == bound).to(tl.int32)
+    left = most - tl.sum((x > bound).to(tl.int32), 0)
+    return (x > bound) | ((x == bound) & (tl.cumsum(equal, 0) <= left))
+
+
+@triton.jit
+def _worst(error_ptr, most_ptr, keep_ptr, tiles, heads, SIZE: tl.constexpr):
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    x = _ordered(tl.load(error_ptr + row * tiles + lane, mask=lane < tiles, other=0.0))
+    x = tl.where(lane < tiles, tl.where(lane == row % tiles, 0x7FFFFFFF, x), _LEAST)
+    chosen = _highest(x, tl.load(most_ptr + row // tiles % heads * tiles + row % tiles))
+    tl.store(keep_ptr + row * tiles + lane, chosen.to(tl.uint8), mask=lane < tiles)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _sample(
+    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, sample_ptr, first, heads, tiles, strides, scale_log2,
+    STRIDE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Errors of every STRIDE-th slot of a tile, from another one on in each tile."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part, local = tl.program_id(1) * GROUP, tl.program_id(2).to(tl.int64)
+    bh = first + local
+    q = _queries(q_ptr, bh, rows, tiles, D, D_PAD, WIDEN)
+    k_ptr += bh // heads * strides[0] + bh % heads * strides[2]
+    sums_ptr += bh * 3 * tiles * BLOCK
+    center_ptr += bh * tiles * tiles
+    PER: tl.constexpr = BLOCK // STRIDE
+    samples = tiles * PER
+    sample_ptr += local * tiles * samples
+    for step in range(part, tl.minimum(part + GROUP, tl.cdiv(samples, KEYS))):
+        sample = step * KEYS + tl.arange(0, KEYS)
+        exists = (rows < tiles)[:, None] & (sample < samples)[None, :]
+        tile = tl.minimum(sample // PER, tiles - 1)
+        at = tile * BLOCK + sample % PER * STRIDE + tile % STRIDE
+        position = tl.load(slots_ptr + at)
+        center = tl.load(center_ptr + (rows * tiles)[:, None] + tile[None, :], mask=exists, other=float("-inf"))
+        squares = _squares(
+            q, k_ptr, strides[1], position, sums_ptr, at, tiles * BLOCK, center, scale_log2,
+            D, D_PAD, PRECISION, WIDEN,
+        )  # fmt: skip
+        error = _error(center, squares)
+        tl.store(sample_ptr + (rows * samples)[:, None] + sample[None, :], error, mask=exists)
+
+
+@triton.jit
+def _threshold(sample_ptr, threshold_ptr, samples, rank, SIZE: tl.constexpr):
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    x = _ordered(tl.load(sample_ptr + row * samples + lane, mask=lane < samples, other=float("-inf")))
+    bound = tl.maximum(_reached(x, rank, _ROUGH), _NOTHING + 1)
+    tl.store(threshold_ptr + row, (bound ^ ((bound >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["first"])
+def _collect(
+    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, threshold_ptr, found_ptr,
+    first, heads, tiles, room, strides, scale_log2,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The keys whose errors reach their row's threshold, in the order of slots, as long as there is room: of each its
+    slot and, in the lower half, its square."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    local = tl.program_id(1).to(tl.int64)
+    bh = first + local
+    q = _queries(q_ptr, bh, rows, tiles, D, D_PAD, WIDEN)
+    k_ptr += bh // heads * strides[0] + bh % heads * strides[2]
+    sums_ptr += bh * 3 * tiles * BLOCK
+    center_ptr += bh * tiles * tiles
+    found_ptr += local * tiles * room
+    threshold = tl.load(threshold_ptr + local * tiles + rows, mask=rows < tiles, other=float("inf"))
+    slot = tl.arange(0, KEYS)
+    upto = (slot[:, None] <= slot[None, :]).to(tl.float16)  # a product with it is a running sum
+    taken = tl.zeros([ROWS], tl.int32)
+    for step in range(tiles * (BLOCK // KEYS)):
+        tile, at = step // (BLOCK // KEYS), step * KEYS + slot
+        center = tl.load(center_ptr + rows * tiles + tile, mask=rows < tiles, other=float("-inf"))
+        position = tl.load(slots_ptr + at)
+        squares = _squares(
+            q, k_ptr, strides[1], position, sums_ptr, at, tiles * BLOCK, center[:, None], scale_log2,
+            D, D_PAD, PRECISION, WIDEN,
+        )  # fmt: skip
+        least = tl.maximum(tl.math.exp2(threshold * _LOG2E - 2 * center), _TINY)
+        chosen = squares >= least[:, None]
+        count = tl.dot(chosen.to(tl.float16), upto)
+        place = taken[:, None] + count.to(tl.int32) - 1
+        place = tl.where(chosen & (place < room), (rows * room)[:, None] + place, -1)
+        both = squares.to(tl.uint32, bitcast=True).to(tl.int64) | (at.to(tl.int64) << 32)[None, :]
+        # Widened last: the compiler moves it through shared memory before that.
+        tl.store(found_ptr + place.to(tl.int64), both, mask=place >= 0)
+        taken += tl.max(count, 1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _pick(
+    entries_ptr, center_ptr, slots_ptr, singles_ptr, first, tiles, entries, most,
+    SAMPLED: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Positions of the `most` keys of the greatest error in a row, then -1. Its entries are what `_collect` has found
+    or, if not SAMPLED, the errors of all slots."""
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    exists, at = lane < entries, lane
+    entries_ptr += row * entries + lane
+    if SAMPLED:
+        both = tl.load(entries_ptr, mask=exists, other=-1)
+        exists, at = both >= 0, (both >> 32).to(tl.int32)
+        center = tl.load(center_ptr + (first.to(tl.int64) * tiles + row) * tiles + at // BLOCK, mask=exists, other=0.0)
+        error = _error(center, both.to(tl.int32).to(tl.float32, bitcast=True))
+        error = tl.where(exists, error, float("-inf"))
+    else:
+        error = tl.load(entries_ptr, mask=exists, other=float("-inf"))
+    x = _ordered(error)
+    chosen = _highest(x, most) & (x > _NOTHING)
+    position = tl.load(slots_ptr + at, mask=chosen, other=-1)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    singles_ptr += row * most
+    tl.store(singles_ptr + place, position.to(tl.int64), mask=chosen)
+    taken = tl.sum(chosen.to(tl.int32), 0)
+    for start in range(0, most, SIZE):
+        slot = start + lane
+        tl.store(singles_ptr + slot, tl.full([SIZE], -1, tl.int64), mask=(slot >= taken) & (slot < most))
+
+
+class _Call:
+    """What the kernels that score keys take: tensors, sizes and options."""
+
+    def __init__(self, q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, scale: float) -> None:
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        batch, _, heads, dim = k.shape
+        tiles, block, slots = tiling.video_tiles, tiling.block_size, tables_for(tiling).slots
+        self.heads, self.tiles, self.of_all, self.slots = heads, tiles, batch * heads, slots
+        self.keys = tiles * block
+        full = k.dtype == torch.float32
+        rows, keys, warps = (64, 32, 4) if full else (128, 64, 8)
+        self.blocks = triton.cdiv(tiles, rows)
+        scale_log2 = scale * math.log2(math.e)
+        q = q_mean.to(k.dtype).contiguous()
+        # Of rounded queries, too: a key that is equal to the mean has to have its score.
+        self.center = (q.float() * scale_log2) @ means.k_mean.mT
+        sums = torch.empty((self.of_all, 3, self.keys), dtype=torch.float32, device=k.device)
+        sizes = {"BLOCK": block, "D": dim, "D_PAD": max(16, triton.next_power_of_2(dim))}
+        _values[(tiles, self.of_all)](
+            v, means.v_mean.contiguous(), sums, slots, heads, tiles, v.stride()[:3], **sizes, num_warps=8
+        )
+        self.options = {
+            "q_ptr": q,
+            "k_ptr": k,
+            "sums_ptr": sums,
+            "slots_ptr": slots,
+            "heads": heads,
+            "tiles": tiles,
+            "strides": k.stride()[:3],
+            "scale_log2": scale_log2,
+            **sizes,
+            "ROWS": rows,
+            "KEYS": keys,
+            "PRECISION": "tf32x3" if full and not torch.version.hip else "ieee",
+            "WIDEN": _widened(k.dtype),
+            "num_warps": warps,
+        }
+
+
+def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *, scale: float) -> Tensor:
+    """`core.probe.errors`, of q_mean rounded to the type of k."""
+    with on_device_of(k):
+        call = _Call(q_mean, k, v, means, tiling, scale)
+        error = torch.empty_like(call.center)
+        _errors[(call.blocks, triton.cdiv(call.tiles, _GROUP), call.of_all)](
+            center_ptr=call.center, error_ptr=error, GROUP=_GROUP, **call.options
+        )
+    return error
+
+
+def worst(error: Tensor, density: Tensor) -> Tensor:
+    """`core.probe.worst`."""
+    heads, tiles = error.shape[1], error.shape[-1]
+    most = counts(density.to(error.device), tiles).to(torch.int32)
+    keep = torch.empty(error.shape, dtype=torch.bool, device=error.device)
+    with on_device_of(error):
+        _worst[(error.numel() // tiles,)](
+            error.contiguous(), most, keep.view(torch.uint8), tiles, heads, **_ranked(tiles)
+        )
+    return keep
+
+
+def singles(
+    q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, keep: Tensor, *, scale: float, tokens: int
+) -> Tensor:
+    """`core.probe.singles`, of q_mean rounded to the type of k.
+
+    Of more keys than MOST only those are ranked that reach what a sample of them sets as a bound. It is set so low
+    that they are more than `tokens` in all but few rows, and there is room for more; a row that has too few or too
+    many by the sample's chance leaves some places empty, or does without the last keys.
+    """
+    with on_device_of(k):
+        call = _Call(q_mean, k, v, means, tiling, scale)
+        center = call.center.masked_fill_(keep, float("-inf"))
+        found = torch.empty((*center.shape[:3], tokens), dtype=torch.int64, device=k.device)
+        stride, rank, room = _plan(call.keys, tokens)
+        samples = call.keys // stride
+        few = max(1, _HELD // (call.tiles * max(4 * samples, 8 * room)))
+        for first in range(0, call.of_all, few):
+            heads = min(few, call.of_all - first)
+            rows, to = heads * call.tiles, found.view(call.of_all, call.tiles, tokens)[first:]
+            error = torch.empty((rows, samples), dtype=torch.float32, device=k.device)
+            steps = triton.cdiv(samples, call.options["KEYS"])
+            _sample[(call.blocks, triton.cdiv(steps, _GROUP), heads)](
+                center_ptr=center, sample_ptr=error, first=first, STRIDE=stride, GROUP=_GROUP, **call.options
+            )
+            if stride > 1:
+                threshold = torch.empty((rows,), dtype=torch.float32, device=k.device)
+                _threshold[(rows,)](error, threshold, samples, rank, **_ranked(samples))
+                del error
+                error = torch.full((rows, room), -1, device=k.device)
+                _collect[(call.blocks, heads)](
+                    center_ptr=center,
+                    threshold_ptr=threshold,
+                    found_ptr=error,
+                    first=first,
+                    room=room,
+                    num_stages=2,
+                    **call.options,
+                )
+            _pick[(rows,)](
+                error,
+                center,
+                call.slots,
+                to,
+                first,
+                call.tiles,
+                error.shape[1],
+                tokens,
+                SAMPLED=stride > 1,
+                BLOCK=tiling.block_size,
+                **_ranked(error.shape[1]),
+            )
+    return found
+
+
+def fits(tiling: Tiling, tokens: int) -> bool:
+    """Whether `singles` has room in registers for that many."""
+    return tiling.video_tiles <= MOST and _plan(tiling.video_tiles * tiling.block_size, tokens)[2] <= 2 * MOST
+
+
+def _plan(keys: int, tokens: int) -> tuple[int, int, int]:
+    """The stride of the sample, the rank in it that is the bound, and the room for what reaches that: two standard
+    deviations more than wanted, and three above that."""
+    stride = triton.next_power_of_2(triton.cdiv(keys, MOST))
+    if stride == 1:
+        return 1, 0, 0
+    expected = tokens / stride
+    rank = math.ceil(expected + 2 * math.sqrt(expected)) + 1
+    return stride, rank, min(keys, math.ceil(stride * (rank + 3 * math.sqrt(rank))))
+
+
+def _ranked(size: int) -> dict[str, int]:
+    size = triton.next_power_of_2(size)
+    return {"SIZE": size, "num_warps": min(16, max(1, size // 1024))}
