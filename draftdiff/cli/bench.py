@@ -36,7 +36,7 @@ def add_bench(parser: Parser) -> None:
 
 
 def _check(parser: Parser) -> None:
-    _common(parser, "check.Check", rounds=1)
+    _common(parser, "check.Check", rounds=1, warm_up=False)
 
 
 def _kernels(parser: Parser) -> None:
@@ -86,7 +86,7 @@ def _quality(parser: Parser, routine: str) -> None:
     parser.add_argument("--prompt", action="append", help="these prompts instead; may be repeated")
     add_seed(parser, "of the first prompt, each has the next; ")
     _add_dtype(parser)
-    _common(parser, routine, rounds=1, picture="quality")
+    _common(parser, routine, rounds=1, picture="quality", warm_up=False)
 
 
 def _var(parser: Parser) -> None:
@@ -165,11 +165,11 @@ def _common(
     picture: str | None = None,
     threads: int | None = None,
     device: str | None = None,
+    warm_up: bool = True,
 ) -> None:
-    """routine: module and class.  The others are defaults."""
-    parser.add_argument(
-        "--rounds", type=whole(1), default=rounds, help=f"timed, after an untimed one (default: {rounds})"
-    )
+    """routine: module and class.  warm_up: whether an untimed round comes first.  The others are defaults."""
+    said = "timed, after an untimed one" if warm_up else "of all settings"
+    parser.add_argument("--rounds", type=whole(1), default=rounds, help=f"{said} (default: {rounds})")
     parser.add_argument(
         "--device", default=device, help=f"cpu, cuda or cuda:N (default: {device or 'a GPU if there is'})"
     )
