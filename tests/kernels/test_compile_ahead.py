@@ -27,7 +27,11 @@ def test_kernels_compile_without_spills_in_loops_and_use_what_the_chip_has(capab
     # Warp specialisation is a pass of the compiler that comes and goes; every other configuration must compile.
     assert all("specialised=None" not in kernel["config"] for kernel in errors), errors
     built = [kernel for kernel in kernels if "error" not in kernel]
-    assert {kernel["kernel"] for kernel in built} >= {"forward", "_pool", "_cover", "_threshold", "_compact"}
+    names = {"forward", "_pool", "_cover", "_threshold", "_compact"}
+    assert {kernel["kernel"] for kernel in built} >= names
+    if capability not in (90, 100):
+        assert "quantise" in {kernel["kernel"] for kernel in built}
+        assert "int8" in {kernel.get("precision") for kernel in built if kernel["kernel"] == "forward"}
     for kernel in built:
         assert kernel["registers"] <= 255, kernel
         assert kernel["shared"] <= SHARED_KIB[capability] << 10, kernel
