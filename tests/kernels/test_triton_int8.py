@@ -11,7 +11,7 @@ from draftdiff.core.draft import Tail, pool
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, block_sparse_attention_lse, resolve
 from draftdiff.kernels.triton_configs import CONFIGS, Config
 from tests.kernels.cases import KERNEL_CASES, SMALL, KernelCase, assert_attends, make
-from tests.oracle import attention_of, moved_by_8_bits, reads
+from tests.oracle import attention_of, reads
 
 CPU = torch.device("cpu")
 
@@ -66,12 +66,9 @@ def test_channels_far_from_zero_cost_nothing_since_the_mean_key_is_taken_off(run
         check(run(problem), problem)
 
 
-def test_the_bound_is_a_small_part_of_the_output():
-    """Of the same order as what 8 bits do: noticed is whatever moves the output by a tenth."""
-    problem = with_outliers(make(OUTLIERS, 64, torch.float16, True))
-    expected = attention_of(replace(problem, precision="int8"))
-    assert float(moved_by_8_bits(problem).max()) / math.sqrt(64) < 0.3
-    assert float(expected.out_bound.mean() / expected.out.abs().mean()) < 0.3
+def test_the_bound_is_a_part_of_the_output():
+    expected = attention_of(replace(make(OUTLIERS, 64, torch.float16, True), precision="int8"))
+    assert float(expected.out_bound.mean() / expected.out.abs().mean()) < 0.25
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.1, 1.0])
