@@ -14,7 +14,7 @@ from torch import Tensor
 from draftdiff.core.devices import without_autocast
 from draftdiff.errors import UserError
 from draftdiff.kernels import single_tokens
-from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.problem import PRECISIONS, Problem
 
 
 class Backend(Protocol):
@@ -34,10 +34,11 @@ class Backend(Protocol):
 @dataclass(frozen=True)
 class Row:
     """module: in this folder, named after its backend where that would not hide a package of the same name.
-    preferred_on: types of device, None for every one."""
+    preferred_on: types of device, None for every one.  precisions: those of `PRECISIONS` that it has."""
 
     module: str
     preferred_on: tuple[str, ...] | None = ()
+    precisions: tuple[str, ...] = ("full",)
 
 
 # A later row is preferred to an earlier one.
@@ -46,7 +47,7 @@ TABLE = {
     "torch": Row("torch_backend", None),
     "cpu": Row("cpu", ("cpu",)),
     "flex": Row("flex", ("cuda",)),
-    "triton": Row("triton_backend", ("cuda",)),
+    "triton": Row("triton_backend", ("cuda",), PRECISIONS),
 }
 BACKENDS = tuple(TABLE)
 
@@ -65,23 +66,28 @@ def backend_module(name: str) -> Backend:
     return cast(Backend, import_module(f"draftdiff.kernels.{TABLE[name].module}"))
 
 
-def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unavailable(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: str = "full"
+) -> str | None:
     """Why a backend cannot serve such a call, or None if it can."""
-    return backend_module(name).unavailable(device, dtype, head_dim)
+    module, able = backend_module(name), TABLE[name].precisions
+    if precision not in able:
+        return f"takes precision {', '.join(able)}, not {precision!r}"
+    return module.unavailable(device, dtype, head_dim)
 
 
 @lru_cache(maxsize=64)
-def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: str = "full") -> str:
     """The backend that serves a call. `auto` takes the fastest that can, with one warning if that is not the first
     choice of the device; a named backend that cannot serve raises ValueError with its reason."""
     if name != "auto":
-        reason = unavailable(name, device, dtype, head_dim)
+        reason = unavailable(name, device, dtype, head_dim, precision)
         if reason:
             raise UserError(f"backend {name!r} cannot run here: {reason}")
         return name
     refused: list[str] = []
     for candidate in preferred_on(device):
-        reason = unavailable(candidate, device, dtype, head_dim)
+        reason = unavailable(candidate, device, dtype, head_dim, precision)
         if reason is None:
             if refused:
                 warnings.warn(f"draftdiff uses the {candidate!r} backend: {'; '.join(refused)}", stacklevel=2)
@@ -109,7 +115,7 @@ def block_sparse_attention_lse(problem: Problem, *, backend: str = "auto") -> tu
 
 def _run(problem: Problem, backend: str, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     q = problem.q
-    name = resolve(backend, q.device, q.dtype, q.shape[-1])
+    name = resolve(backend, q.device, q.dtype, q.shape[-1], problem.precision)
     module = backend_module(name)
     with without_autocast(q.device):
         if problem.tokens is None or module.reads_tokens:

@@ -13,6 +13,8 @@ from draftdiff.core.draft import Tail, softmax_scale
 from draftdiff.core.grid import Tiling
 from draftdiff.errors import UserError
 
+PRECISIONS = ("full", "int8")
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -25,6 +27,8 @@ class Problem:
     tokens: int64 [batch, heads, video_tiles, any], positions of single keys of the video that a query tile reads though
         it skips their tiles, each once, -1 for none; their tiles' means stand for the others alone.
     scale: of the scores, 1/sqrt(head_dim) if None.
+    precision: of the products over video tiles, "full" as q, k and v have it; "int8" makes q and k
+        8-bit numbers first, and what is infinite in them then counts as NaN.
     A row that may read nothing gives 0. Another whose q is NaN, or that reads a NaN of k or v in a kept tile or through
     a mean, gives NaN where dense attention does (v: in that feature), and no other row does. Scores of -inf have no
     weight, +inf gives NaN, an infinite v gives infinity or NaN.
@@ -40,6 +44,7 @@ class Problem:
     tail: Tail | None = None
     scale: float | None = None
     tokens: Tensor | None = None
+    precision: str = "full"
 
     def __post_init__(self) -> None:
         q, tiling = self.q, self.tiling

@@ -27,7 +27,7 @@ try:
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from draftdiff.kernels import triton_attention
+    from draftdiff.kernels import triton_attention, triton_int8
     from draftdiff.kernels.autotune import DoesNotCompile, fastest
     from draftdiff.kernels.triton_lists import WHOLE, TileLists, TileTables, list_tiles, on_device_of, tables_for
 except ImportError:
@@ -132,7 +132,8 @@ class Call:
     q, k, v: the problem's, head_dim contiguous.  key_slots int32 [batch or 1, tiles, block_size], -1 where none may be
     read.  text_bias fp32 [batch or 1, text tiles, block_size].  text: k and v of the text tiles
     [batch, heads, text tiles, block_size, head_dim], 0 where none may be read; only descriptors need it.
-    singles: whether there are single tokens.  pooled: means of k and v in their dtype.
+    singles: whether there are single tokens.  pooled: means of k and v in their dtype.  packed: q, k and v where access
+    is "int8", which reads video tiles from there.
     """
 
     q: Tensor
@@ -149,6 +150,7 @@ class Call:
     pooled: tuple[Tensor, Tensor] | None
     scale_log2: float
     want_lse: bool
+    packed: triton_int8.Packed | None
 
     @classmethod
     def prepare(cls, problem: Problem, want_lse: bool) -> Call:
@@ -156,10 +158,10 @@ class Call:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
         tiling, tail, video = problem.tiling, problem.tail, problem.tiling.video_tiles
         tables = tables_for(tiling)
-        access = access_to(k, v, tiling)
+        access = access_to(k, v, tiling) if problem.precision == "full" else "int8"
         numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
         entries = numbers
-        if access != "gather":
+        if access not in ("gather", "int8"):
             corners = tables.corners
             if access == "strided":  # ragged tiles go by the positions of their slots
                 corners = torch.where(tables.kinds[:video] == WHOLE, tables.slots[:video, 0], numbers[:video])
@@ -173,6 +175,11 @@ class Call:
         text = None
         if tiling.text and access in _DESCRIPTORS:  # which fetch whole tiles, and 0 times a NaN beside the text is NaN
             text = to_tiles(k, tables.slots[video:], absent), to_tiles(v, tables.slots[video:], absent)
+        scale_log2 = problem.factor * math.log2(math.e)
+        packed = None
+        if access == "int8":
+            mean_key = triton_int8.mean_key(k, tiling, tail and tail.k_mean)
+            packed = triton_int8.pack(q, k, v, tiling, mean_key, scale_log2)
         return cls(
             q=q,
             k=k,
@@ -192,8 +199,9 @@ class Call:
             text=text,
             singles=problem.tokens is not None and problem.tokens.shape[-1] > 0,
             pooled=tail and (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous()),
-            scale_log2=problem.factor * math.log2(math.e),
+            scale_log2=scale_log2,
             want_lse=want_lse,
+            packed=packed,
         )
 
     @property
@@ -220,7 +228,10 @@ class Call:
             if resume:
                 assert lse is not None
                 self._whole_tiles(config, out, lse)
-            self._forward(config, out, lse)
+            if self.packed is None:
+                self._forward(config, out, lse)
+            else:
+                self._forward_int8(self.packed, config, out, lse)
         except (OutOfResources, PTXASError, CompilationError) as error:
             raise DoesNotCompile(str(error)) from error
         except RuntimeError as error:
@@ -291,6 +302,36 @@ class Call:
             num_warps=config.warps,
             num_stages=config.stages,
             **options,
+        )
+
+    def _forward_int8(self, packed: triton_int8.Packed, config: Config, out: Tensor, lse: Tensor | None) -> None:
+        q, k, v, tables, lists = self.q, self.k, self.v, self.tables, self.lists
+        triton_int8.forward[(lists.order.numel(),)](
+            q,
+            k,
+            v,
+            *(self.pooled or (k, v)),
+            out,
+            lse if lse is not None else tables.tokens,
+            packed=packed.pointers,
+            tables=(tables.slots, self.key_slots, lists.tail_bias),
+            lists=(lists.order, lists.counts, lists.lists),
+            singles=(lists.singles, lists.singles.shape[1]),
+            scale_log2=self.scale_log2,
+            shape=self.shape,
+            strides=(*(x.stride()[:3] for x in (q, k, v)), self.key_slots.stride(0) if len(self.key_slots) > 1 else 0),
+            KEYS=config.keys,
+            TILE=self.tiling.block_size,
+            D=q.shape[-1],
+            D_PAD=packed.q.shape[-1],
+            TEXT=self.tiling.text > 0,
+            SINGLES=self.singles,
+            TAIL=self.pooled is not None,
+            LSE=self.want_lse,
+            WIDEN=_widened(q.dtype),
+            MASKED_STAGES=config.masked_stages or config.stages,
+            num_warps=config.warps,
+            num_stages=config.stages,
         )
 
     def _whole_tiles(self, config: Config, out: Tensor, lse: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run `triton_attention.forward`.
+    """One way to run `triton_attention.forward` or, as access "int8", `triton_int8.forward`.
 
     keys: keys per step.  warps, stages: as Triton's.  registers: cap per thread, 128 lets two programs of 8 warps share
     a multiprocessor.  masked_stages: stages of the loops over ragged tiles and the tail.  specialised: stages of
@@ -57,6 +57,12 @@ CONFIGS: dict[str, dict[tuple[int, int], list[Config]]] = {
         (128, 128): [Config(64, 8, 2), Config(32, 8, 3)],
         (64, 128): [Config(64, 8, 3), Config(64, 8, 2)],
         (128, 64): [Config(32, 4, 3), Config(64, 4, 2)],
+        (64, 64): [Config(64, 4, 3), Config(64, 4, 2)],
+    },
+    "int8": {
+        (128, 128): [Config(64, 8, 2), Config(64, 8, 3)],
+        (64, 128): [Config(64, 8, 3), Config(64, 8, 2)],
+        (128, 64): [Config(64, 4, 2), Config(32, 4, 3)],
         (64, 64): [Config(64, 4, 3), Config(64, 4, 2)],
     },
 }

@@ -80,12 +80,22 @@ class Expected:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dtype: torch.dtype, rounded: int = 0, times: float = 4
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    rounded: int = 0,
+    times: float = 4,
+    noise: Tensor | None = None,
 ) -> Expected:
     """Softmax attention of q [batch, heads, rows, head_dim] over k, v [batch, heads, keys, head_dim] in fp64.
 
     bias: [batch, heads, rows, keys], -inf for what is not read; a row that reads nothing gives 0.
     rounded: number of keys, the last ones, whose k and v the kernel rounds to its dtype first.
+    noise: standard deviation of what each score of a row is off by besides, [batch, heads, rows], independent of the
+    others'; six deviations of what that makes of output and log-sum-exp are allowed.
     The bounds are first-order rounding errors of these very numbers, `times` over. An error e of the scores moves the
     output by at most e times the spread of the values under the weights.
     """
@@ -103,7 +113,13 @@ def attention(
     spread = (weights @ v**2 - out**2).clamp(min=0).sqrt()
     of_out = of_scores[..., None] * spread + (own + 4 * single) * (weights @ v.abs())
     tiny = torch.finfo(dtype).tiny
-    return Expected(out, lse, times * of_out + tiny, times * (of_scores + 4 * single * (1 + lse.abs())))
+    out_bound, lse_bound = times * of_out + tiny, times * (of_scores + 4 * single * (1 + lse.abs()))
+    if noise is not None:
+        squared = weights**2
+        around = squared @ v**2 - 2 * out * (squared @ v) + out**2 * squared.sum(-1, keepdim=True)
+        out_bound = out_bound + 6 * noise[..., None] * around.clamp(min=0).sqrt()
+        lse_bound = lse_bound + 6 * noise * squared.sum(-1).sqrt()
+    return Expected(out, lse, out_bound, lse_bound)
 
 
 def tile_of(tiling: Tiling) -> Tensor:
@@ -158,4 +174,22 @@ def attention_of(problem: Problem) -> Expected:
         skipped = left.log().masked_fill(keep[:, :, own, :pooled], -math.inf)
         bias = torch.cat([bias, skipped], -1)
     scale = 1 / math.sqrt(q.shape[-1]) if problem.scale is None else problem.scale
-    return attention(q, k, v, bias, scale, problem.q.dtype, rounded=pooled)
+    noise = noise_of_8_bits(problem) * abs(scale) if problem.precision == "int8" else None
+    return attention(q, k, v, bias, scale, problem.q.dtype, rounded=pooled, noise=noise)
+
+
+def noise_of_8_bits(problem: Problem) -> Tensor:
+    """Standard deviation of a product of q and k, [batch, heads, rows], where both are 8-bit numbers.
+
+    A query has a scale of its own, the keys of a video tile one for all, after the head's mean key is taken off; each
+    entry is off by up to half a scale, evenly, and one does not depend on another.
+    """
+    tiling = problem.tiling
+    q, k = (x.transpose(1, 2).double() for x in (problem.q, problem.k))
+    tiles = [slots[slots >= 0] for slots in tiling.slots[: tiling.video_tiles]]
+    k = k - torch.stack([k[:, :, tokens].mean(2) for tokens in tiles]).mean(0)[:, :, None]
+    of_q = (q.abs().amax(-1) / 254) ** 2 / 3  # variances
+    of_k = torch.stack([(k[:, :, tokens].abs().amax((-1, -2)) / 254) ** 2 / 3 for tokens in tiles], -1).amax(-1)
+    k_size = torch.stack([(k[:, :, tokens] ** 2).sum(-1).amax(-1) for tokens in tiles], -1).amax(-1)
+    variance = (q**2).sum(-1) * of_k[..., None] + of_q * k_size[..., None]
+    return (variance + q.shape[-1] * of_q * of_k[..., None]).sqrt()

@@ -85,7 +85,7 @@ def attend(
             mass = quality.drafted_mass(probabilities, kept).mean()
             stats = torch.stack([quality.density(keep, tiling, tokens).mean(), mass])
         with part("kernel"):
-            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens)
+            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, rule.precision)
             out = block_sparse_attention(problem, backend=rule.backend)
     return out[:, absent:], stats
 
@@ -145,7 +145,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through the `torch` backend, which has them, one head of one item at a time: any other
     way keeps the scores of all heads. What is kept is chosen again, and counts as a constant."""
-    by_torch = dataclasses.replace(unpack(rule), backend="torch")
+    by_torch = dataclasses.replace(unpack(rule), backend="torch", precision="full")
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for item in range(q.shape[0]):
         mask = None if text_mask is None else text_mask[item : item + 1]

@@ -12,6 +12,7 @@ from draftdiff.core.select import SELECTIONS
 from draftdiff.core.values import is_whole, shown
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import BACKENDS
+from draftdiff.kernels.problem import PRECISIONS
 
 _PAPERS_TILE = (1, 8, 16)
 
@@ -31,6 +32,7 @@ class Rule:
     tile: tuple[int, int, int] | None = None
     block_size: int | None = None
     backend: str = "auto"
+    precision: str = "full"
     packed: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,7 @@ class Rule:
                 self.block_size in (None, math.prod(_PAPERS_TILE)), "block_size", f"128 for the tile {_PAPERS_TILE}"
             )
         require(self.backend in ("auto", *BACKENDS), "backend", f"one of auto, {', '.join(BACKENDS)}")
+        require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         object.__setattr__(self, "packed", json.dumps(values))
 

@@ -49,6 +49,8 @@ class DraftAttentionConfig:
     dense_layers: attention layers that stay dense: the first n (int), or these indices (tuple).
     min_tokens: calls with fewer video tokens are left alone; None is 1,024 on a CPU and 4,096 on other devices.
     backend: "auto" or a name of `draftdiff.kernels.block_sparse.BACKENDS`.
+    precision: "full", or "int8": scores against video tiles in 8 bits, for GPUs with slow 16-bit products (GeForce);
+        by the backend "triton" alone.
     dense_above: layers whose density is at least this are left to dense attention, in [0, 1]; None is where that is
         the faster one, by backend and kind of device (`draftdiff.kernels.crossover`).
     made_for: what a profile was tuned for; any other transformer is refused.
@@ -68,6 +70,7 @@ class DraftAttentionConfig:
     dense_layers: int | tuple[int, ...] = 1
     min_tokens: int | None = None
     backend: str = "auto"
+    precision: str = "full"
     dense_above: float | None = None
     made_for: MadeFor | None = None
 
@@ -221,6 +224,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "dense_layers": (int, tuple),
     "min_tokens": (int, _NONE),
     "backend": (str,),
+    "precision": (str,),
     "dense_above": (float, int, _NONE),
     "made_for": (MadeFor, _NONE),
 }

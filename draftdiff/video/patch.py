@@ -123,7 +123,7 @@ def sparse(
         out, stats = attend_op(query, key, value, density, text_mask, grid, lead, scale, rule.packed)
     else:
         log = task.call.log
-        log.backend = resolve(rule.backend, query.device, dtype, query.shape[-1])
+        log.backend = resolve(rule.backend, query.device, dtype, query.shape[-1], rule.precision)
         out, stats = attend(
             query,
             key,
@@ -190,7 +190,7 @@ def check(target: Any, config: Any = None) -> DraftAttentionConfig:
     """
     config, models = _checked(target, config)
     for model, attention in models:
-        resolve(config.backend, model.device, model.dtype, host.head_dim_of(attention))
+        resolve(config.backend, model.device, model.dtype, host.head_dim_of(attention), config.precision)
     return config
 
 

@@ -33,6 +33,7 @@ def test_packing_and_unpacking_gives_the_same_rule(rule):
         ({"tile": (1, 8, 16), "block_size": 64}, "tile must be .* of at most 64 tokens"),
         ({"selection": "upstream", "block_size": 64}, r"block_size must be 128 for the tile \(1, 8, 16\), got 64"),
         ({"backend": "fast"}, "backend must be one of auto, reference, torch, .*, got 'fast'"),
+        ({"precision": "int4"}, "precision must be one of full, int8, got 'int4'"),
     ],
 )
 def test_what_is_not_allowed_is_named_in_one_line(fields, message):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,12 +36,12 @@ from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels import triton_backend, triton_configs, triton_draft, triton_probe
 from draftdiff.kernels.autotune import DoesNotCompile
-from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.problem import PRECISIONS, Problem
 from draftdiff.kernels.triton_configs import Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ACCESS = {80: "strided", 86: "strided", 89: "strided", 90: "hopper", 100: "blackwell", 120: "strided"}
-PRODUCTS = {90: "HGMMA", 100: "UTC.?MMA"}  # others: HMMA
+PRODUCTS = {90: "HGMMA", 100: "UTC.?MMA"}  # others: HMMA, in 8 bits IMMA
 COUNTED = {
     "spills": r"\b(STL|LDL)\b",
     "bulk_tensor_loads": "UTMALDG",
@@ -93,7 +94,7 @@ def machine_code(kernel: Any, capability: int) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, code = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
-    patterns = {"products": PRODUCTS.get(capability, r"\bHMMA"), **COUNTED}
+    patterns = {"products": PRODUCTS.get(capability, r"\b[HI]MMA"), **COUNTED}
 
     def counted(lines: list[str]) -> dict[str, int]:
         found = {name: sum(bool(re.search(pattern, line)) for line in lines) for name, pattern in patterns.items()}
@@ -135,10 +136,10 @@ def parsed(code: str) -> tuple[list[str], list[list[str]]]:
 SIZES = ((128, 128), (64, 128), (96, 128), (128, 64), (64, 64))  # head_dim and tokens per tile
 
 
-def problems(every: bool) -> Iterator[Problem]:
-    """Sizes, text on, grid ragged, with and without a tail and single tokens."""
+def problems(every: bool, precisions: tuple[str, ...]) -> Iterator[Problem]:
+    """Text on, grid ragged; every size, with and without a tail and single tokens, or two with both or neither."""
     for head_dim, block_size in SIZES:
-        if head_dim == 96 and not every:
+        if head_dim != block_size and not every:
             continue
         tile = (1, 8, 16) if block_size == 128 else (2, 4, 8)
         for dtype in (torch.bfloat16, torch.float16)[: 2 if every and head_dim == 128 else 1]:
@@ -148,8 +149,11 @@ def problems(every: bool) -> Iterator[Problem]:
             tokens = torch.zeros(1, 2, tiling.video_tiles, 200, dtype=torch.int64)
             keep = torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool)
             for tail, singles in ((None, None), (means, None), (means, tokens)):
-                if every or singles is None or head_dim == block_size:
-                    yield Problem(q, k, v, keep, tiling, tail=tail, scale=0.1, tokens=singles)
+                full = Problem(q, k, v, keep, tiling, tail=tail, scale=0.1, tokens=singles)
+                if every or (tail is None) == (singles is None):
+                    yield full
+                if "int8" in precisions and (every or (singles is not None and head_dim == 128)):
+                    yield replace(full, precision="int8")
 
 
 def tried(configs: list[Config]) -> list[Config]:
@@ -186,19 +190,27 @@ def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
     found = []
     triton.runtime.driver.set_active(AbsentGPU(capability))
     access = ACCESS[capability]
+    precisions = PRECISIONS if access == "strided" else ("full",)
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(triton_backend, "_architecture", return_value=access),
     ):
-        for problem in problems(every):
+        for problem in problems(every, precisions):
             head_dim, block_size = problem.q.shape[-1], problem.tiling.block_size
+            compiled.clear()
             call = triton_backend.Call.prepare(problem, want_lse=True)
-            assert call.access == access
-            configs = triton_configs.configs_for(access, problem.q.dtype, head_dim, block_size)
+            assert call.access == (access if problem.precision == "full" else "int8")
+            found += [machine_code(kernel, capability) for kernel in compiled if kernel.metadata.name == "quantise"]
+            configs = triton_configs.configs_for(call.access, problem.q.dtype, head_dim, block_size)
             for config in configs if every else tried(configs):
                 compiled.clear()
                 about = {"head_dim": head_dim, "block": block_size, "dtype": str(problem.q.dtype)}
-                about |= {"tail": problem.tail is not None, "singles": call.singles, "config": str(config)}
+                about |= {
+                    "precision": problem.precision,
+                    "tail": problem.tail is not None,
+                    "singles": call.singles,
+                    "config": str(config),
+                }
                 try:
                     call.launch(config)
                 except DoesNotCompile as error:

@@ -30,6 +30,9 @@ def test_kernels_compile_without_spills_in_loops_and_use_what_the_chip_has(capab
     drafting = {"_pool", "_cover", "_threshold", "_compact"}
     probe = {"_values", "_errors", "_worst", "_sample", "_collect", "_pick"}
     assert {kernel["kernel"] for kernel in built} >= {"forward"} | drafting | probe
+    if capability not in (90, 100):
+        assert "quantise" in {kernel["kernel"] for kernel in built}
+        assert "int8" in {kernel.get("precision") for kernel in built if kernel["kernel"] == "forward"}
     for kernel in built:
         assert kernel["registers"] <= 255, kernel
         assert kernel["shared"] <= SHARED_KIB[capability] << 10, kernel

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from draftdiff.attention import attend
 from draftdiff.attention.rule import Rule
+from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels import drafting, triton_backend, triton_draft, triton_lists, triton_probe
 from draftdiff.kernels.problem import Problem
@@ -34,6 +35,8 @@ def launched(monkeypatch):
     names: list[str] = []
     for module, name in (
         (triton_backend.triton_attention, "forward"),
+        (triton_backend.triton_int8, "forward"),
+        (triton_backend.triton_int8, "quantise"),
         (triton_lists, "_compact"),
         (triton_draft, "_pool"),
         (triton_draft, "_cover"),
@@ -91,6 +94,15 @@ def test_the_probe_and_its_single_tokens_read_no_value_on_the_host(monkeypatch, 
     assert out.is_meta and stats.is_meta
     found = ["_values", "_errors", "_worst", "_values", "_sample", *ranked, "_pick"]
     assert launched[3 : 3 + len(found)] == found
+
+
+def test_8_bits_take_one_launch_more_and_read_no_value_on_the_host(launched):
+    tiling = without_values(tiling_for(GRID, (1, 8, 16), 128, 77))
+    q, k, v = torch.empty(3, 1, tiling.tokens, 2, 64, dtype=torch.bfloat16, device=META)
+    keep = torch.empty(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool, device=META)
+    tail = Tail(*torch.empty(2, 1, 2, tiling.video_tiles, 64, device=META))
+    triton_backend.run(Problem(q, k, v, keep, tiling, tail=tail, precision="int8"), want_lse=False)
+    assert launched == ["quantise", "_compact", "forward"]
 
 
 @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero()])

@@ -105,13 +105,15 @@ def test_boxes_that_span_more_than_32_bits_can_count_are_gathered(monkeypatch):
     assert triton_backend.access_to(problem.k, problem.v, problem.tiling) == "gather"
 
 
-def test_a_specialised_run_resumes_rows_that_read_no_whole_tile():
-    case = KernelCase("few whole tiles", (2, 12, 20), (1, 8, 16), 128, density=0.15, text=9)
+@pytest.mark.parametrize("singles", [0, 150])
+def test_a_specialised_run_resumes_rows_that_read_no_whole_tile(singles):
+    case = KernelCase("few whole tiles", (2, 12, 20), (1, 8, 16), 128, density=0.15, text=9, singles=singles)
     config = triton_configs.CONFIGS["hopper"][64, 128][2]
     assert config.specialised
     call, found, problem = launch(case, config)
     whole = call.lists.counts.view(2, 2, call.tiling.tiles, 4)[:, :, : call.tiling.video_tiles, WHOLE]
     assert bool((whole == 0).any()) and bool((whole > 0).any())
+    assert call.singles == (singles > 0)
     assert_attends(*found, problem)
 
 

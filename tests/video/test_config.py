@@ -165,6 +165,7 @@ def test_the_rule_and_the_fields_of_a_config_are_those_it_was_given():
         "dense_layers": 1,
         "min_tokens": None,
         "backend": "torch",
+        "precision": "full",
         "dense_above": None,
         "made_for": None,
     }
