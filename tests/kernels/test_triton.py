@@ -23,11 +23,11 @@ ONE_TILE = KernelCase("one tile", (1, 8, 8), (1, 8, 8), 64, batch=1)
 SMALL_BOXES = KernelCase("bricks of 64, text last", (3, 6, 12), (2, 4, 8), 64, text=40, heads=1)
 
 
-def launch(case, config, *, head_dim=64, dtype=torch.float16, tail=True, arrange=lambda x: x):
+def launch(case, config, *, head_dim=64, dtype=torch.float16, tail=True, precision="full", arrange=lambda x: x):
     """The call of one configuration, what it gives, and its problem."""
     problem = make(case, head_dim, dtype, tail)
     q, k, v = (arrange(x) for x in (problem.q, problem.k, problem.v))
-    problem = replace(problem, q=q, k=k, v=v)
+    problem = replace(problem, q=q, k=k, v=v, precision=precision)
     ready = triton_backend.Call.prepare(problem, want_lse=True)
     return ready, ready.launch(config), problem
 
@@ -48,7 +48,8 @@ def test_every_configuration_equals_the_reference(monkeypatch, kind):
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
     head_dim, block = sizes
     case = RAGGED_TEXT if block == 128 else SMALL_BOXES
-    call, found, problem = launch(case, config, head_dim=head_dim)
+    precision = "int8" if access == "int8" else "full"
+    call, found, problem = launch(case, config, head_dim=head_dim, precision=precision)
     assert call.access == access
     assert_attends(*found, problem)
 
