@@ -167,4 +167,4 @@ def test_help_of_the_video_commands_needs_no_diffusers():
         "print({'diffusers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()" and "--row-floor" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()" and "--dense-end" in done.stdout

@@ -26,6 +26,8 @@ def comparison(frames: int) -> VideoComparison:
         "density": 0.5,
         "missed_mass": 0.1,
         "sparse_steps": 1,
+        "selection": "error",
+        "tokens": 128,
         "density_by_step_and_layer": [[1.0, 0.5], [None, 0.5]],
     }
     dense = SettingResult("dense", None, [[Timing(2.0)]], [Clip(clip, [])])

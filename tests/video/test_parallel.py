@@ -81,6 +81,6 @@ def test_streams_that_cannot_be_shared_evenly_are_dense(text, width, even):
     layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, width, 0, 0))
     query = torch.empty(1, 15 * width + text, 2, 8)
     options = dict.fromkeys(("mask", "scale", "dropout", "causal", "gqa"))
-    reason = patch._reason_for_dense(layer, query, query, options, 2, eager=True)
+    reason = patch.reason_for_dense(layer, query, query, options, 2, eager=True)
     assert (reason is None) == even
     assert even or "share evenly" in reason
