@@ -61,12 +61,20 @@ def test_disable_restores_the_model_exactly(case, model):
 
 @models
 def test_a_batch_equals_its_items_one_by_one(case, model, monkeypatch):
-    def drawn(_rule, probabilities, *_args, **_kwargs):
-        """Of tiles that are as good as equal, rounding would choose: here nothing depends on it."""
-        tiles = torch.rand(probabilities.shape[1:], generator=torch.Generator().manual_seed(0)) < 0.3
-        return (tiles | torch.eye(tiles.shape[-1], dtype=torch.bool)).expand_as(probabilities)
+    def drawn(error, _density):
+        """Of tiles and tokens that are as good as equal, rounding would choose: here nothing depends on it."""
+        tiles = torch.rand(error.shape[1:], generator=torch.Generator().manual_seed(0)) < 0.3
+        return (tiles | torch.eye(tiles.shape[-1], dtype=torch.bool)).expand_as(error)
 
-    monkeypatch.setattr("draftdiff.attention.attend.select", drawn)
+    def first(_q_mean, _k, _v, _means, tiling, keep, *, tokens, **_more):
+        """Those of each query tile that come first outside its kept tiles."""
+        outside = (~keep[..., None] & (tiling.slots[: tiling.video_tiles] >= 0)).flatten(3).int()
+        found = outside.sort(stable=True, dim=-1, descending=True)
+        positions = tiling.slots[: tiling.video_tiles].flatten()[found.indices].masked_fill(found.values == 0, -1)
+        return positions[..., :tokens].contiguous()
+
+    monkeypatch.setattr("draftdiff.attention.attend.worst", drawn)
+    monkeypatch.setattr("draftdiff.attention.attend.singles", first)
     draftdiff.enable(model, SPARSE)
     inputs = case.inputs(model, case.grid, 2)
     both = rounded(lambda: output_of(model, inputs).split(1), samples=8)
