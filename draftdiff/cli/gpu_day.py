@@ -52,7 +52,7 @@ PLAN = (
     ),
     Job(2, "var models", 1.5, "--batch 1 --rounds 2", None),
     Job(2, "var attention", 0.7, "--last-only --rounds 3", "--last-only --heads 1 --batch 1 --rounds 1 --density 1"),
-    Job(2, "llm prefill", 0.8, "--rounds 3", "--tokens 1024 --heads 1 --rounds 1"),
+    Job(2, "llm prefill", 0.8, "--rounds 3", "--tokens 4096 --heads 1 --rounds 1"),
 )
 
 
