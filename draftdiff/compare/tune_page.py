@@ -7,7 +7,7 @@ from typing import Any
 
 from draftdiff.compare.charts import bars, density_legend, heat_map
 from draftdiff.compare.html import document
-from draftdiff.compare.tune import Tuning
+from draftdiff.compare.tuning import Tuning
 from draftdiff.files import replacing
 
 
