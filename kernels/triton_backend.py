@@ -259,6 +259,22 @@ class Call:
             operands += described or operands[:2]
         return operands
 
+    def _switches(self, config: Config) -> dict[str, Any]:
+        """What the kernels for all kinds of tiles are compiled for."""
+        return {
+            "KEYS": config.keys,
+            "TILE": self.tiling.block_size,
+            "D": self.q.shape[-1],
+            "TEXT": self.tiling.text > 0,
+            "SINGLES": self.singles,
+            "TAIL": self.pooled is not None,
+            "LSE": self.want_lse,
+            "WIDEN": _widened(self.q.dtype),
+            "MASKED_STAGES": config.masked_stages or config.stages,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+
     def _forward(self, config: Config, out: Tensor, lse: Tensor | None) -> None:
         q, k, v, tables, lists = self.q, self.k, self.v, self.tables, self.lists
         head_dim, block_size = q.shape[-1], self.tiling.block_size
@@ -284,23 +300,13 @@ class Call:
             video=self.tiling.grid.shape,
             strides=(*(x.stride()[:3] for x in (q, k, v)), of_tables),
             layout=(layout.outer_batch, layout.outer_head, layout.inner_head) if layout else (0, 0, 0),
-            KEYS=config.keys,
-            TILE=block_size,
-            D=head_dim,
             D_PAD=padded,
             BOX=box,
             PART=part,
             ACCESS="descriptors" if described else self.access,
             RESUME=config.specialised is not None,
-            TEXT=self.tiling.text > 0,
-            SINGLES=self.singles,
-            TAIL=self.pooled is not None,
-            LSE=self.want_lse,
-            WIDEN=_widened(q.dtype),
-            MASKED_STAGES=config.masked_stages or config.stages,
             ALIKE=k.stride(1) == v.stride(1),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **self._switches(config),
             **options,
         )
 
@@ -320,18 +326,8 @@ class Call:
             scale_log2=self.scale_log2,
             shape=self.shape,
             strides=(*(x.stride()[:3] for x in (q, k, v)), self.key_slots.stride(0) if len(self.key_slots) > 1 else 0),
-            KEYS=config.keys,
-            TILE=self.tiling.block_size,
-            D=q.shape[-1],
             D_PAD=packed.q.shape[-1],
-            TEXT=self.tiling.text > 0,
-            SINGLES=self.singles,
-            TAIL=self.pooled is not None,
-            LSE=self.want_lse,
-            WIDEN=_widened(q.dtype),
-            MASKED_STAGES=config.masked_stages or config.stages,
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **self._switches(config),
         )
 
     def _whole_tiles(self, config: Config, out: Tensor, lse: Tensor) -> None:
