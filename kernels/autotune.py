@@ -17,6 +17,7 @@ import torch
 from draftdiff.kernels import cache
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
 _ROUNDS = 3
 
 
@@ -24,11 +25,19 @@ class DoesNotCompile(Exception):
     """A configuration that this GPU or compiler cannot take."""
 
 
-def fastest(key: str, configs: Sequence[Config], launch: Callable[[Config], object], device: torch.device) -> Config:
-    """The config whose launch takes least time on `device`, a GPU. Those that raise DoesNotCompile are left out.
+def fastest(
+    key: str,
+    configs: Sequence[Config],
+    launch: Callable[[Config], Result],
+    device: torch.device,
+    right: Callable[[Result], bool],
+) -> Config:
+    """The config whose launch takes least time on `device`, a GPU, and gives what is `right`, the first time and the
+    last: what a compiler makes of a kernel is not to be trusted on a GPU that nobody has tried. Those that raise
+    DoesNotCompile are left out.
 
     The answer for `key` is kept, in this process and on disk. While a CUDA graph is captured nothing can be timed: the
-    first config serves then, and nothing is kept. Raises RuntimeError if none compiles.
+    first config serves then, and nothing is kept. Raises RuntimeError if none is left.
     """
     known = _known(device)
     by_name = {str(config): config for config in configs}
@@ -36,35 +45,43 @@ def fastest(key: str, configs: Sequence[Config], launch: Callable[[Config], obje
         return by_name[known[key]]
     if torch.cuda.is_current_stream_capturing():
         return configs[0]
-    logging.getLogger("draftdiff").info("choosing among %d kernel configurations for %s", len(configs), key)
+    log = logging.getLogger("draftdiff")
+    log.info("choosing among %d kernel configurations for %s", len(configs), key)
     seconds: dict[str, float] = {}
     reasons: list[str] = []
     for name, config in by_name.items():
         try:
             with _no_compiler_noise():
-                launch(config)
+                first = launch(config)
         except DoesNotCompile as error:
             reasons.append(f"{name}: {error}")
             continue
-        seconds[name] = _time(lambda config=config: launch(config), device)  # type: ignore[misc]
+        is_right = right(first)
+        time, last = _time(lambda config=config: launch(config), device)  # type: ignore[misc]
+        if is_right and right(last):
+            seconds[name] = time
+        else:
+            reasons.append(f"{name}: wrong results")
+            log.warning("the kernel configuration %s gives wrong results on this GPU (%s): it is not used", name, key)
     if not seconds:
-        raise RuntimeError(f"no kernel configuration compiles for {key}: {'; '.join(reasons)}")
+        raise RuntimeError(f"no kernel configuration compiles and is right for {key}: {'; '.join(reasons)}")
     known[key] = min(seconds, key=lambda name: seconds[name])
     _save(device, known)
     return by_name[known[key]]
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def _time(call: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """The least time of a few calls, in milliseconds, and what the last has given."""
     best = float("inf")
     with torch.cuda.device(device):
         for _ in range(_ROUNDS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            call()
+            result = call()
             end.record()
             end.synchronize()
             best = min(best, start.elapsed_time(end))
-    return best
+    return best, result
 
 
 def _file(device: torch.device) -> str:

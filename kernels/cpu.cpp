@@ -20,7 +20,7 @@ struct Call {
     const int64_t* slots;
     const uint8_t *readable, *keep;
     const float *k_mean, *v_mean, *log2_counts;
-    const int64_t* singles;
+    const int32_t* singles;
     Strides q_at, k_at, v_at;
     int64_t readable_batch, counts_row, most_singles, batch, tokens, heads, dim, tiles, video, block;
     float scale;
@@ -173,7 +173,7 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
         read(n * block);
     }
     const int64_t singles = tile < c.video ? c.most_singles : 0;
-    const int64_t* single = c.singles + (bh * c.video + tile) * c.most_singles;
+    const int32_t* single = c.singles + (bh * c.video + tile) * c.most_singles;
     for (int64_t start = 0; start < singles; start += strip) {
         const int64_t n = std::min(most, (singles - start + block - 1) / block);
         for (int64_t i = 0; i < n; i++) {

@@ -20,7 +20,7 @@ struct Probe {
     const int64_t* slots;
     float* error;
     const uint8_t* keep;
-    int64_t* singles;
+    int32_t* singles;
     Strides k_at, v_at;
     int64_t batch, heads, dim, tiles, block, most;
     float scale;
@@ -125,7 +125,7 @@ int64_t count_from(const float* x, int64_t n, int32_t least) {
 }
 
 // Places of the `most` highest of n scores, ascending, the first ones among equals; -1 for the rest where fewer are finite.
-ON_ITS_OWN void highest(const float* x, int64_t n, int64_t most, int64_t* places) {
+ON_ITS_OWN void highest(const float* x, int64_t n, int64_t most, int32_t* places) {
     int32_t low = ordered(splat(-std::numeric_limits<float>::max()))[0], high = ordered(splat(0.f))[0];
     Vec top = splat(NEGATIVE_INFINITY), bottom = splat(std::numeric_limits<float>::max());
     for (int64_t i = 0; i < n; i += LANES) {
@@ -156,7 +156,7 @@ ON_ITS_OWN void highest(const float* x, int64_t n, int64_t most, int64_t* places
             bool any = false;
             for (int l = 0; l < LANES; l++) any |= reach[l] != 0;
             for (int l = 0; any && l < LANES && filled < most; l++)
-                if (value[l] > low || (value[l] == low && equal-- > 0)) places[filled++] = i + l;
+                if (value[l] > low || (value[l] == low && equal-- > 0)) places[filled++] = static_cast<int32_t>(i + l);
         }
     }
     std::fill(places + filled, places + most, -1);
@@ -190,9 +190,9 @@ void best_tokens(const Probe& p, int64_t bh, int64_t first, const Head& head, Pr
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        int64_t* places = p.singles + (bh * p.tiles + first + r) * p.most;
+        int32_t* places = p.singles + (bh * p.tiles + first + r) * p.most;
         highest(scores + r * n, n, p.most, places);
-        for (int64_t i = 0; i < p.most && places[i] >= 0; i++) places[i] = p.slots[places[i]];
+        for (int64_t i = 0; i < p.most && places[i] >= 0; i++) places[i] = static_cast<int32_t>(p.slots[places[i]]);
     }
 }
 

@@ -37,7 +37,7 @@ def singles(
     q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, keep: Tensor, *, scale: float, tokens: int
 ) -> Tensor:
     """`core.probe.singles`."""
-    found = torch.empty(*q_mean.shape[:3], tokens, dtype=torch.int64)
+    found = torch.empty(*q_mean.shape[:3], tokens, dtype=torch.int32)
     _call(q_mean, k, v, means, tiling, scale, keep=keep.contiguous(), singles=found)
     return found
 

@@ -55,16 +55,18 @@ def worst(error: Tensor, density: Tensor) -> Tensor:
 
 def singles(
     q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, keep: Tensor, *, scale: float, tokens: int
-) -> Tensor:
-    """`core.probe.singles`."""
-    return _probe(k, tiling, tokens).singles(q_mean, k, v, means, tiling, keep, scale=scale, tokens=tokens)
+) -> tuple[Tensor, Tensor | None]:
+    """`core.probe.singles`, which may be more in some rows than in others, and where that is known how many are taken
+    of each tile: for a `Problem`."""
+    found = _probe(k, tiling).singles(q_mean, k, v, means, tiling, keep, scale=scale, tokens=tokens)
+    return found if isinstance(found, tuple) else (found, None)
 
 
-def _probe(k: Tensor, tiling: Tiling, tokens: int = 0) -> Any:
+def _probe(k: Tensor, tiling: Tiling) -> Any:
     if _fused(k.device, k.dtype, k.shape[-1]):
         from draftdiff.kernels import triton_probe
 
-        if triton_probe.fits(tiling, tokens):
+        if triton_probe.fits(tiling):
             return triton_probe
     if "cpu" in preferred_on(k.device) and unavailable("cpu", k.device, torch.float32, k.shape[-1]) is None:
         from draftdiff.kernels import cpu_probe

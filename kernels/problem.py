@@ -24,8 +24,10 @@ class Problem:
     keep: bool [batch, heads, tiles, tiles], which key tiles each query tile reads, text tiles last.
     text_mask: bool [batch, text], False for padding, which none reads, whatever stands in it.
     tail: pooled keys and values of the video tiles, or None to drop what is skipped.
-    tokens: int64 [batch, heads, video_tiles, any], positions of single keys of the video that a query tile reads though
+    tokens: int32 [batch, heads, video_tiles, any], positions of single keys of the video that a query tile reads though
         it skips their tiles, each once, -1 for none; their tiles' means stand for the others alone.
+    taken: uint8 [batch, heads, video_tiles, video_tiles], how many of a tile's tokens are among them, by query tile;
+        counted where it is None. With it -1 stands behind all others, and `any` is a multiple of 128.
     scale: of the scores, 1/sqrt(head_dim) if None.
     precision: of the products over video tiles, "full" as q, k and v have it; "int8" makes q and k
         8-bit numbers first, and what is infinite in them then counts as NaN.
@@ -44,6 +46,7 @@ class Problem:
     tail: Tail | None = None
     scale: float | None = None
     tokens: Tensor | None = None
+    taken: Tensor | None = None
     precision: str = "full"
 
     def __post_init__(self) -> None:
@@ -66,7 +69,9 @@ class Problem:
                 pooled = (batch, heads, tiling.video_tiles, head_dim)
                 _check(f"tail.{name}", getattr(self.tail, name), pooled, torch.float32)
         if self.tokens is not None:
-            _check("tokens", self.tokens, (batch, heads, tiling.video_tiles, *self.tokens.shape[3:4]), torch.int64)
+            _check("tokens", self.tokens, (batch, heads, tiling.video_tiles, *self.tokens.shape[3:4]), torch.int32)
+            if self.taken is not None:
+                _check("taken", self.taken, (batch, heads, tiling.video_tiles, tiling.video_tiles), torch.uint8)
 
     @property
     def factor(self) -> float:
@@ -93,11 +98,14 @@ class Problem:
         counts = self.tiling.counts[: self.tiling.video_tiles]
         if self.tokens is None:
             return counts.log()
-        taken = torch.zeros(*self.tokens.shape[:3], len(counts) + 1, device=counts.device)
-        tile_of = F.pad(self.tile_of, (0, 1), value=len(counts))  # where -1 leads
-        taken.scatter_add_(-1, tile_of[self.tokens], torch.ones_like(self.tokens, dtype=taken.dtype))
-        taken = F.pad(taken[..., :-1], (0, 0, 0, self.tiling.tiles - len(counts)))  # of text none
-        return (counts - taken).log()
+        if self.taken is not None:
+            taken = self.taken
+        else:
+            taken = torch.zeros(*self.tokens.shape[:3], len(counts) + 1, device=counts.device)
+            tile_of = F.pad(self.tile_of, (0, 1), value=len(counts))  # where -1 leads
+            taken.scatter_add_(-1, tile_of[self.tokens], torch.ones_like(self.tokens, dtype=taken.dtype))
+            taken = taken[..., :-1]
+        return (counts - F.pad(taken, (0, 0, 0, self.tiling.tiles - len(counts)))).log()  # of text none
 
     @property
     def reads_nothing(self) -> Tensor:

@@ -23,7 +23,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     if problem.tokens is not None:
         found = problem.tokens >= 0
         singles = read[:, :, : tiling.video_tiles].new_zeros(*found.shape[:3], tiling.tokens + 1)
-        singles.scatter_(-1, problem.tokens.where(found, tiling.tokens), True)
+        singles.scatter_(-1, problem.tokens.where(found, tiling.tokens).long(), True)
         read[:, :, : tiling.video_tiles] |= singles[..., :-1]
     hidden = ~read[:, :, tile_of]
     if problem.text_mask is not None:

@@ -1,8 +1,8 @@
 """Device code of the `triton` backend: a query tile walks its kept key tiles, read in place, with an online softmax.
 
-A program owns one query tile of one head. It reads, in this order: single tokens as far as they fill blocks, whole
-video tiles (both without a mask), ragged video tiles, text tiles and the other single tokens (a bias per key, -inf
-where there is none), then the pooled tail. Softmax in base 2 with the scale folded in.
+A program owns one query tile of one head. It reads, in this order: whole video tiles, ragged video tiles and text
+tiles (a bias per key, -inf where there is none), single tokens, then the pooled tail. Softmax in base 2 with the scale
+folded in.
 
 Video tiles are boxes of the model's own [frames, height, width] layout. With descriptors a box is one bulk tensor load
 (Hopper and later); otherwise its rows are addressed by arithmetic, or through a table of positions if the tile is no
@@ -64,16 +64,16 @@ def _overhang(start, size, extent):
 
 @triton.jit
 def _boxes(
-    q, k_box, v_box, outer, inner, list_ptr, begin, end, video, bias_ptr, state, scale_log2,
+    q, k_box, v_box, outer, inner, list_ptr, parts, video, bias_ptr, state, scale_log2,
     BOX: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Parts [begin, end) of the listed boxes, by descriptors; MASKED if they may hang over the grid."""
+    """As many `parts` of the listed boxes, by descriptors; MASKED if they may hang over the grid."""
     acc, row_max, row_sum = state
     KEYS: tl.constexpr = PART[0] * PART[1] * PART[2]
     PARTS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // KEYS
     bias = tl.zeros([KEYS], tl.float32)
     entry = tl.load(list_ptr)
-    for i in tl.range(begin, end, num_stages=STAGES):
+    for i in tl.range(0, parts, num_stages=STAGES):
         corner = entry
         entry = tl.load(list_ptr + (i + 1) // PARTS)
         t, y, x = _part_corner(corner, i % PARTS, BOX, PART)
@@ -107,10 +107,10 @@ def _text(
 
 @triton.jit
 def _box_rows(
-    q, k_ptr, v_ptr, tokens_at, list_ptr, begin, end, video, state, scale_log2,
+    q, k_ptr, v_ptr, tokens_at, list_ptr, parts, video, state, scale_log2,
     BOX: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Parts [begin, end) of the listed boxes, all inside the grid, by address. Entries are first tokens of boxes.
+    """As many `parts` of the listed boxes, all inside the grid, by address. Entries are first tokens of boxes.
     tokens_at: strides of k and v; a box spans less than 2^31 elements."""
     acc, row_max, row_sum = state
     KEYS: tl.constexpr = PART[0] * PART[1] * PART[2]
@@ -122,7 +122,7 @@ def _box_rows(
     k_in_part = (in_part * tokens_at[0].to(tl.int32))[:, None] + dim[None, :]
     v_in_part = (in_part * tokens_at[1].to(tl.int32))[:, None] + dim[None, :]
     bias = tl.zeros([KEYS], tl.float32)
-    for i in tl.range(begin, end):
+    for i in tl.range(0, parts):
         t, y, x = _part_corner(0, i % PARTS, BOX, PART)
         first = tl.load(list_ptr + i // PARTS).to(tl.int64) + (t * height + y) * width + x
         k = tl.load(k_ptr + first * tokens_at[0] + k_in_part, mask=(dim < D)[None, :], other=0.0)
@@ -180,16 +180,17 @@ def _pooled(
 ):  # fmt: skip
     """The means of the video tiles [batch * heads, video_tiles, D], each with its bias."""
     acc, row_max, row_sum = state
+    STEP: tl.constexpr = KEYS if KEYS < TAIL_KEYS else TAIL_KEYS  # `min` does not take constants before Triton 3.6
     dim = tl.arange(0, q.shape[1])
     if not DESCRIPTORS:
         k_pool += bh.to(tl.int64) * video_tiles * D
         v_pool += bh.to(tl.int64) * video_tiles * D
-    for start in tl.range(0, video_tiles, KEYS, num_stages=STAGES):
-        pooled = start + tl.arange(0, KEYS)
+    for start in tl.range(0, video_tiles, STEP, num_stages=STAGES):
+        pooled = start + tl.arange(0, STEP)
         exists = pooled < video_tiles
         if DESCRIPTORS:
-            k = k_pool.load([bh, start, 0]).reshape(KEYS, q.shape[1])
-            v = v_pool.load([bh, start, 0]).reshape(KEYS, q.shape[1])
+            k = k_pool.load([bh, start, 0]).reshape(STEP, q.shape[1])
+            v = v_pool.load([bh, start, 0]).reshape(STEP, q.shape[1])
         else:
             there = exists[:, None] & (dim < D)[None, :]
             k = tl.load(k_pool + pooled[:, None] * D + dim[None, :], mask=there, other=0.0)
@@ -211,24 +212,6 @@ def _queries(q_ptr, position, q_token, D: tl.constexpr, D_PAD: tl.constexpr):
 def _nothing(ROWS: tl.constexpr, D_PAD: tl.constexpr):
     """The state before the first key."""
     return tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-
-
-@triton.jit
-def _merged(state, out_ptr, lse_ptr, at, filled, D: tl.constexpr):
-    """The state, and what `whole_tiles` left as output and log-sum-exp of the rows `at`.
-
-    At the end, not as the first state of the loops: products onto what comes from memory would wait for one another.
-    """
-    acc, row_max, row_sum = state
-    dim = tl.arange(0, acc.shape[1])
-    there = filled[:, None] & (dim < D)[None, :]
-    other = tl.load(out_ptr + at[:, None] * D + dim[None, :], mask=there, other=0.0).to(tl.float32)
-    other_max = tl.load(lse_ptr + at, mask=filled, other=float("-inf")) * LOG2E
-    new_max = tl.maximum(row_max, other_max)
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    share = tl.math.exp2(row_max - shift)
-    other_share = tl.math.exp2(other_max - shift)
-    return acc * share[:, None] + other * other_share[:, None], new_max, row_sum * share + other_share
 
 
 @triton.jit
@@ -254,11 +237,10 @@ def forward(
     q_ptr, k, v, k_text, v_text, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, singles, scale_log2,
     shape, video, strides, layout,
     KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr,
-    ACCESS: tl.constexpr, RESUME: tl.constexpr, TEXT: tl.constexpr, SINGLES: tl.constexpr, TAIL: tl.constexpr,
+    ACCESS: tl.constexpr, TEXT: tl.constexpr, SINGLES: tl.constexpr, TAIL: tl.constexpr,
     LSE: tl.constexpr, WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per (batch, head, query tile), a head's longest rows first. With RESUME, video rows leave out
-    whole tiles and add the output and log-sum-exp that `whole_tiles` left.
+    """Grid: one program per (batch, head, query tile), a head's longest rows first.
 
     k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
     tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
@@ -290,31 +272,26 @@ def forward(
     list_ptr += row.to(tl.int64) * (tiles + 1)  # one more, for the entry that is fetched ahead
     whole = tl.load(counts_ptr + row * 4)
     ragged = tl.load(counts_ptr + row * 4 + 1)
-    begin = 0
-    if RESUME:  # noqa: SIM102 (decided when compiled, the other when run)
-        if tile_q < video_tiles:
-            begin = whole * PARTS
     at_ptr, places, k_rows, v_rows = singles
     full = 0
     rest = 0
     if SINGLES:
-        at_ptr += row.to(tl.int64) * places
+        at_ptr += (bh.to(tl.int64) * video_tiles + tl.minimum(tile_q, video_tiles - 1)) * places  # text reads none
         k_rows += b * k_at[0] + h * k_at[2]
         v_rows += b * v_at[0] + h * v_at[2]
         count = tl.load(counts_ptr + row * 4 + 3)
         full = count // KEYS * KEYS
         rest = (count > full).to(tl.int32)
-        state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
     if ACCESS == "descriptors":
         outer = (b * layout[0] + h * layout[1]).to(tl.int32)
         inner = (h * layout[2]).to(tl.int32)
         state = _boxes(
-            q, k, v, outer, inner, list_ptr, begin, whole * PARTS, video, ragged_bias_ptr, state, scale_log2,
+            q, k, v, outer, inner, list_ptr, whole * PARTS, video, ragged_bias_ptr, state, scale_log2,
             BOX, PART, False, None,
         )  # fmt: skip
         list_ptr += whole
         state = _boxes(
-            q, k, v, outer, inner, list_ptr, 0, ragged * PARTS, video, ragged_bias_ptr, state, scale_log2,
+            q, k, v, outer, inner, list_ptr, ragged * PARTS, video, ragged_bias_ptr, state, scale_log2,
             BOX, PART, True, MASKED_STAGES,
         )  # fmt: skip
         if TEXT:
@@ -325,6 +302,7 @@ def forward(
                 q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, video_tiles, state, scale_log2, TILE, KEYS
             )
         if SINGLES:
+            state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
             state = _slots(
                 q, k_rows, v_rows, tokens_at, list_ptr, 0, key_slots_ptr, at_ptr + full, rest, state, scale_log2,
                 TILE, KEYS, D, True, 1,
@@ -333,10 +311,10 @@ def forward(
         k += b * k_at[0] + h * k_at[2]
         v += b * v_at[0] + h * v_at[2]
         if ACCESS == "strided":
-            state = _box_rows(
-                q, k, v, tokens_at, list_ptr, begin, whole * PARTS, video, state, scale_log2, BOX, PART, D
-            )
+            state = _box_rows(q, k, v, tokens_at, list_ptr, whole * PARTS, video, state, scale_log2, BOX, PART, D)
             list_ptr += whole
+        if SINGLES:
+            state = _singles(q, k, v, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
         masked = ragged + tl.load(counts_ptr + row * 4 + 2)
         key_slots_ptr += b * tables_at[0]
         state = _slots(
@@ -348,68 +326,6 @@ def forward(
         DESCRIPTORS: tl.constexpr = ACCESS == "descriptors"
         state = _pooled(
             q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2,
-            min(KEYS, TAIL_KEYS), D, DESCRIPTORS, MASKED_STAGES,
+            KEYS, D, DESCRIPTORS, MASKED_STAGES,
         )  # fmt: skip
-    if RESUME:  # noqa: SIM102
-        if tile_q < video_tiles:
-            position = tl.load(query_slots_ptr + tile_q * TILE + tl.arange(0, TILE), volatile=True)  # as in _finish
-            at = (b * tokens + position.to(tl.int64)) * heads + h
-            state = _merged(state, out_ptr, lse_ptr, at, position >= 0, D)
     _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, tokens, D, LSE)
-
-
-@triton.jit
-def whole_tiles(
-    q_tiles_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, query_slots_ptr, lists, scale_log2, batch, shape, video, strides,
-    TILE: tl.constexpr, D: tl.constexpr, BOX: tl.constexpr, SPECIALIZE: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """The loop over whole video tiles alone, with the loads in a warp group of their own (warp specialisation).
-
-    Triton's pass takes one loop, fed by descriptors made in the kernel, and can split queries among warp groups only if
-    they come as rows: q_tiles [batch, tiles * TILE, heads * D] is q in tile order. `forward` does the rest with
-    RESUME. Heads must stand side by side in a token of k and v. Grid: (batch, head, query tile); text rows are left
-    alone. Tuples as in `forward`; shape ends in lead; strides: of k and v (batch, token).
-    """
-    order_ptr, counts_ptr, list_ptr = lists
-    heads, tokens, tiles, video_tiles, lead = shape
-    frames, height, width = video
-    k_at, v_at = strides
-    turn = tl.program_id(0)
-    bh = turn // tiles
-    b = bh // heads
-    h = bh % heads
-    tile_q = tl.load(order_ptr + turn)
-    if tile_q < video_tiles:
-        row = bh * tiles + tile_q
-        inner = h * D
-        columns = heads * D
-        q_rows = tl.make_tensor_descriptor(q_tiles_ptr, [batch * tiles * TILE, columns], [columns, 1], [TILE, D])
-        k_box = tl.make_tensor_descriptor(
-            k_ptr + lead * k_at[1],
-            [batch, frames, height, width, columns],
-            [k_at[0], height * width * k_at[1], width * k_at[1], k_at[1], 1],
-            [1, BOX[0], BOX[1], BOX[2], D],
-        )
-        v_box = tl.make_tensor_descriptor(
-            v_ptr + lead * v_at[1],
-            [batch, frames, height, width, columns],
-            [v_at[0], height * width * v_at[1], width * v_at[1], v_at[1], 1],
-            [1, BOX[0], BOX[1], BOX[2], D],
-        )
-        q = q_rows.load([(b * tiles + tile_q) * TILE, inner])
-        if WIDEN:
-            q = q.to(tl.float32)
-
-        acc, row_max, row_sum = _nothing(TILE, D)
-        no_bias = tl.zeros([TILE], tl.float32)
-        list_ptr += row.to(tl.int64) * (tiles + 1)
-        for i in tl.range(0, tl.load(counts_ptr + row * 4), warp_specialize=SPECIALIZE):
-            entry = tl.load(list_ptr + i)
-            t, y, x = entry >> 20, entry >> 10 & 1023, entry & 1023
-            k = k_box.load([b, t, y, x, inner]).reshape(TILE, D)
-            v = v_box.load([b, t, y, x, inner]).reshape(TILE, D)
-            acc, row_max, row_sum = _step(q, k, v, no_bias, (acc, row_max, row_sum), scale_log2, False)
-        state = (acc, row_max, row_sum)
-        _finish(
-            state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b.to(tl.int64), h.to(tl.int64), heads, tokens, D, True
-        )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftdiff.core.grid import Tiling
 from draftdiff.kernels.drafting import pool
-from draftdiff.kernels.triton_attention import TAIL_KEYS, _finish, _nothing, _pooled, _queries, _singles, _slots
+from draftdiff.kernels.triton_attention import _finish, _nothing, _pooled, _queries, _singles, _slots
 from draftdiff.kernels.triton_lists import on_device_of, tables_for
 
 LARGEST = tl.constexpr(127.0)
@@ -254,7 +254,7 @@ def forward(
     full = 0
     rest = 0
     if SINGLES:
-        at_ptr += row * places
+        at_ptr += (head + tl.minimum(tile_q, video_tiles - 1)) * places  # text reads none
         count = tl.load(counts_ptr + 3)
         full = count // KEYS * KEYS
         rest = (count > full).to(tl.int32)
@@ -268,7 +268,7 @@ def forward(
     if TAIL:
         tail_bias_ptr += row * video_tiles
         state = _pooled(
-            q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2, min(KEYS, TAIL_KEYS), D, False,
+            q, k_pool, v_pool, bh, tail_bias_ptr, video_tiles, state, scale_log2, KEYS, D, False,
             MASKED_STAGES,
         )  # fmt: skip
     _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, tokens, D, LSE)

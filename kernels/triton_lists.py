@@ -91,7 +91,7 @@ class TileLists:
 
     A row is a query tile of a head.  counts [rows, 4] int32: whole, ragged and text tiles, single tokens.
     lists [rows, tiles + 1] int32: the tiles' entries in this order, ascending in each; the rest is undefined.
-    singles [rows, any] int32: positions of single tokens, then -1 up to a multiple of STEP; the rest is
+    singles [rows of the video, any] int32: positions of single tokens, then -1 up to a multiple of STEP; the rest is
     undefined.  order [batch * heads, tiles] int32: query tiles, longest first.  tail_bias [rows, video_tiles] fp32:
     log2 of the tokens that a skipped tile's mean stands for, all but those read singly, -inf where there are none or
     the tile is kept.
@@ -105,6 +105,25 @@ class TileLists:
 
 
 @triton.jit
+def _gathered(tokens_ptr, tile_of_ptr, singles_ptr, most, SIZE: tl.constexpr, SCAN: tl.constexpr):
+    """Moves the tokens of a row together; how many they are, and how many of each tile."""
+    number = 0
+    in_tile = tl.zeros([SIZE], tl.int32)
+    for start in range(0, most, SCAN):
+        lane = start + tl.arange(0, SCAN)
+        token = tl.load(tokens_ptr + lane, mask=lane < most, other=-1)
+        there = token >= 0
+        turn = number + tl.cumsum(there.to(tl.int32), 0) - 1
+        tl.store(singles_ptr + turn, token, mask=there)
+        number += tl.sum(there.to(tl.int32), 0)
+        # The last bin is no tile's.
+        in_tile += tl.histogram(tl.load(tile_of_ptr + token, mask=there, other=SIZE - 1), SIZE)
+    behind = number + tl.arange(0, STEP)
+    tl.store(singles_ptr + behind, -1, mask=behind < tl.cdiv(number, STEP) * STEP)
+    return number, in_tile
+
+
+@triton.jit
 def _compact(
     keep_ptr,
     kinds_ptr,
@@ -112,6 +131,7 @@ def _compact(
     held_ptr,
     tokens_ptr,
     tile_of_ptr,
+    taken_ptr,
     counts_ptr,
     lists_ptr,
     singles_ptr,
@@ -123,6 +143,7 @@ def _compact(
     SIZE: tl.constexpr,
     TAIL: tl.constexpr,
     SINGLES: tl.constexpr,
+    TAKEN: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -142,20 +163,16 @@ def _compact(
     video = tile < video_tiles
     singles = 0
     in_tile = tl.zeros([SIZE], tl.int32)
+    of_video = row // tiles * video_tiles + row % tiles
     if SINGLES:  # noqa: SIM102 (decided when compiled, the other when run)
         if row % tiles < video_tiles:
-            tokens_ptr += (row // tiles * video_tiles + row % tiles) * most
-            for start in range(0, most, SCAN):
-                lane = start + tl.arange(0, SCAN)
-                token = tl.load(tokens_ptr + lane, mask=lane < most, other=-1).to(tl.int32)
-                there = token >= 0
-                turn = singles + tl.cumsum(there.to(tl.int32), 0) - 1
-                tl.store(singles_ptr + row * places + turn, token, mask=there)
-                singles += tl.sum(there.to(tl.int32), 0)
-                # The last bin is no tile's.
-                in_tile += tl.histogram(tl.load(tile_of_ptr + token, mask=there, other=SIZE - 1), SIZE)
-            behind = singles + tl.arange(0, STEP)
-            tl.store(singles_ptr + row * places + behind, -1, mask=behind < tl.cdiv(singles, STEP) * STEP)
+            if TAKEN:
+                in_tile = tl.load(taken_ptr + of_video * video_tiles + tile, mask=video, other=0).to(tl.int32)
+                singles = tl.sum(in_tile, 0)
+            else:
+                singles, in_tile = _gathered(
+                    tokens_ptr + of_video * most, tile_of_ptr, singles_ptr + of_video * places, most, SIZE, SCAN
+                )
     tl.store(counts_ptr + row * 4 + 3, singles)
     if TAIL:
         left = tl.load(held_ptr + tile, mask=video, other=0.0) - in_tile.to(tl.float32)
@@ -170,16 +187,23 @@ def list_tiles(
     entries: Tensor,
     tail: bool,
     tokens: Tensor | None = None,
+    taken: Tensor | None = None,
 ) -> TileLists:
     """Lists of keep, bool [batch, heads, tiles, tiles], and of single tokens. entries [tiles] int32: what stands for
-    each tile.  tokens: as a `Problem` has them."""
+    each tile.  tokens, taken: as a `Problem` has them."""
     batch, heads, tiles, _ = keep.shape
     tables, rows, device = tables_for(tiling), batch * heads * tiles, keep.device
     most = 0 if tokens is None else tokens.shape[-1]
     places = triton.cdiv(most, STEP.value) * STEP.value
     counts = torch.empty((rows, 4), dtype=torch.int32, device=device)
     lists = torch.empty((rows, tiles + 1), dtype=torch.int32, device=device)
-    singles = torch.empty((rows, places) if most else (1, 1), dtype=torch.int32, device=device)
+    if tokens is None or not most:
+        tokens, taken = counts, None
+        singles = torch.empty((1, 1), dtype=torch.int32, device=device)
+    elif taken is None:
+        singles = torch.empty((batch * heads * tiling.video_tiles, places), dtype=torch.int32, device=device)
+    else:
+        singles = tokens.reshape(-1, most)
     tail_bias = torch.empty((rows, tiling.video_tiles) if tail else (1,), dtype=torch.float32, device=device)
     size = triton.next_power_of_2(tiles + 1 if most else tiles)
     with on_device_of(counts):
@@ -188,8 +212,9 @@ def list_tiles(
             tables.kinds,
             entries,
             tables.tokens,
-            tokens.contiguous() if tokens is not None and most else counts,
+            tokens.contiguous(),
             tables.tile_of,
+            counts if taken is None else taken.contiguous(),
             counts,
             lists,
             singles,
@@ -201,6 +226,7 @@ def list_tiles(
             SIZE=size,
             TAIL=tail,
             SINGLES=most > 0,
+            TAKEN=taken is not None,
             SCAN=min(_SCAN, triton.next_power_of_2(max(most, 32))),
             num_warps=4 if size <= 2048 else 8,
         )

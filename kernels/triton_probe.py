@@ -1,7 +1,7 @@
 """The probe (`core.probe`) on a GPU in few launches, with no value read by the host.
 
-Mean queries are rounded as the model's own are, to the type of the keys. Scores are never held in memory: single keys
-are found by ranking a sample of them, which gives a bound for the others, and then ranking those that reach it.
+Mean queries are rounded as the model's own are, to the type of the keys. Scores are never held in memory: a sample of
+the single keys is ranked, which gives a bound for the others, and those that reach it are marked, a bit for each.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -18,10 +18,11 @@ from draftdiff.core.draft import Tail
 from draftdiff.core.grid import Tiling
 from draftdiff.core.probe import counts
 from draftdiff.kernels.triton_backend import _widened
-from draftdiff.kernels.triton_lists import on_device_of, tables_for
+from draftdiff.kernels.triton_lists import STEP, on_device_of, tables_for
 
 MOST = 8192  # tiles, or sampled keys: a row is ranked in registers
 _GROUP = 32  # key tiles of one program
+_WORDS = 1024  # of bits, read at once
 _HELD = 1 << 29  # bytes of sampled errors, or of what is ranked, at once
 _HIGHEST = tl.constexpr(40 * math.log2(math.e))  # as in core.probe
 _ROUGH = tl.constexpr(12)  # bits of a bound that is an estimate anyway
@@ -193,73 +194,94 @@ def _threshold(sample_ptr, threshold_ptr, samples, rank, SIZE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first"])
-def _collect(
-    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, threshold_ptr, found_ptr,
-    first, heads, tiles, room, strides, scale_log2,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+def _mark(
+    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, threshold_ptr, bits_ptr, first, heads, tiles, strides, scale_log2,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The keys whose errors reach their row's threshold, in the order of slots, as long as there is room: of each its
-    slot and, in the lower half, its square."""
+    """A bit for each slot: whether its error reaches the threshold of the row."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    local = tl.program_id(1).to(tl.int64)
+    begin, local = tl.program_id(1) * GROUP, tl.program_id(2).to(tl.int64)
     bh = first + local
     q = _queries(q_ptr, bh, rows, tiles, D, D_PAD, WIDEN)
     k_ptr += bh // heads * strides[0] + bh % heads * strides[2]
     sums_ptr += bh * 3 * tiles * BLOCK
     center_ptr += bh * tiles * tiles
-    found_ptr += local * tiles * room
+    WORDS: tl.constexpr = KEYS // 32
+    bits_ptr += local * tiles * tiles * (BLOCK // 32)
     threshold = tl.load(threshold_ptr + local * tiles + rows, mask=rows < tiles, other=float("inf"))
-    slot = tl.arange(0, KEYS)
-    upto = (slot[:, None] <= slot[None, :]).to(tl.float16)  # a product with it is a running sum
-    taken = tl.zeros([ROWS], tl.int32)
-    for step in range(tiles * (BLOCK // KEYS)):
-        tile, at = step // (BLOCK // KEYS), step * KEYS + slot
+    slot, word = tl.arange(0, KEYS), tl.arange(0, WORDS)
+    for tile in range(begin, tl.minimum(begin + GROUP, tiles)):
         center = tl.load(center_ptr + rows * tiles + tile, mask=rows < tiles, other=float("-inf"))
-        position = tl.load(slots_ptr + at)
-        squares = _squares(
-            q, k_ptr, strides[1], position, sums_ptr, at, tiles * BLOCK, center[:, None], scale_log2,
-            D, D_PAD, PRECISION, WIDEN,
-        )  # fmt: skip
         least = tl.maximum(tl.math.exp2(threshold * _LOG2E - 2 * center), _TINY)
-        chosen = squares >= least[:, None]
-        count = tl.dot(chosen.to(tl.float16), upto)
-        place = taken[:, None] + count.to(tl.int32) - 1
-        place = tl.where(chosen & (place < room), (rows * room)[:, None] + place, -1)
-        both = squares.to(tl.uint32, bitcast=True).to(tl.int64) | (at.to(tl.int64) << 32)[None, :]
-        # Widened last: the compiler moves it through shared memory before that.
-        tl.store(found_ptr + place.to(tl.int64), both, mask=place >= 0)
-        taken += tl.max(count, 1).to(tl.int32)
+        for part in tl.static_range(BLOCK // KEYS):
+            at = tile * BLOCK + part * KEYS + slot
+            position = tl.load(slots_ptr + at)
+            squares = _squares(
+                q, k_ptr, strides[1], position, sums_ptr, at, tiles * BLOCK, center[:, None], scale_log2,
+                D, D_PAD, PRECISION, WIDEN,
+            )  # fmt: skip
+            bits = (squares >= least[:, None]).to(tl.int32) << (slot % 32)[None, :]
+            words = tl.sum(bits.reshape(ROWS, WORDS, 32), 2)
+            to = (rows * tiles + tile)[:, None] * (BLOCK // 32) + part * WORDS + word[None, :]
+            tl.store(bits_ptr + to, words, mask=(rows < tiles)[:, None])
 
 
-@triton.jit(do_not_specialize=["first"])
-def _pick(
-    entries_ptr, center_ptr, slots_ptr, singles_ptr, first, tiles, entries, most,
-    SAMPLED: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+@triton.jit
+def _ones(x):
+    """How many bits are set: a pattern that compilers know."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
+
+
+@triton.jit
+def _marked(
+    bits_ptr, slots_ptr, singles_ptr, taken_ptr, tiles, room, BLOCK: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
-    """Positions of the `most` keys of the greatest error in a row, then -1. Its entries are what `_collect` has found
-    or, if not SAMPLED, the errors of all slots."""
+    """Positions of the slots marked in a row, in their order and as long as there is room, then -1; and how many of
+    each tile they are."""
+    row = tl.program_id(0).to(tl.int64)
+    PER: tl.constexpr = BLOCK // 32
+    words = tiles * PER
+    bits_ptr += row * words
+    singles_ptr += row * room
+    taken = 0
+    for start in range(0, words, WORDS):
+        at = start + tl.arange(0, WORDS)
+        word = tl.load(bits_ptr + at, mask=at < words, other=0)
+        number = _ones(word)
+        place = taken + tl.cumsum(number, 0) - number
+        number = tl.minimum(number, tl.maximum(room - place, 0))
+        tile = start // PER + tl.arange(0, WORDS // PER)
+        in_tile = tl.sum(number.reshape(WORDS // PER, PER), 1)
+        tl.store(taken_ptr + row * tiles + tile, in_tile.to(tl.uint8), mask=tile < tiles)
+        for turn in range(tl.max(number, 0)):
+            there = turn < number
+            slot = at * 32 + _ones((word & -word) - 1)  # of its lowest bit
+            tl.store(singles_ptr + place + turn, tl.load(slots_ptr + slot, mask=there), mask=there)
+            word &= word - 1
+        taken += tl.sum(number, 0)
+    for start in range(taken // WORDS * WORDS, room, WORDS):
+        place = start + tl.arange(0, WORDS)
+        tl.store(singles_ptr + place, -1, mask=(place >= taken) & (place < room))
+
+
+@triton.jit
+def _pick(error_ptr, slots_ptr, singles_ptr, keys, most, SIZE: tl.constexpr):
+    """Positions of the `most` slots of the greatest error in a row, then -1."""
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    exists, at = lane < entries, lane
-    entries_ptr += row * entries + lane
-    if SAMPLED:
-        both = tl.load(entries_ptr, mask=exists, other=-1)
-        exists, at = both >= 0, (both >> 32).to(tl.int32)
-        center = tl.load(center_ptr + (first.to(tl.int64) * tiles + row) * tiles + at // BLOCK, mask=exists, other=0.0)
-        error = _error(center, both.to(tl.int32).to(tl.float32, bitcast=True))
-        error = tl.where(exists, error, float("-inf"))
-    else:
-        error = tl.load(entries_ptr, mask=exists, other=float("-inf"))
-    x = _ordered(error)
+    x = _ordered(tl.load(error_ptr + row * keys + lane, mask=lane < keys, other=float("-inf")))
     chosen = _highest(x, most) & (x > _NOTHING)
-    position = tl.load(slots_ptr + at, mask=chosen, other=-1)
+    position = tl.load(slots_ptr + lane, mask=chosen, other=-1)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     singles_ptr += row * most
-    tl.store(singles_ptr + place, position.to(tl.int64), mask=chosen)
+    tl.store(singles_ptr + place, position, mask=chosen)
     taken = tl.sum(chosen.to(tl.int32), 0)
     for start in range(0, most, SIZE):
         slot = start + lane
-        tl.store(singles_ptr + slot, tl.full([SIZE], -1, tl.int64), mask=(slot >= taken) & (slot < most))
+        tl.store(singles_ptr + slot, -1, mask=(slot >= taken) & (slot < most))
 
 
 class _Call:
@@ -272,7 +294,7 @@ class _Call:
         self.heads, self.tiles, self.of_all, self.slots = heads, tiles, batch * heads, slots
         self.keys = tiles * block
         full = k.dtype == torch.float32
-        rows, keys, warps = (64, 32, 4) if full else (128, 64, 8)
+        rows, keys, warps = (64, 32, 4) if full else (64, min(128, block), 4)
         self.blocks = triton.cdiv(tiles, rows)
         scale_log2 = scale * math.log2(math.e)
         q = q_mean.to(k.dtype).contiguous()
@@ -326,72 +348,72 @@ def worst(error: Tensor, density: Tensor) -> Tensor:
 
 def singles(
     q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, keep: Tensor, *, scale: float, tokens: int
-) -> Tensor:
-    """`core.probe.singles`, of q_mean rounded to the type of k.
+) -> tuple[Tensor, Tensor | None]:
+    """`core.probe.singles`, of q_mean rounded to the type of k, and for a `Problem` how many are taken of each tile.
 
-    Of more keys than MOST only those are ranked that reach what a sample of them sets as a bound. It is set so low
-    that they are more than `tokens` in all but few rows, and there is room for more; a row that has too few or too
-    many by the sample's chance leaves some places empty, or does without the last keys.
+    Of more keys than MOST those are taken that reach what a sample of them sets as a bound: `tokens` on average, in a
+    row more or fewer by the sample's chance. There is room for three standard deviations more. Of fewer keys it is not
+    counted what is taken: None.
     """
     with on_device_of(k):
         call = _Call(q_mean, k, v, means, tiling, scale)
         center = call.center.masked_fill_(keep, float("-inf"))
-        found = torch.empty((*center.shape[:3], tokens), dtype=torch.int64, device=k.device)
         stride, rank, room = _plan(call.keys, tokens)
-        samples = call.keys // stride
-        few = max(1, _HELD // (call.tiles * max(4 * samples, 8 * room)))
+        found = torch.empty((*center.shape[:3], room), dtype=torch.int32, device=k.device)
+        taken = torch.empty(center.shape, dtype=torch.uint8, device=k.device) if stride > 1 else None
+        samples, words = call.keys // stride, call.keys // 32
+        few = max(1, _HELD // (4 * call.tiles * max(samples, words)))
         for first in range(0, call.of_all, few):
             heads = min(few, call.of_all - first)
-            rows, to = heads * call.tiles, found.view(call.of_all, call.tiles, tokens)[first:]
+            rows, to = heads * call.tiles, found.view(call.of_all, call.tiles, room)[first:]
             error = torch.empty((rows, samples), dtype=torch.float32, device=k.device)
-            steps = triton.cdiv(samples, call.options["KEYS"])
+            few_keys = call.options | {"KEYS": min(call.options["KEYS"], 64)}  # each with a center of its own
+            steps = triton.cdiv(samples, few_keys["KEYS"])
             _sample[(call.blocks, triton.cdiv(steps, _GROUP), heads)](
-                center_ptr=center, sample_ptr=error, first=first, STRIDE=stride, GROUP=_GROUP, **call.options
+                center_ptr=center, sample_ptr=error, first=first, STRIDE=stride, GROUP=_GROUP, **few_keys
             )
-            if stride > 1:
-                threshold = torch.empty((rows,), dtype=torch.float32, device=k.device)
-                _threshold[(rows,)](error, threshold, samples, rank, **_ranked(samples))
-                del error
-                error = torch.full((rows, room), -1, device=k.device)
-                _collect[(call.blocks, heads)](
-                    center_ptr=center,
-                    threshold_ptr=threshold,
-                    found_ptr=error,
-                    first=first,
-                    room=room,
-                    num_stages=2,
-                    **call.options,
-                )
-            _pick[(rows,)](
-                error,
-                center,
+            if taken is None:
+                _pick[(rows,)](error, call.slots, to, samples, tokens, **_ranked(samples))
+                continue
+            threshold = torch.empty((rows,), dtype=torch.float32, device=k.device)
+            _threshold[(rows,)](error, threshold, samples, rank, **_ranked(samples))
+            bits = torch.empty((rows, words), dtype=torch.int32, device=k.device)
+            _mark[(call.blocks, triton.cdiv(call.tiles, _GROUP), heads)](
+                center_ptr=center,
+                threshold_ptr=threshold,
+                bits_ptr=bits,
+                first=first,
+                GROUP=_GROUP,
+                **call.options,
+            )
+            _marked[(rows,)](
+                bits,
                 call.slots,
                 to,
-                first,
+                taken.view(call.of_all, call.tiles, call.tiles)[first:],
                 call.tiles,
-                error.shape[1],
-                tokens,
-                SAMPLED=stride > 1,
+                room,
                 BLOCK=tiling.block_size,
-                **_ranked(error.shape[1]),
+                WORDS=_WORDS,
+                num_warps=4,
             )
-    return found
+    return found, taken
 
 
-def fits(tiling: Tiling, tokens: int) -> bool:
-    """Whether `singles` has room in registers for that many."""
-    return tiling.video_tiles <= MOST and _plan(tiling.video_tiles * tiling.block_size, tokens)[2] <= 2 * MOST
+def fits(tiling: Tiling) -> bool:
+    """Whether a row of tiles has room in registers."""
+    return tiling.video_tiles <= MOST
 
 
 def _plan(keys: int, tokens: int) -> tuple[int, int, int]:
-    """The stride of the sample, the rank in it that is the bound, and the room for what reaches that: two standard
-    deviations more than wanted, and three above that."""
+    """The stride of the sample, the rank in it that is the bound, and the room for what reaches that: a multiple of
+    what `triton_attention` reads in a step."""
     stride = triton.next_power_of_2(triton.cdiv(keys, MOST))
     if stride == 1:
-        return 1, 0, 0
-    expected = tokens / stride
-    rank = math.ceil(expected + 2 * math.sqrt(expected)) + 1
-    return stride, rank, min(keys, math.ceil(stride * (rank + 3 * math.sqrt(rank))))
+        return 1, 0, tokens
+    rank = max(1, round(tokens / stride))
+    room = min(keys, stride * (rank + 3 * math.sqrt(rank)))
+    return stride, rank, math.ceil(room / STEP.value) * STEP.value
 
 
 def _ranked(size: int) -> dict[str, int]:

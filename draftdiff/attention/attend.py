@@ -68,7 +68,7 @@ def attend(
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
             tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
         with part("select"):
-            tokens = None
+            tokens = taken = None
             single = rule.singles_of(grid)
             in_tiles = (density - single / grid.tokens).clamp(min=0).where(density < 1, density)
             # Where there is no tail nothing stands for what is skipped.
@@ -78,14 +78,14 @@ def attend(
             else:
                 kept = select(rule.selection, probabilities, in_tiles)
             if single:
-                tokens = singles(q_mean, k, v, means, tiling, kept, scale=scale, tokens=single)
+                tokens, taken = singles(q_mean, k, v, means, tiling, kept, scale=scale, tokens=single)
             keep = with_text(kept, tiling)
             if absent:  # tiles without queries read nothing
                 keep[:, :, tiling.video_tiles :] = False
             mass = quality.drafted_mass(probabilities, kept).mean()
-            stats = torch.stack([quality.density(keep, tiling, tokens).mean(), mass])
+            stats = torch.stack([quality.density(keep, tiling, tokens, taken).mean(), mass])
         with part("kernel"):
-            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, rule.precision)
+            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, taken, rule.precision)
             out = block_sparse_attention(problem, backend=rule.backend)
     return out[:, absent:], stats
 

@@ -6,7 +6,8 @@ tokens against `core` in PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +22,16 @@ from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import with_text
 from draftdiff.kernels import drafting
+from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention_lse, unavailable
 from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.sampled import attention_of, some_rows
 
 
 @dataclass(frozen=True)
 class Case:
-    """singles: tokens that a query tile reads besides.  padded: half of the text is padding."""
+    """singles: tokens that a query tile reads besides.  padded: half of the text is padding.  large: too much for the
+    `reference`, so that sampled rows are checked, and on a GPU alone."""
 
     about: str
     grid: tuple[int, int, int]
@@ -39,6 +43,7 @@ class Case:
     padded: bool = False
     tail: bool = True
     singles: int = 0
+    large: bool = False
 
 
 CASES = (
@@ -51,6 +56,9 @@ CASES = (
     Case("single tokens", (5, 13, 21), (2, 8, 8), 128, 128, singles=100),
     Case("single tokens, text, no tail", (3, 9, 22), (2, 4, 8), 64, 64, text=77, tail=False, singles=33),
     Case("all at once, head_dim 96", (5, 13, 21), (2, 8, 8), 128, 96, text=77, lead=77, padded=True, singles=64),
+    Case("many tiles", (21, 30, 52), (2, 8, 8), 128, 128, large=True),
+    Case("single tokens among many", (21, 30, 52), (2, 8, 8), 128, 64, text=77, singles=400, large=True),
+    Case("many tiles, no tail, head_dim 64", (21, 30, 52), (2, 8, 8), 128, 64, tail=False, large=True),
 )
 DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32)}
 COLUMNS: tuple[Column, ...] = (
@@ -68,7 +76,8 @@ class Check(Routine):
     file = "{device}-check"
 
     def cases(self) -> list[tuple[Case, torch.dtype]]:
-        return [(case, dtype) for dtype in DTYPES.get(self.device.type, (torch.float32,)) for case in CASES]
+        cases = [case for case in CASES if self.on_gpu or not case.large]
+        return [(case, dtype) for dtype in DTYPES.get(self.device.type, (torch.float32,)) for case in cases]
 
     @torch.inference_mode()
     def measure(self, case: tuple[Case, torch.dtype]) -> list[dict[str, Any]]:
@@ -86,13 +95,21 @@ class Check(Routine):
 
     def backends(self, shape: Case, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
         problem = made(shape, self.device, dtype)
+        if shape.large:
+            expected = attention_of(problem, *(at := some_rows(problem, 200)))
+            for config, out, _ in every_configuration(problem):
+                yield f"triton, {config}", difference(out[0, at[0]][:, at[1]], expected), TOLERANCE[dtype]
+            return
         wide = replace(problem, **{name: getattr(problem, name).float() for name in "qkv"})
         expected, expected_lse = block_sparse_attention_lse(wide, backend="reference")
         for name in BACKENDS:
-            if name != "reference" and unavailable(name, self.device, dtype, shape.head_dim) is None:
-                out, lse = block_sparse_attention_lse(problem, backend=name)
-                yield f"{name}", difference(out, expected), TOLERANCE[dtype]
-                yield f"{name}, log-sum-exp", difference(lse, expected_lse), TOLERANCE[dtype]
+            if name == "reference" or unavailable(name, self.device, dtype, shape.head_dim) is not None:
+                continue
+            one = [("", *block_sparse_attention_lse(problem, backend=name))] if name != "triton" else None
+            for config, out, lse in one or every_configuration(problem):
+                what = f"{name}, {config}" if config else name
+                yield what, difference(out, expected), TOLERANCE[dtype]
+                yield f"{what}, log-sum-exp", difference(lse, expected_lse), TOLERANCE[dtype]
 
     def drafts(self, shape: Case, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
         """The kernels before attention, where they are others than those of `core`."""
@@ -107,10 +124,12 @@ class Check(Routine):
         if shape.singles:
             video = tiling.video_tiles
             given: tuple[Any, ...] = (q_mean, k, v, means, tiling, problem.keep[:, :, :video, :video])
-            own, same = (
-                one(*given, scale=problem.factor, tokens=shape.singles) for one in (drafting.singles, probe.singles)
-            )
-            yield "single tokens", missed(own, same), 0.2
+            wanted: dict[str, Any] = {"scale": problem.factor, "tokens": shape.singles}
+            own, taken = drafting.singles(*given, **wanted)
+            yield "single tokens", missed(own, probe.singles(*given, **wanted)), 0.2
+            if taken is not None:
+                counted = replace(problem, tokens=own, taken=None).log_counts
+                yield "counts of them", difference(replace(problem, tokens=own, taken=taken).log_counts, counted), 0.0
 
     def conclude(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         return {"wrong": sum(not row["right"] for row in results)}
@@ -138,9 +157,21 @@ def made(shape: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         problem = replace(problem, text_mask=valid.expand(2, -1).contiguous())
     if shape.singles:
         q_mean = draft.pool(q, tiling)
-        given: dict[str, Any] = {"scale": problem.factor, "tokens": shape.singles}
-        problem = replace(problem, tokens=probe.singles(q_mean, k, v, means, tiling, keep, **given))
+        wanted: dict[str, Any] = {"scale": problem.factor, "tokens": shape.singles}
+        problem = replace(problem, tokens=probe.singles(q_mean, k, v, means, tiling, keep, **wanted))
     return problem
+
+
+def every_configuration(problem: Problem) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What each configuration of the Triton kernel gives, all that this GPU and compiler take: output, log-sum-exp."""
+    from draftdiff.kernels import triton_backend
+
+    call = triton_backend.Call.prepare(problem, want_lse=True)
+    for config in call.configs:
+        with suppress(DoesNotCompile), triton_backend.on_device_of(problem.q):
+            out, lse = call.launch(config)
+            assert lse is not None
+            yield str(config), out, lse
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

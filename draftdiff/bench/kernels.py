@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftdiff.bench.kernel_bars import bars
-from draftdiff.bench.peers import DENSE, SPARSE, Absent, Inputs, Prepare, reference_rows
+from draftdiff.bench.peers import DENSE, SPARSE, Absent, Inputs, Prepare, dense_rows
 from draftdiff.bench.runner import Routine, check_names, in_turns, ratios, timed, warmed
 from draftdiff.compare.table import Column, spread, text_table, with_spread
 from draftdiff.core.devices import dtype_named
@@ -24,7 +24,7 @@ from draftdiff.core.probe import worst
 from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
 from draftdiff.kernels.drafting import errors, pool, select, singles
-from draftdiff.kernels.problem import Problem
+from draftdiff.kernels.sampled import attention_of, some_rows
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,23 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, density: f
     tail = Tail(k_mean, pool(v, tiling))
     keep = select("draft", probabilities, shares(case, density, device))
     inputs = Inputs(q, k, v, with_text(keep, tiling), tiling)
-    keep, tokens = by_probe(case, inputs, q_mean, tail, density)
-    return inputs, replace(inputs, keep=with_text(keep, tiling), tokens=tokens), tail
+    keep, tokens, taken = by_probe(case, inputs, q_mean, tail, density)
+    return inputs, replace(inputs, keep=with_text(keep, tiling), tokens=tokens, taken=taken), tail
 
 
 def shares(case: Case, density: float, device: torch.device) -> Tensor:
     return torch.full((case.heads,), density, dtype=torch.float64, device=device)
 
 
-def by_probe(case: Case, inputs: Inputs, q_mean: Tensor, tail: Tail, density: float) -> tuple[Tensor, Tensor]:
-    """The kept tiles and the single tokens of the rule `error`."""
+def by_probe(
+    case: Case, inputs: Inputs, q_mean: Tensor, tail: Tail, density: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The kept tiles and the single tokens of the rule `error`, and how many are taken of each tile."""
     tiling, tokens = inputs.tiling, round(TOKENS * density * inputs.tiling.tokens)
     given = (q_mean, inputs.k, inputs.v, tail, tiling)
     error = errors(*given, scale=inputs.scale)
     keep = worst(error, shares(case, density - tokens / tiling.tokens, error.device))
-    return keep, singles(*given, keep, scale=inputs.scale, tokens=tokens)
+    return keep, *singles(*given, keep, scale=inputs.scale, tokens=tokens)
 
 
 def ours(backend: str, tail: Tail | None) -> Prepare:
@@ -111,8 +113,10 @@ def ours(backend: str, tail: Tail | None) -> Prepare:
             raise Absent(reason)
         if backend == "triton" and inputs.q.device.type != "cuda":
             raise Absent("interpreted on a CPU: not timed")
+        if backend == "torch" and inputs.q.device.type == "cuda":
+            raise Absent("for where Triton cannot run: not timed on a GPU")
 
-        problem = Problem(inputs.q, inputs.k, inputs.v, inputs.keep, inputs.tiling, tail=tail, tokens=inputs.tokens)
+        problem = inputs.problem(tail)
         return lambda: block_sparse_attention(problem, backend=backend), lambda out: out
 
     return prepare
@@ -153,11 +157,9 @@ def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 def error_on_rows(out: Tensor, inputs: Inputs, tail: Tail | None, dense: bool) -> float:
     """Largest error of sampled rows of two heads, and of the ends of the sequence."""
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(inputs.tiling.tokens, (32,), generator=generator)
-    rows = torch.cat([rows, torch.tensor([0, inputs.tiling.tokens - 1])]).to(out.device)
-    heads = torch.tensor([0, inputs.q.shape[2] - 1], device=out.device)
-    expected = reference_rows(inputs, rows, heads, tail, dense)
+    problem = inputs.problem(tail)
+    rows, heads = some_rows(problem)
+    expected = dense_rows(inputs, rows, heads) if dense else attention_of(problem, rows, heads)
     return float((out[0, rows][:, heads].float() - expected).abs().max())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from draftdiff.bench.runner import Absent
 from draftdiff.core.draft import Tail
 from draftdiff.core.grid import Tiling
 from draftdiff.core.select import tile_lists
+from draftdiff.kernels.problem import Problem
 from draftdiff.kernels.torch_backend import from_tiles, to_tiles
 
 Attention = Callable[[], Tensor]  # timed; returns what `restore` turns into [batch, tokens, heads, head_dim]
@@ -33,7 +33,7 @@ Attention = Callable[[], Tensor]  # timed; returns what `restore` turns into [ba
 class Inputs:
     """One case: q, k, v [1, tokens, heads, head_dim] in the model's order and what is kept.
 
-    tokens: read singly besides, as in `Problem`."""
+    tokens, taken: read singly besides, as in `Problem`."""
 
     q: Tensor
     k: Tensor
@@ -41,6 +41,10 @@ class Inputs:
     keep: Tensor
     tiling: Tiling
     tokens: Tensor | None = None
+    taken: Tensor | None = None
+
+    def problem(self, tail: Tail | None) -> Problem:
+        return Problem(self.q, self.k, self.v, self.keep, self.tiling, tail=tail, tokens=self.tokens, taken=self.taken)
 
     @property
     def scale(self) -> float:
@@ -244,29 +248,7 @@ SPARSE: dict[str, Prepare] = {
 }
 
 
-def reference_rows(inputs: Inputs, rows: Tensor, heads: Tensor, tail: Tail | None, dense: bool) -> Tensor:
-    """Attention of single queries in fp32 from its definition: fp32 [rows, heads, head_dim].
-
-    rows: positions in the model's order.  tail: `Tail` or None.  dense: as if everything was kept.
-    """
-    tiling, device = inputs.tiling, inputs.q.device
-    tile_of = torch.empty_like(tiling.order)
-    tile_of[tiling.order] = torch.repeat_interleave(torch.arange(tiling.tiles, device=device), tiling.counts)
+def dense_rows(inputs: Inputs, rows: Tensor, heads: Tensor) -> Tensor:
+    """Dense attention of single queries in fp32 from its definition: [rows, heads, head_dim]."""
     q, k, v = (x[0][:, heads].float().transpose(0, 1) for x in (inputs.q[:, rows], inputs.k, inputs.v))
-    scores = q @ k.transpose(-1, -2) * inputs.scale
-    if dense:
-        return (scores.softmax(-1) @ v).transpose(0, 1)
-    own = tile_of[rows]
-    keep = inputs.keep[0, heads][:, own]
-    read, counts = keep[..., tile_of], tiling.counts[: tiling.video_tiles].float().expand(len(heads), len(rows), -1)
-    if inputs.tokens is not None:
-        single = torch.zeros(len(heads), len(rows), tiling.tokens + 1, device=device)
-        single.scatter_(-1, inputs.tokens[0, heads][:, own] % (tiling.tokens + 1), 1)  # -1 is the last place
-        read = read | (single[..., :-1] > 0)
-        counts = counts - single[..., :-1] @ F.one_hot(tile_of, tiling.tiles).float()[:, : tiling.video_tiles]
-    scores = scores.masked_fill(~read, -math.inf)
-    if tail is not None:
-        pooled = q @ tail.k_mean[0, heads].transpose(-1, -2) * inputs.scale + counts.log()
-        scores = torch.cat([scores, pooled.masked_fill(keep[..., : tiling.video_tiles], -math.inf)], -1)
-        v = torch.cat([v, tail.v_mean[0, heads]], 1)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
+    return ((q @ k.transpose(-1, -2) * inputs.scale).softmax(-1) @ v).transpose(0, 1)

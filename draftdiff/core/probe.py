@@ -62,17 +62,17 @@ def singles(
     """The single keys outside the kept tiles that their tile's mean stands for worst.
 
     keep: bool [batch, heads, video_tiles, video_tiles].  tokens: how many.  The others as for `errors`.
-    Returns int64 [batch, heads, video_tiles, tokens], positions in k, -1 where no more are left.
+    Returns int32 [batch, heads, video_tiles, tokens], positions in k, -1 where no more are left.
     """
     slots = tiling.slots[: tiling.video_tiles]
-    absent, found = slots < 0, torch.full((*q_mean.shape[:3], tokens), -1, device=k.device)
+    absent, found = slots < 0, torch.full((*q_mean.shape[:3], tokens), -1, dtype=torch.int32, device=k.device)
     few = min(tokens, slots.numel())
     for at, center, squares in _squared(q_mean, k, v, means, tiling, scale):
         hidden = keep[at][..., None] | absent
         error = (2 * center[..., None] + squares.log()).masked_fill(hidden, float("-inf"))
         error = error.masked_fill(error.isnan(), float("-inf")).flatten(1)
         value, best = error.topk(few, sorted=False)
-        found[(*at, slice(few))] = slots.flatten()[best].masked_fill(value == float("-inf"), -1)
+        found[(*at, slice(few))] = slots.flatten()[best].int().masked_fill(value == float("-inf"), -1)
     return found
 
 

@@ -165,18 +165,20 @@ def encode_captions(
 ) -> torch.Tensor:
     """Text embeddings as WanPipeline makes them: padded to a fixed length, zero after the last token."""
     tokens = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    tokens = tokens.to(text_encoder.device)
     hidden = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     return hidden * tokens.attention_mask[..., None]
 
 
-def draw_sigmas(count: int, tokens: int) -> torch.Tensor:
+def draw_sigmas(count: int, tokens: int, most: float = SHIFT) -> torch.Tensor:
     """Noise levels, one per clip, spread evenly over a logit-normal and shifted towards noise for larger clips.
 
     The same clip in more tokens is readable through more noise, so what it shows is decided at higher noise levels.
+    most: the largest shift.
     """
     even = (torch.arange(count) + torch.rand(count)) / count
     plain = torch.where(torch.rand(count) < 0.1, even, torch.sigmoid(torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))))
-    shift = min(SHIFT, 2.2 * math.sqrt(tokens / 192))
+    shift = min(most, 2.2 * math.sqrt(tokens / 192))
     return shift * plain / (1 + (shift - 1) * plain)
 
 

@@ -7,11 +7,8 @@ import torch
 
 from draftdiff.bench import kernels
 from draftdiff.bench.kernel_bars import bars
-from draftdiff.bench.peers import reference_rows
 from draftdiff.bench.runner import Absent
 from draftdiff.cli import main
-from tests.oracle import attention_row
-from tests.rounding import rounded
 
 TINY = kernels.Case((3, 10, 20), 2, 64, "600 tokens, ragged tiles")
 
@@ -60,22 +57,6 @@ def test_a_wrong_kernel_ends_the_script_with_status_1(bench, monkeypatch, capsys
     assert status == 1
     assert "wrong: torch in tiny at 0.4" in capsys.readouterr().err
     assert not any(row["correct"] for row in result["rows"] if row["backend"] == "torch")
-
-
-@pytest.mark.parametrize("with_tokens", [False, True], ids=["tiles", "tokens"])
-@pytest.mark.parametrize("with_tail", [False, True], ids=["drop", "tail"])
-def test_the_reference_of_sampled_rows_is_attention_written_out(with_tail, with_tokens):
-    plain, probed, tail = kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
-    inputs = probed if with_tokens else plain
-    rows, heads = torch.tensor([0, 77, 599]), torch.tensor([1, 0])
-    shown = tail if with_tail else None
-    expected = torch.empty(len(rows), len(heads), inputs.q.shape[-1])
-    for i, row in enumerate(rows.tolist()):
-        for j, head in enumerate(heads.tolist()):
-            one = (x[0, :, head] for x in (inputs.q, inputs.k, inputs.v))
-            singles = inputs.tokens[0, head] if with_tokens else None
-            expected[i, j] = attention_row(*one, inputs.keep[0, head], inputs.tiling, row, with_tail, None, singles)[0]
-    rounded(lambda: reference_rows(inputs, rows, heads, shown, dense=False)).check(expected)
 
 
 @pytest.mark.parametrize("name", [*kernels.SPARSE, "flash-attn-4", "sageattention"])

@@ -80,7 +80,7 @@ def some_outside(problem: Problem, most: int, generator: torch.Generator) -> Ten
     few = torch.arange(most)[: tokens.shape[-1]] >= most // 2
     tokens = tokens.masked_fill(chance < 0, -1)
     tokens[:, :, 1::2] = tokens[:, :, 1::2].masked_fill(few, -1)
-    return tokens
+    return tokens.int()
 
 
 def assert_attends(out: Tensor, lse: Tensor | None, problem: Problem) -> None:

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for a GPU that need not be there, and reads what the machine code says.
 
     python -m tests.kernels.compile_ahead 90          # compute capability; prints a JSON list, an entry per kernel
-    python -m tests.kernels.compile_ahead 90 every    # not the first configuration of a kind alone
+    python -m tests.kernels.compile_ahead 90 every    # not the first configuration alone
 
 The kernels are launched through the code that launches them on a GPU, on CPU tensors, with Triton told to compile and
 not to run. Registers, spills and instructions come from the tools inside the triton wheel.
@@ -37,7 +37,6 @@ from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.kernels import triton_backend, triton_configs, triton_draft, triton_probe
 from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.problem import PRECISIONS, Problem
-from draftdiff.kernels.triton_configs import Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ACCESS = {80: "strided", 86: "strided", 89: "strided", 90: "hopper", 100: "blackwell", 120: "strided"}
@@ -146,7 +145,7 @@ def problems(every: bool, precisions: tuple[str, ...]) -> Iterator[Problem]:
             tiling = tiling_for(LatentGrid(3, 20, 40), tile, block_size, text=77)
             q, k, v = torch.zeros(3, 1, tiling.tokens, 2, head_dim, dtype=dtype)
             means = Tail(*torch.zeros(2, 1, 2, tiling.video_tiles, head_dim))
-            tokens = torch.zeros(1, 2, tiling.video_tiles, 200, dtype=torch.int64)
+            tokens = torch.zeros(1, 2, tiling.video_tiles, 200, dtype=torch.int32)
             keep = torch.ones(1, 2, tiling.tiles, tiling.tiles, dtype=torch.bool)
             for tail, singles in ((None, None), (means, None), (means, tokens)):
                 full = Problem(q, k, v, keep, tiling, tail=tail, scale=0.1, tokens=singles)
@@ -154,11 +153,6 @@ def problems(every: bool, precisions: tuple[str, ...]) -> Iterator[Problem]:
                     yield full
                 if "int8" in precisions and (every or (singles is not None and head_dim == 128)):
                     yield replace(full, precision="int8")
-
-
-def tried(configs: list[Config]) -> list[Config]:
-    """The first configuration of each kind."""
-    return list({config.specialised is None: config for config in reversed(configs)}.values())
 
 
 def compile_probe(every: bool) -> None:
@@ -174,11 +168,12 @@ def compile_probe(every: bool) -> None:
             error = triton_probe.errors(*given, scale=0.1)
             keep = triton_probe.worst(error, torch.full((2,), 0.2, dtype=torch.float64))
             triton_probe.singles(*given, keep, scale=0.1, tokens=40)
+    triton_probe.singles(*given, keep, scale=0.1, tokens=40)
     triton_probe.worst(torch.zeros(1, 1, 1, triton_probe.MOST), torch.ones(1, dtype=torch.float64))
 
 
 def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
-    """Every configuration of this capability's access, or the first of each kind, for each of `problems`."""
+    """Every configuration of this capability's access, or the first, for each of `problems`."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -202,7 +197,7 @@ def compile_all(capability: int, every: bool) -> list[dict[str, Any]]:
             assert call.access == (access if problem.precision == "full" else "int8")
             found += [machine_code(kernel, capability) for kernel in compiled if kernel.metadata.name == "quantise"]
             configs = triton_configs.configs_for(call.access, problem.q.dtype, head_dim, block_size)
-            for config in configs if every else tried(configs):
+            for config in configs if every else configs[:1]:
                 compiled.clear()
                 about = {"head_dim": head_dim, "block": block_size, "dtype": str(problem.q.dtype)}
                 about |= {

@@ -67,12 +67,12 @@ def tuned(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "A GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     launched = []
-    monkeypatch.setattr(autotune, "_time", lambda _call, _device: -len(launched))
+    monkeypatch.setattr(autotune, "_time", lambda _call, _device: (-len(launched), None))
 
     def tune(key="k"):
         autotune._known.cache_clear()
         launched.clear()
-        best = autotune.fastest(key, ("a", "b"), launched.append, HERE)
+        best = autotune.fastest(key, ("a", "b"), launched.append, HERE, lambda _found: True)
         return best, len(launched)
 
     yield tune

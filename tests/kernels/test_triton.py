@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
@@ -13,6 +14,7 @@ from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import select_draft
 from draftdiff.kernels import triton_backend, triton_configs, triton_draft, triton_lists
 from draftdiff.kernels.autotune import DoesNotCompile
+from draftdiff.kernels.problem import PRECISIONS
 from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tables_for
 from tests.kernels.cases import KERNEL_CASES, KernelCase, assert_attends, make
 from tests.rounding import rounded
@@ -34,7 +36,7 @@ def launch(case, config, *, head_dim=64, dtype=torch.float16, tail=True, precisi
 
 # Warps, stages and registers mean nothing to the interpreter: one configuration of each other kind.
 KINDS = {
-    (access, sizes, config.keys, bool(config.specialised)): config
+    (access, sizes, config.keys): config
     for access, table in triton_configs.CONFIGS.items()
     for sizes, configs in table.items()
     for config in configs
@@ -104,18 +106,6 @@ def test_boxes_that_span_more_than_32_bits_can_count_are_gathered(monkeypatch):
     assert triton_backend.access_to(problem.k, problem.v, problem.tiling) == "strided"
     monkeypatch.setattr(triton_backend, "_INT32", span * 64)
     assert triton_backend.access_to(problem.k, problem.v, problem.tiling) == "gather"
-
-
-@pytest.mark.parametrize("singles", [0, 150])
-def test_a_specialised_run_resumes_rows_that_read_no_whole_tile(singles):
-    case = KernelCase("few whole tiles", (2, 12, 20), (1, 8, 16), 128, density=0.15, text=9, singles=singles)
-    config = triton_configs.CONFIGS["hopper"][64, 128][2]
-    assert config.specialised
-    call, found, problem = launch(case, config)
-    whole = call.lists.counts.view(2, 2, call.tiling.tiles, 4)[:, :, : call.tiling.video_tiles, WHOLE]
-    assert bool((whole == 0).any()) and bool((whole > 0).any())
-    assert call.singles == (singles > 0)
-    assert_attends(*found, problem)
 
 
 def test_lists_hold_the_kept_tiles_by_kind_and_rows_longest_first():
@@ -230,7 +220,8 @@ def test_a_tuned_choice_is_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 80 GB")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(autotune, "_time", lambda call, device: {"slow": 2.0, "fast": 1.0}[call()])
+    seconds = {"slow": 2.0, "fast": 1.0, "wrong": 0.5}
+    monkeypatch.setattr(autotune, "_time", lambda call, device: (seconds[call()], call()))
     launched = []
 
     def run(config):
@@ -239,12 +230,46 @@ def test_a_tuned_choice_is_measured_once_and_kept(monkeypatch, tmp_path):
             raise autotune.DoesNotCompile("no such instruction")
         return config
 
+    def right(found):
+        return found != "wrong"
+
     device = torch.device("cpu")
     for _ in range(2):
         autotune._known.cache_clear()
-        assert autotune.fastest("a key", ["broken", "slow", "fast"], run, device) == "fast"
-    assert launched == ["broken", "slow", "slow", "fast", "fast"]
+        assert autotune.fastest("a key", ["broken", "slow", "wrong", "fast"], run, device, right) == "fast"
+    assert launched == ["broken", *["slow"] * 3, *["wrong"] * 3, *["fast"] * 3]  # the first, timed, the last
     assert [path.name for path in (tmp_path / "draftdiff").iterdir()] == ["triton-some-gpu-80-gb.json"]
-    with pytest.raises(RuntimeError, match="no kernel configuration compiles for another: broken: no such instruction"):
-        autotune.fastest("another", ["broken"], run, device)
+    with pytest.raises(
+        RuntimeError, match="and is right for another: broken: no such instruction; wrong: wrong results"
+    ):
+        autotune.fastest("another", ["broken", "wrong"], run, device, right)
     autotune._known.cache_clear()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_result_that_is_wrong_is_noticed_before_a_configuration_is_used(precision):
+    for case in (RAGGED_TEXT, next(case for case in KERNEL_CASES if case.singles)):
+        problem = replace(make(case, 64, torch.bfloat16, tail=True), precision=precision)
+        out, _ = triton_backend.run(problem, False)
+        assert triton_backend.is_right(problem, out)
+        last_tile = problem.tiling.slots[-1][problem.tiling.slots[-1] >= 0]
+        wrong = out.clone()
+        wrong[:, last_tile] = 0.0  # the last query is always among those that are looked at
+        assert not triton_backend.is_right(problem, wrong)
+        assert not triton_backend.is_right(problem, out * math.nan)
+        dropped = replace(problem, keep=problem.keep & (torch.rand(problem.keep.shape) < 0.5), precision="full")
+        assert not triton_backend.is_right(problem, triton_backend.run(dropped, False)[0])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_single_tokens_that_are_counted_already_give_the_same(precision):
+    case = next(case for case in KERNEL_CASES if case.singles and case.text)
+    problem = replace(make(case, 64, torch.float16, tail=True), precision=precision)
+    behind = (problem.tokens < 0).int().argsort(dim=-1, stable=True)
+    tokens = F.pad(problem.tokens.gather(-1, behind), (0, -problem.tokens.shape[-1] % 128), value=-1)
+    tile_of = F.pad(problem.tile_of, (0, 1), value=-1)[tokens]
+    taken = (tile_of[..., None] == torch.arange(problem.tiling.video_tiles)).sum(-2).to(torch.uint8)
+    counted = replace(problem, tokens=tokens, taken=taken)
+    assert torch.equal(counted.log_counts, problem.log_counts)
+    for own, same in zip(triton_backend.run(counted, True), triton_backend.run(problem, True)):
+        assert torch.equal(own, same)

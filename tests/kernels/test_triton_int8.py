@@ -126,9 +126,7 @@ def test_every_number_of_keys_per_step_fits_the_range_of_fp16():
 
     most = max(config.keys for table in CONFIGS["int8"].values() for config in table)
     assert most * 2**triton_int8.UP.value < torch.finfo(torch.float16).max
-    assert all(
-        isinstance(config, Config) and config.specialised is None for t in CONFIGS["int8"].values() for config in t
-    )
+    assert all(isinstance(config, Config) for t in CONFIGS["int8"].values() for config in t)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
