@@ -1,7 +1,7 @@
 """The ways to run the Triton kernel that are worth trying, by what a GPU can do and by the sizes of a call.
 
-Those for "hopper" and tiles of 128 have been timed on an H100 (docs/gpu.md); the others were chosen for registers, shared
-memory and overlap as read off compiled code.
+Those for "hopper" and tiles of 128 have been timed on an H100 (docs/gpu.md); the others were chosen for registers,
+shared memory and overlap as read off compiled code.
 """
 
 from __future__ import annotations

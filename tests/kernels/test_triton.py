@@ -45,7 +45,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, kind)))
 def test_every_configuration_equals_the_reference(monkeypatch, kind):
-    access, sizes, _, _ = kind
+    access, sizes, _ = kind
     config = KINDS[kind]
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
     head_dim, block = sizes
