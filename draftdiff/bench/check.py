@@ -6,6 +6,7 @@ tokens against `core` in PyTorch.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from draftdiff.core import draft, probe
 from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
 from draftdiff.core.select import with_text
+from draftdiff.errors import UserError
 from draftdiff.kernels import drafting
 from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention_lse, unavailable
@@ -77,7 +79,17 @@ class Check(Routine):
 
     def cases(self) -> list[tuple[Case, torch.dtype]]:
         cases = [case for case in CASES if self.on_gpu or not case.large]
-        return [(case, dtype) for dtype in DTYPES.get(self.device.type, (torch.float32,)) for case in cases]
+        everything = [(case, dtype) for dtype in DTYPES.get(self.device.type, (torch.float32,)) for case in cases]
+        share, shares = self.options.share
+        return everything[share - 1 :: shares]
+
+    def __init__(self, options: Namespace) -> None:
+        super().__init__(options)
+        share, shares = options.share
+        if share > shares:
+            raise UserError(f"--share must be at most the number of shares, {shares}, got {share}")
+        if not self.cases():
+            raise UserError(f"--share {share} of {shares} holds no case: there are fewer")
 
     @torch.inference_mode()
     def measure(self, case: tuple[Case, torch.dtype]) -> list[dict[str, Any]]:

@@ -36,6 +36,9 @@ def add_bench(parser: Parser) -> None:
 
 
 def _check(parser: Parser) -> None:
+    parser.add_argument(
+        "--share", type=whole(1), nargs=2, default=(1, 1), metavar=("I", "N"), help="the I-th of N shares of the cases"
+    )
     _common(parser, "check.Check", rounds=1, warm_up=False)
 
 

@@ -1,6 +1,7 @@
 """The check of all that computes on a device: it passes where all is right, and fails where something is not."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -48,3 +49,13 @@ def test_tokens_that_are_missing_or_doubled_are_counted():
     assert check.missed(torch.tensor([[9, 4, 7, -1]]), expected) == 0
     assert check.missed(torch.tensor([[9, 4, 5, -1]]), expected) == pytest.approx(1 / 3)
     assert check.missed(torch.tensor([[9, 9, 4, 7]]), expected) == 1
+
+
+def test_shares_of_the_cases_are_all_of_them(tmp_path, capsys):
+    def cases(*share):
+        return check.Check(Namespace(device="cpu", output=tmp_path, threads=None, share=share)).cases()
+
+    assert sorted(map(str, [case for share in (1, 2, 3) for case in cases(share, 3)])) == sorted(map(str, cases(1, 1)))
+    for given, said in (("4", "3"), "at most the number of shares, 3, got 4"), (("99", "99"), "99 of 99 holds no case"):
+        assert main(["bench", "check", "--device", "cpu", "-o", str(tmp_path), "--share", *given]) == 2
+        assert f"--share {said}" in capsys.readouterr().err.replace("must be ", "")

@@ -1,6 +1,7 @@
 """The day on a GPU, rehearsed: its plan, what it does with failures and limits, and its bars."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -59,6 +60,19 @@ def test_what_reaches_its_limit_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_day.subprocess, "run", _slow(gpu_day.subprocess.run))
     done = gpu_day._run(gpu_day.Job(1, "kernels", 0.001, "", None), tmp_path / "one", rehearse=False)
     assert done["code"] is None and done["seconds"] < 30
+
+
+def test_shares_run_side_by_side_and_one_that_fails_fails_the_job(tmp_path, monkeypatch):
+    started = []
+
+    def run(command, **_):
+        started.append(command[command.index("--share") + 1 :])
+        return subprocess.CompletedProcess(command, int(started[-1][0] == "2"))
+
+    monkeypatch.setattr(gpu_day.subprocess, "run", run)
+    done = gpu_day._run(gpu_day.Job(1, "check", 1.0, "", "", shares=3), tmp_path, rehearse=False)
+    assert done["code"] == 1 and sorted(started) == [["1", "3"], ["2", "3"], ["3", "3"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["share-1", "share-2", "share-3"]
 
 
 def _slow(run):
