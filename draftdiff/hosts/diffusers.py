@@ -250,6 +250,8 @@ def heads_of(attention: Any) -> int:
 
 
 def head_dim_of(attention: Any) -> int:
+    if isinstance(getattr(attention, "head_dim", None), int):  # FLUX.2 has no layer for queries alone
+        return attention.head_dim
     project = attention.to_q if hasattr(attention, "to_q") else attention.to_query
     return project.out_features // heads_of(attention)
 

@@ -85,6 +85,10 @@ def _frames_first(model: Any, arguments: Arguments) -> LatentGrid:
     return _patched(model, arguments["hidden_states"], axes=(1, 3, 4))
 
 
+def _last_channels(model: Any, arguments: Arguments) -> LatentGrid:
+    return _patched(model, arguments["hidden_states"], axes=(1, 2, 3))
+
+
 def _skyreels(model: Any, arguments: Arguments) -> LatentGrid | None:
     # Blocks of frames attended causally come as a mask over all pairs of tokens.
     return None if model.config.num_frame_per_block > 1 else _channels_first(model, arguments)
@@ -110,9 +114,7 @@ def _allegro(model: Any, arguments: Arguments) -> LatentGrid | None:
 
 def _kandinsky(model: Any, arguments: Arguments) -> LatentGrid | None:
     # With its own sparse attention the model reorders tokens and passes a block mask.
-    if arguments["sparse_params"] is not None:
-        return None
-    return _patched(model, arguments["hidden_states"], axes=(1, 2, 3))
+    return None if arguments["sparse_params"] is not None else _last_channels(model, arguments)
 
 
 def _packed(model: Any, arguments: Arguments) -> LatentGrid | None:
@@ -126,24 +128,61 @@ def _ltx2(model: Any, arguments: Arguments) -> LatentGrid | None:
     return None if arguments.get("video_self_attention_mask") is not None else _packed(model, arguments)
 
 
-def _flux(model: Any, arguments: Arguments) -> LatentGrid | None:
-    ids = arguments["img_ids"]
-    rows = ids[0] if ids.ndim == 3 else ids
-    image, row, column = (int(i) for i in rows[-1].tolist())
-    # A reference image (Kontext) follows the new one and counts in the first id.
-    if image != 0 or len(rows) != (row + 1) * (column + 1):
+def _raster(positions: Tensor) -> LatentGrid | None:
+    """The grid of tokens at these positions (frame, row, column) [tokens, 3], None if they are not all of one in raster
+    order."""
+    start = positions[0]
+    frame = int((positions[:, 0] == start[0]).sum())
+    width = int((positions[:, :2] == start[:2]).all(-1).sum())
+    if len(positions) % frame or frame % width:
         return None
-    return LatentGrid(1, row + 1, column + 1)
+    cube = positions.unflatten(0, (-1, frame // width, width))
+    corner = (cube[:, :1, :1, 0], cube[:1, :, :1, 1], cube[:1, :1, :, 2])
+    is_regular = all(bool((cube[..., axis] == along).all()) for axis, along in enumerate(corner))
+    return LatentGrid(*cube.shape[:3]) if is_regular else None
+
+
+def _flux(model: Any, arguments: Arguments) -> LatentGrid | None:
+    if arguments.get("kv_cache") is not None:  # FLUX.2 klein may bring keys of references without their queries
+        return None
+    ids = arguments["img_ids"]
+    rows = (ids[0] if ids.ndim == 3 else ids)[:, :3]
+    # References (Kontext, FLUX.2) follow the new image and count in the first id.
+    return _raster(rows[rows[:, 0] == rows[0, 0]])
 
 
 def _qwen(model: Any, arguments: Arguments) -> LatentGrid | None:
     shapes = arguments["img_shapes"][0]
-    shapes = shapes if isinstance(shapes, list) else [shapes]
-    # Images to edit and layers follow the new image: tokens on both sides of it.
-    return LatentGrid.of(shapes[0]) if len(shapes) == 1 else None
+    # Images to edit and layers follow the new image.
+    return LatentGrid.of(shapes[0] if isinstance(shapes, list) else shapes)
 
 
-def _wan(family: str, attention: str = r"blocks\.\d+\.attn1", note: str = "") -> Layout:
+def _text_before(model: Any, arguments: Arguments) -> int:
+    return arguments["encoder_hidden_states"].shape[1]
+
+
+def _krea(model: Any, arguments: Arguments) -> LatentGrid | None:
+    return _raster(arguments["position_ids"][_text_before(model, arguments) :])
+
+
+def _minimax(model: Any, arguments: Arguments) -> LatentGrid | None:
+    # The new video stands last, behind text, keyframes or references, and audio.
+    before = [int(arguments[name].max()) + 1 for name in ("text_indices", "audio_indices") if len(arguments[name])]
+    return _raster(arguments["position_ids"][max(before, default=0) :])
+
+
+def _picture(model: Any, arguments: Arguments) -> LatentGrid | None:
+    latents, patch = arguments["hidden_states"], model.config.patch_size
+    if latents.ndim != 4:
+        return None
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    return LatentGrid(1, latents.shape[2] // rows, latents.shape[3] // columns)
+
+
+_WAN = r"blocks\.\d+\.attn1"
+
+
+def _wan(family: str, attention: str = _WAN, note: str = "") -> Layout:
     return Layout(family, attention, _channels_first, note=note)
 
 
@@ -199,14 +238,40 @@ LAYOUTS: dict[str, Layout] = {
     # Cosmos calls the dispatcher without its processor's backend, so only the kernel underneath can be reached.
     "CosmosTransformer3DModel": Layout("Cosmos 1 / 2 / 2.5", _SELF, _channels_first, route="sdpa"),
     "EasyAnimateTransformer3DModel": Layout("EasyAnimate 5.1", _SELF, _channels_first, "first", "sdpa"),
+    "MiniMaxH3Transformer3DModel": Layout(
+        "MiniMax-H3",
+        r"transformer_blocks\.\d+\.attn",
+        _minimax,
+        "first",
+        one_stream=True,
+        note="text, audio, keyframes and references are attended exactly",
+    ),
+    "Kandinsky6Transformer3DModel": Layout(
+        "Kandinsky 6", r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", _last_channels
+    ),
+    "HeliosTransformer3DModel": Layout(
+        "Helios", _WAN, _channels_first, "first", one_stream=True, note="the history is attended exactly"
+    ),
+    "AnyFlowTransformer3DModel": Layout("AnyFlow", _WAN, _frames_first),
+    "MotifVideoTransformer3DModel": Layout("Motif-Video", _JOINT_AND_SINGLE, _channels_first, "last"),
+    # Images. References, images to edit and layers are attended exactly, like text.
     "FluxTransformer2DModel": Layout(
-        "FLUX.1", _JOINT_AND_SINGLE, _flux, "first", note="images; dense with a reference image (Kontext)"
+        "FLUX.1", _JOINT_AND_SINGLE, _flux, "around", lead=_text_before, note="Kontext too: references are exact"
+    ),
+    "Flux2Transformer2DModel": Layout(
+        "FLUX.2", _JOINT_AND_SINGLE, _flux, "around", lead=_text_before, note="dense with cached references (klein-KV)"
     ),
     "QwenImageTransformer2DModel": Layout(
         "Qwen-Image",
         r"transformer_blocks\.\d+\.attn",
         _qwen,
-        "first",
-        note="images; dense in the editing and layered pipelines",
+        "around",
+        lead=_text_before,
+        note="editing and layers too: images to edit and other layers are exact",
+    ),
+    "Krea2Transformer2DModel": Layout("Krea 2", r"transformer_blocks\.\d+\.attn", _krea, "first"),
+    "HunyuanImageTransformer2DModel": Layout("HunyuanImage 2.1", _JOINT_AND_SINGLE, _picture, "last"),
+    "SD3Transformer2DModel": Layout(
+        "Stable Diffusion 3 / 3.5", r"transformer_blocks\.\d+\.attn2?", _picture, "last", "sdpa"
     ),
 }

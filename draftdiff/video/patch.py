@@ -66,7 +66,7 @@ def reason_for_dense(
     """Why a call of a layer with a sparse task has to be dense, or None."""
     task: Task = layer.here.value
     assert task.shape is not None
-    frames, height, width = task.shape.shape[:3]
+    frames, height, width, lead = task.shape.shape[:4]
     text = query.shape[1] - frames * height * width
     layout, mask = layer.hook.layout, options["mask"]
     if text < 0 or (text > 0 and layout.text == "none"):
@@ -76,7 +76,7 @@ def reason_for_dense(
     if mask is not None and (text == 0 or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
         return "a mask that is not one flag per text token"
     uneven = text % processes or (frames * height * width) % processes
-    if processes > 1 and text > 0 and not layout.one_stream and (layout.text == "around" or uneven):
+    if processes > 1 and text > 0 and not layout.one_stream and (uneven or (layout.text == "around" and lead != text)):
         return "text or video that processes cannot share evenly"
     if processes > 1 and layer.hook.config.budget.heads:
         raise UserError("draftdiff: a budget per head cannot be used where processes share the heads (Ulysses)")
@@ -104,12 +104,13 @@ def sparse(
     text = query.shape[1] - tokens
     if layout.text == "first":
         lead = text
+    text_first = layout.text == "first" or (layout.text == "around" and lead == text)
     dtype = compute_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     apart = processes > 1 and text > 0 and not layout.one_stream
     if apart:
         sizes = [text // processes, tokens // processes]
-        sizes = sizes if layout.text == "first" else sizes[::-1]
+        sizes = sizes if text_first else sizes[::-1]
         query, key, value = (_joined(x, processes, sizes, 1) for x in (query, key, value))
         mask = None if mask is None else _joined(mask, processes, sizes, 3)
     text_mask = None

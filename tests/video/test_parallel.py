@@ -74,12 +74,15 @@ def test_ring_is_refused_in_one_line(tmp_path):
         assert "\n" not in result
 
 
-@pytest.mark.parametrize(("text", "width", "even"), [(10, 18, True), (9, 18, False), (10, 17, False), (0, 17, True)])
-def test_streams_that_cannot_be_shared_evenly_are_dense(text, width, even):
+@pytest.mark.parametrize(
+    ("text", "behind", "width", "even"),
+    [(10, 0, 18, True), (9, 0, 18, False), (10, 0, 17, False), (0, 0, 17, True), (10, 4, 18, False)],
+)
+def test_streams_that_cannot_be_shared_evenly_are_dense(text, behind, width, even):
     model = draftdiff.enable(CASES["flux"].build(), SPARSE)
     layer = patch._hook_of(model).layers[0]
-    layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, width, 0, 0))
-    query = torch.empty(1, 15 * width + text, 2, 8)
+    layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, width, text, 0))
+    query = torch.empty(1, text + 15 * width + behind, 2, 8)  # a reference behind the image
     options = dict.fromkeys(("mask", "scale", "dropout", "causal", "gqa"))
     reason = patch.reason_for_dense(layer, query, query, options, 2, eager=True)
     assert (reason is None) == even

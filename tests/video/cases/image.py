@@ -52,10 +52,23 @@ QWEN_INPUTS = INPUTS | {
     "img_shapes": lambda asked: [[(1, *asked.grid[1:])]] * asked.batch,
 }
 
+REFERENCE = (3, 4)
+BEHIND = REFERENCE[0] * REFERENCE[1]
+KONTEXT_INPUTS = FLUX_INPUTS | {
+    "hidden_states": f"B N+{BEHIND} C",
+    "img_ids": lambda asked: torch.cat([flux_ids(*asked.grid[1:]), flux_ids(*REFERENCE, image=1)]),
+}
+EDIT_INPUTS = QWEN_INPUTS | {
+    "hidden_states": f"B N+{BEHIND} C",
+    "img_shapes": lambda asked: [[(1, *asked.grid[1:]), (1, *REFERENCE)]] * asked.batch,
+}
+FLUX = tiny(FluxTransformer2DModel, **IMAGE, num_single_layers=2, pooled_projection_dim=8, guidance_embeds=True)
+QWEN = tiny(QwenImageTransformer2DModel, **IMAGE)
+
 IMAGE_CASES = [
     ModelCase(
         "flux",
-        tiny(FluxTransformer2DModel, **IMAGE, num_single_layers=2, pooled_projection_dim=8, guidance_embeds=True),
+        FLUX,
         FLUX_INPUTS,
         packed,
         grid=(1, 15, 18),
@@ -64,10 +77,27 @@ IMAGE_CASES = [
     ),
     ModelCase(
         "qwen_image",
-        tiny(QwenImageTransformer2DModel, **IMAGE),
+        QWEN,
         QWEN_INPUTS,
         packed,
         grid=(1, 15, 18),
         text=(TEXT, TEXT),
+    ),
+    ModelCase(
+        "flux_kontext",
+        FLUX,
+        KONTEXT_INPUTS,
+        packed,
+        grid=(1, 15, 18),
+        layers=4,
+        text=(TEXT + BEHIND,) * 2,
+    ),
+    ModelCase(
+        "qwen_image_edit",
+        QWEN,
+        EDIT_INPUTS,
+        packed,
+        grid=(1, 15, 18),
+        text=(TEXT + BEHIND,) * 2,
     ),
 ]
