@@ -270,6 +270,11 @@ LAYOUTS: dict[str, Layout] = {
         note="editing and layers too: images to edit and other layers are exact",
     ),
     "Krea2Transformer2DModel": Layout("Krea 2", r"transformer_blocks\.\d+\.attn", _krea, "first"),
+    "LongCatImageTransformer2DModel": Layout("LongCat-Image", _JOINT_AND_SINGLE, _flux, "around", lead=_text_before),
+    "OvisImageTransformer2DModel": Layout("Ovis-Image", _JOINT_AND_SINGLE, _flux, "around", lead=_text_before),
+    "BriaTransformer2DModel": Layout("Bria", _JOINT_AND_SINGLE, _flux, "around", lead=_text_before),
+    "CogView4Transformer2DModel": Layout("CogView4", _SELF, _picture, "first", "sdpa"),
+    "CogView3PlusTransformer2DModel": Layout("CogView3+", _SELF, _picture, "first", "sdpa"),
     "HunyuanImageTransformer2DModel": Layout("HunyuanImage 2.1", _JOINT_AND_SINGLE, _picture, "last"),
     "SD3Transformer2DModel": Layout(
         "Stable Diffusion 3 / 3.5", r"transformer_blocks\.\d+\.attn2?", _picture, "last", "sdpa"

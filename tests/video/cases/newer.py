@@ -215,6 +215,29 @@ def of_picture(size: int) -> Any:
 
 
 IMAGE = {"grid": (1, 15, 18)}
+FLUX_LIKE: dict[str, Any] = JOINT | {
+    "num_single_layers": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+    "axes_dims_rope": list(ROPE_AXES),
+}
+FLUX_LIKE_INPUTS: dict[str, Any] = {
+    "hidden_states": "B N C",
+    "encoder_hidden_states": f"B {TEXT} {TEXT_WIDTH}",
+    "timestep": lambda asked: asked.times(1e-3),
+    "img_ids": lambda asked: raster(asked.grid, 1.0),
+    "txt_ids": lambda _: torch.cat([torch.zeros(TEXT, 1), torch.arange(TEXT)[:, None].repeat(1, 2)], dim=1),
+}
+FLUX_LIKE_MORE: dict[str, Any] = IMAGE | {"layers": 4, "text": (TEXT, TEXT)}
+COGVIEW: dict[str, Any] = JOINT | {
+    "out_channels": CHANNELS,
+    "text_embed_dim": TEXT_WIDTH,
+    "time_embed_dim": 16,
+    "condition_dim": 4,
+    "pos_embed_max_size": 32,
+    "sample_size": 32,
+}
+SIZES: dict[str, Any] = dict.fromkeys(("original_size", "target_size", "crop_coords"), "B 2")
+PICTURE_OF_PATCHES = PICTURE | {"hidden_states": "B C 2*H 2*W"}
 TABLE = [
     (
         "minimax_h3",
@@ -264,6 +287,39 @@ TABLE = [
         PICTURE | MASKED,
         of_picture(1),
         IMAGE | {"layers": 4, "text": (TEXT, TEXT)},
+    ),
+    (
+        "longcat_image",
+        "LongCatImageTransformer2DModel",
+        FLUX_LIKE | {"pooled_projection_dim": 8},
+        FLUX_LIKE_INPUTS,
+        packed,
+        FLUX_LIKE_MORE,
+    ),
+    (
+        "ovis_image",
+        "OvisImageTransformer2DModel",
+        FLUX_LIKE | {"out_channels": CHANNELS},
+        FLUX_LIKE_INPUTS,
+        packed,
+        FLUX_LIKE_MORE,
+    ),
+    ("bria", "BriaTransformer2DModel", FLUX_LIKE, FLUX_LIKE_INPUTS, packed, FLUX_LIKE_MORE),
+    (
+        "cogview4",
+        "CogView4Transformer2DModel",
+        COGVIEW | {"rope_axes_dim": (64, 64)},
+        PICTURE_OF_PATCHES | SIZES,
+        of_picture(2),
+        IMAGE | {"text": (TEXT, TEXT)},
+    ),
+    (
+        "cogview3_plus",
+        "CogView3PlusTransformer2DModel",
+        COGVIEW,
+        PICTURE_OF_PATCHES | SIZES,
+        of_picture(2),
+        IMAGE | {"text": (TEXT, TEXT)},
     ),
     (
         "sd3",
