@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ class AttentionCall:
 
 
 Observer = Callable[[AttentionCall], "Tensor | None"]
+_NUMBERS = count()
 
 
 class _Turns:
@@ -148,7 +150,7 @@ class _Observation:
 
     def __init__(self, model: PreTrainedModel, observer: Observer) -> None:
         self.observer: Observer | None = observer
-        self.name = f"draftdiff_observer_{id(self):x}"
+        self.name = f"draftdiff_observer_{next(_NUMBERS)}"  # never another's: a thread may look up one that is gone
         self.owner, self.shared = threading.get_ident(), False  # whether another thread came by, too
         self.before = [(config, attention_name(config)) for config in _configs(model)]
         self.whole = attention_name(model.config)
