@@ -94,7 +94,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert torch.equal(*gradients)
 
 
-def test_a_cache_with_fp32_keys_costs_half_as_much_again_and_changes_nothing_in_half_precision():
+def test_a_cache_with_fp32_keys_costs_half_as_much_again_and_changes_nothing_in_half_precision(bf16_attention):
     model = tiny.transformer().to(torch.bfloat16)
     inputs, labels = inputs_and_labels()
     inputs = inputs.to(torch.bfloat16)

@@ -39,7 +39,7 @@ def test_gradients_pass_compiled_blocks():
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference", "flex"])
-def test_autocast_works_with_every_backend(backend):
+def test_autocast_works_with_every_backend(backend, bf16_attention):
     model = build_transformer()
     with torch.autocast("cpu", torch.bfloat16):
         stock = output_of(model, inputs())
