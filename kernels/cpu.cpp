@@ -13,7 +13,8 @@ namespace {
 // lse: [batch, tokens, heads] or null. slots: [tiles, block], -1 where empty. readable: [batch, tiles, block] bytes,
 // batch stride given. keep: [batch, heads, tiles, tiles] bytes. k_mean, v_mean: [batch, heads, video, dim] or null;
 // log2_counts: [batch, heads, tiles, video], the last only where counts_row is 0. singles: [batch, heads, video,
-// most_singles], -1 for none. dim a multiple of PANEL (see draftdiff_panel), block 64 or 128.
+// most_singles], -1 for none. wanted: [tiles] bytes, query tiles that are asked for, or null for all. dim a multiple of
+// PANEL (see draftdiff_panel), block 64 or 128.
 struct Call {
     const float *q, *k, *v;
     float *out, *lse;
@@ -21,6 +22,7 @@ struct Call {
     const uint8_t *readable, *keep;
     const float *k_mean, *v_mean, *log2_counts;
     const int32_t* singles;
+    const uint8_t* wanted;
     Strides q_at, k_at, v_at;
     int64_t readable_batch, counts_row, most_singles, batch, tokens, heads, dim, tiles, video, block;
     float scale;
@@ -223,7 +225,8 @@ extern "C" int draftdiff_block_sparse(const Call* call) {
             pack(c, bh, tile, keys.get() + item * size, values.get() + item * size, own);
             if (tile < c.tiles) {
                 const uint8_t* kept = c.keep + row * c.tiles;
-                cost[row] = static_cast<int32_t>(std::count(kept, kept + c.tiles, 1));
+                const bool wanted = !c.wanted || c.wanted[tile];
+                cost[row] = wanted ? static_cast<int32_t>(std::count(kept, kept + c.tiles, 1)) : -1;
                 queue[row] = row;
             }
         }
@@ -233,6 +236,7 @@ extern "C" int draftdiff_block_sparse(const Call* call) {
 
 #pragma omp for schedule(dynamic, 1)
         for (int64_t turn = 0; turn < all_heads * c.tiles; turn++) {
+            if (cost[queue[turn]] < 0) continue;
             const int64_t bh = queue[turn] / c.tiles, first = bh * packed * size;
             query_tile(c, bh, queue[turn] % c.tiles, keys.get() + first, values.get() + first, own);
         }

@@ -118,7 +118,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "slots", "readable", "keep")),
-        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "log2_counts", "singles")),
+        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "log2_counts", "singles", "wanted")),
         *((name, Strides) for name in ("q_at", "k_at", "v_at")),
         *((name, ctypes.c_int64) for name in ("readable_batch", "counts_row", "most_singles")),
         *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "head_dim")),
@@ -138,6 +138,9 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     readable = problem.readable.contiguous()
     log2_counts = (problem.log_counts.float() * math.log2(math.e)).contiguous()
     singles = None if problem.tokens is None else problem.tokens.contiguous()
+    wanted = None
+    if problem.queries is not None:
+        wanted = torch.zeros(tiling.tiles, dtype=torch.bool).index_fill_(0, problem.queries, True)
     tensors = {
         "q": q,
         "k": k,
@@ -151,6 +154,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
         "v_mean": None if tail is None else tail.v_mean.contiguous(),
         "log2_counts": log2_counts,
         "singles": singles,
+        "wanted": wanted,
     }
     call = _Call(
         **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},

@@ -28,6 +28,8 @@ class Problem:
         it skips their tiles, each once, -1 for none; their tiles' means stand for the others alone.
     taken: uint8 [batch, heads, video_tiles, video_tiles], how many of a tile's tokens are among them, by query tile;
         counted where it is None. With it -1 stands behind all others, and `any` is a multiple of 128.
+    queries: int64 [any], the tiles whose queries are asked for, ascending, all if None; the output of the others is
+    undefined.
     scale: of the scores, 1/sqrt(head_dim) if None.
     precision: of the products over video tiles, "full" as q, k and v have it; "int8" makes q and k
         8-bit numbers first, and what is infinite in them then counts as NaN.
@@ -48,6 +50,7 @@ class Problem:
     tokens: Tensor | None = None
     taken: Tensor | None = None
     precision: str = "full"
+    queries: Tensor | None = None
 
     def __post_init__(self) -> None:
         q, tiling = self.q, self.tiling
@@ -131,7 +134,7 @@ def check_mask(text_mask: Any, q: Tensor) -> None:
 
 def check_tensors(q: Any, k: Any, v: Any) -> None:
     """Raise ValueError unless q, k and v are [batch, tokens, heads, head_dim] of one floating dtype on one device,
-    alike but for the tokens of q, and none of them empty."""
+    alike but for the tokens of q and its heads, which may be several for each of k, and none of them empty."""
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
         if not isinstance(x, Tensor):
@@ -143,9 +146,9 @@ def check_tensors(q: Any, k: Any, v: Any) -> None:
         raise UserError(f"q, k and v must have one floating dtype, got {found}")
     if len({x.device for x in named.values()}) > 1:
         raise UserError(f"q, k and v must be on one device, got {', '.join(str(x.device) for x in named.values())}")
-    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or q.shape[2] % k.shape[2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in named.values())
-        raise UserError(f"q, k and v must have the same batch, heads and head_dim, got {shapes}")
+        raise UserError(f"q, k and v must have the same batch and head_dim, and heads that fit, got {shapes}")
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

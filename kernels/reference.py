@@ -28,7 +28,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     hidden = ~read[:, :, tile_of]
     if problem.text_mask is not None:
         absent = torch.zeros(q.shape[0], tiling.tokens, dtype=torch.bool, device=q.device)
-        absent[:, tiling.order[tiling.grid.tokens :]] = ~problem.text_mask
+        absent[:, tiling.order[tiling.video_tokens :]] = ~problem.text_mask
         hidden = hidden | absent[:, None, None]
     if problem.tail is not None:
         weight = problem.log_counts.expand(*keep.shape[:3], -1)[:, :, tile_of]

@@ -12,11 +12,14 @@ from draftdiff.kernels.problem import Problem
 
 
 def some_rows(problem: Problem, number: int = 32) -> tuple[Tensor, Tensor]:
-    """Positions of queries, the first and the last among them, and heads, the first and the last: int64 [any] each."""
-    device, tokens, heads = problem.q.device, problem.q.shape[1], problem.q.shape[2]
+    """Positions of queries that are asked for, the first and the last among them, and heads, the first and the last:
+    int64 [any] each."""
+    device, heads = problem.q.device, problem.q.shape[2]
+    slots = problem.tiling.slots if problem.queries is None else problem.tiling.slots[problem.queries]
+    asked = slots[slots >= 0].sort().values
     generator = torch.Generator().manual_seed(1)
-    rows = torch.cat([torch.randint(tokens, (number,), generator=generator), torch.tensor([0, tokens - 1])])
-    return rows.to(device), torch.tensor(sorted({0, heads - 1}), device=device)
+    rows = torch.cat([torch.randint(len(asked), (number,), generator=generator), torch.tensor([0, len(asked) - 1])])
+    return asked[rows.to(device)], torch.tensor(sorted({0, heads - 1}), device=device)
 
 
 def attention_of(problem: Problem, rows: Tensor, heads: Tensor) -> Tensor:
@@ -34,7 +37,7 @@ def attention_of(problem: Problem, rows: Tensor, heads: Tensor) -> Tensor:
         read = read | single[..., :-1]
     if problem.text_mask is not None:
         absent = torch.zeros(tiling.tokens, dtype=torch.bool, device=device)
-        absent[tiling.order[tiling.grid.tokens :]] = ~problem.text_mask[0]
+        absent[tiling.order[tiling.video_tokens :]] = ~problem.text_mask[0]
         read = read & ~absent
     scores = (q @ k.transpose(-1, -2) * problem.factor).masked_fill(~read, -math.inf)
     if problem.tail is not None:

@@ -64,6 +64,9 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     single = 0 if tokens is None else tokens.shape[-1]
     counts, indices = tile_lists(problem.keep)
     lengths, nothing = counts.cpu(), problem.reads_nothing.cpu()
+    wanted = torch.ones(tiling.tiles, dtype=torch.bool)
+    if problem.queries is not None:
+        wanted = torch.zeros_like(wanted).index_fill_(0, problem.queries.cpu(), True)
     most = (_CPU_SCORES if _is_cpu(q.device) else _SCORES) // tiling.block_size**2
 
     out, lse = [], []
@@ -80,7 +83,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
             out.append(torch.zeros_like(tiles[0]))
             lse.append(torch.full(tiles[0].shape[:-1], float("-inf"), device=q.device))
             longest_first = lengths[b, h].argsort(descending=True)
-            longest_first = longest_first[~nothing[b, h, longest_first]]
+            longest_first = longest_first[(wanted & ~nothing[b, h])[longest_first]]
             start = 0
             while start < len(longest_first):
                 width = int(lengths[b, h, longest_first[start]])

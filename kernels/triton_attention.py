@@ -245,16 +245,16 @@ def forward(
     k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
     tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
     lists: pointers to order, counts, entries.  singles: pointers to the positions of single tokens, the number of
-    places of a row, k and v.  shape: heads, tokens, tiles, video tiles.
+    places of a row, k and v.  shape: heads, tokens, tiles, those of the video, of the first grid, with queries.
     video: frames, height, width.  strides: of q, k and v (batch, token, head), then the batch strides of the key slots
     and of the text's bias.  layout: as `Interleave` has it, (outer per batch, outer per head, inner per head).
     """
     query_slots_ptr, key_slots_ptr, ragged_bias_ptr, text_bias_ptr, tail_bias_ptr = tables
     order_ptr, counts_ptr, list_ptr = lists
-    heads, tokens, tiles, video_tiles = shape
+    heads, tokens, tiles, video_tiles, first_tiles, rows = shape
     q_at, k_at, v_at, tables_at = strides
     turn = tl.program_id(0)
-    bh = turn // tiles
+    bh = turn // rows
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
     tile_q = tl.load(order_ptr + turn)
@@ -299,7 +299,7 @@ def forward(
             text = tl.load(counts_ptr + row * 4 + 2)
             text_bias_ptr += b * tables_at[1]
             state = _text(
-                q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, video_tiles, state, scale_log2, TILE, KEYS
+                q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, first_tiles, state, scale_log2, TILE, KEYS
             )
         if SINGLES:
             state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)

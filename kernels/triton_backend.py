@@ -138,7 +138,8 @@ class Call:
 
     q, k, v: the problem's, head_dim contiguous.  key_slots int32 [batch or 1, tiles, block_size], -1 where none may be
     read.  text_bias fp32 [batch or 1, text tiles, block_size].  text: k and v of the text tiles
-    [batch, heads, text tiles, block_size, head_dim], 0 where none may be read; only descriptors need it.
+    [batch, heads, text tiles, block_size, head_dim], 0 where none may be read; only descriptors need it. The tiles of
+    further grids are among the text's here.
     singles: whether there are single tokens.  pooled: means of k and v in their dtype.  packed: q, k and v where access
     is "int8", which reads video tiles from there.
     """
@@ -163,7 +164,7 @@ class Call:
     def prepare(cls, problem: Problem, want_lse: bool) -> Call:
         """Everything that does not depend on the configuration."""
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
-        tiling, tail, video = problem.tiling, problem.tail, problem.tiling.video_tiles
+        tiling, tail, first = problem.tiling, problem.tail, problem.tiling.first_tiles
         tables = tables_for(tiling)
         access = access_to(k, v, tiling) if problem.precision == "full" else "int8"
         numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
@@ -171,17 +172,18 @@ class Call:
         if access not in ("gather", "int8"):
             corners = tables.corners
             if access == "strided":  # ragged tiles go by the positions of their slots
-                corners = torch.where(tables.kinds[:video] == WHOLE, tables.slots[:video, 0], numbers[:video])
-            entries = torch.cat([corners, numbers[video:]])
+                corners = torch.where(tables.kinds[:first] == WHOLE, tables.slots[:first, 0], numbers[:first])
+            entries = torch.cat([corners, numbers[first:]])
         key_slots = tables.slots[None]
         if problem.text_mask is not None:
-            text = tables.slots[video:].where(problem.readable[:, video:], -1)
-            key_slots = torch.cat([tables.slots[:video].expand(len(text), -1, -1), text], dim=1)
-        absent = key_slots[:, video:] < 0
+            text = tables.slots[first:].where(problem.readable[:, first:], -1)
+            key_slots = torch.cat([tables.slots[:first].expand(len(text), -1, -1), text], dim=1)
+        absent = key_slots[:, first:] < 0
         text_bias = torch.zeros(absent.shape, dtype=torch.float32, device=q.device).masked_fill_(absent, float("-inf"))
         text = None
-        if tiling.text and access in _DESCRIPTORS:  # which fetch whole tiles, and 0 times a NaN beside the text is NaN
-            text = to_tiles(k, tables.slots[video:], absent), to_tiles(v, tables.slots[video:], absent)
+        # Descriptors fetch whole tiles, and 0 times a NaN beside the text is NaN.
+        if tiling.tiles > first and access in _DESCRIPTORS:
+            text = to_tiles(k, tables.slots[first:], absent), to_tiles(v, tables.slots[first:], absent)
         scale_log2 = problem.factor * math.log2(math.e)
         packed = None
         if access == "int8":
@@ -201,6 +203,7 @@ class Call:
                 tail=tail is not None,
                 tokens=problem.tokens,
                 taken=problem.taken,
+                queries=problem.queries,
             ),
             key_slots=key_slots,
             text_bias=text_bias,
@@ -219,9 +222,9 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes that both kernels take: heads, tokens, tiles, video tiles."""
-        tiling = self.tiling
-        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles
+        """Sizes that both kernels take: heads, tokens, tiles, those of the video, of the first grid, with queries."""
+        tiling, queries = self.tiling, self.lists.order.shape[1]
+        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles, tiling.first_tiles, queries
 
     def launch(self, config: Config) -> tuple[Tensor, Tensor | None]:
         """Run it. Raises DoesNotCompile if the GPU or the compiler cannot take the configuration."""
@@ -267,7 +270,7 @@ class Call:
             "KEYS": config.keys,
             "TILE": self.tiling.block_size,
             "D": self.q.shape[-1],
-            "TEXT": self.tiling.text > 0,
+            "TEXT": self.tiling.tiles > self.tiling.first_tiles,
             "SINGLES": self.singles,
             "TAIL": self.pooled is not None,
             "LSE": self.want_lse,

@@ -31,8 +31,8 @@ class Packed:
     """q, k and v of a problem in tile order, 0 where a slot holds no token or head_dim is padded.
 
     q int8 [batch * heads, tiles, block_size, padded head_dim].  rows fp32 [batch * heads, tiles, 2, block_size]: what a
-    query's scores are multiplied by, and what is added to them, in base 2.  k int8, v fp16 [batch * heads, video_tiles,
-    block_size, padded head_dim].  scales fp32 [batch * heads, video_tiles, 2]: of k and v.
+    query's scores are multiplied by, and what is added to them, in base 2.  k int8, v fp16 [batch * heads, first
+    grid's tiles, block_size, padded head_dim].  scales fp32 [batch * heads, first grid's tiles, 2]: of k and v.
     """
 
     q: Tensor
@@ -58,7 +58,7 @@ def mean_key(k: Tensor, tiling: Tiling, k_mean: Tensor | None) -> Tensor:
 def pack(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, off: Tensor, scale_log2: float) -> Packed:
     """off: `mean_key`.  scale_log2: of the scores, in base 2."""
     batch, _, heads, head_dim = q.shape
-    padded, tiles, video = max(32, triton.next_power_of_2(head_dim)), tiling.tiles, tiling.video_tiles
+    padded, tiles, video = max(32, triton.next_power_of_2(head_dim)), tiling.tiles, tiling.first_tiles
     outer, block_size = batch * heads, tiling.block_size
     packed = Packed(
         q=torch.empty((outer, tiles, block_size, padded), dtype=torch.int8, device=q.device),
@@ -104,10 +104,10 @@ def quantise(
     """Grid: one program per (batch, head, tile). A query that is not finite, or a tile with such a key, gets a scale of
     NaN; values that are not finite stay.
 
-    packed: pointers as `Packed` has them.  shape: heads, tiles, video tiles.  strides: of q, k and v.
+    packed: pointers as `Packed` has them.  shape: heads, tiles, those of the first grid.  strides: of q, k and v.
     """
     q8_ptr, rows_ptr, k8_ptr, v16_ptr, scales_ptr = packed
-    heads, tiles, video_tiles = shape
+    heads, tiles, first_tiles = shape
     q_at, k_at, v_at = strides
     row = tl.program_id(0)
     tile = row % tiles
@@ -131,8 +131,8 @@ def quantise(
     tl.store(rows_ptr + slot, tl.where(known, scale, float("nan")))
     tl.store(rows_ptr + TILE + slot, offset)
 
-    if tile < video_tiles:
-        at = (bh * video_tiles + tile).to(tl.int64)
+    if tile < first_tiles:
+        at = (bh * first_tiles + tile).to(tl.int64)
         token = position.to(tl.int64)[:, None]
         k = tl.load(k_ptr + b * k_at[0] + h * k_at[2] + token * k_at[1] + dim[None, :], mask=there, other=0.0)
         k = tl.where(there, k.to(tl.float32) - off[None, :], 0.0)
@@ -213,10 +213,10 @@ def forward(
     query_slots_ptr, key_slots_ptr, tail_bias_ptr = tables
     order_ptr, counts_ptr, list_ptr = lists
     at_ptr, places = singles
-    heads, tokens, tiles, video_tiles = shape
+    heads, tokens, tiles, video_tiles, first_tiles, rows = shape
     q_at, k_at, v_at, slots_at = strides
     turn = tl.program_id(0)
-    bh = turn // tiles
+    bh = turn // rows
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
     tile_q = tl.load(order_ptr + turn)
@@ -230,7 +230,7 @@ def forward(
     q8 = tl.load(q8_ptr + row * (TILE * D_PAD) + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :])
     factor = tl.load(rows_ptr + row * (2 * TILE) + slot)
     offset = tl.load(rows_ptr + row * (2 * TILE) + TILE + slot)
-    head = bh.to(tl.int64) * video_tiles
+    head = bh.to(tl.int64) * first_tiles
     k8_ptr += head * (TILE * D_PAD)
     v16_ptr += head * (TILE * D_PAD)
     scales_ptr += head * 2
@@ -254,7 +254,7 @@ def forward(
     full = 0
     rest = 0
     if SINGLES:
-        at_ptr += (head + tl.minimum(tile_q, video_tiles - 1)) * places  # text reads none
+        at_ptr += (bh.to(tl.int64) * video_tiles + tl.minimum(tile_q, video_tiles - 1)) * places  # text reads none
         count = tl.load(counts_ptr + 3)
         full = count // KEYS * KEYS
         rest = (count > full).to(tl.int32)

@@ -37,8 +37,8 @@ class TileTables:
 
     box: tile as a power-of-two box (frames, rows, columns) of block_size tokens, None if it is not one.
     slots [tiles, block_size] int32: model position of each slot, -1 for none; a box in raster order, holes included.
-    kinds [tiles] int32: WHOLE, RAGGED or TEXT.  corners [video_tiles] int32: first
-    token of a tile's box, packed.
+    kinds [tiles] int32: WHOLE, RAGGED or TEXT; tiles of other grids than the first are read as text is.
+    corners [tiles of the first grid] int32: first token of a tile's box, packed.
     tokens [video_tiles] fp32: how many are in each.  tile_of [tokens] int32: the tile of each token.
     """
 
@@ -53,7 +53,7 @@ class TileTables:
 @lru_cache(maxsize=32)
 def tables_for(tiling: Tiling) -> TileTables:
     """The tables of a tiling."""
-    video, device = tiling.video_tiles, tiling.device
+    first, device = tiling.first_tiles, tiling.device
     is_box = (
         math.prod(tiling.tile) == tiling.block_size
         and all(n & (n - 1) == 0 for n in tiling.tile)
@@ -66,12 +66,12 @@ def tables_for(tiling: Tiling) -> TileTables:
         positions = F.pad(positions, (0, extra[2], 0, extra[1], 0, extra[0]), value=-1)
         t, h, w = tiling.tile
         in_boxes = rearrange(positions, "(f t) (y h) (x w) -> (f y x) (t h w)", t=t, h=h, w=w)
-        slots = torch.cat([in_boxes, slots[video:]])
+        slots = torch.cat([in_boxes, slots[first:]])
     index = torch.arange(tiling.tiles, device=device)
     tile_of = index.repeat_interleave(tiling.counts, output_size=tiling.tokens)[tiling.restore]
     is_whole = (tiling.counts == tiling.block_size) & is_box
-    kinds = torch.where(index < video, torch.where(is_whole, WHOLE, RAGGED), TEXT)
-    index = index[:video]
+    kinds = torch.where(index < first, torch.where(is_whole, WHOLE, RAGGED), TEXT)
+    index = index[:first]
     _, boxes_h, boxes_w = tiling.boxes
     frame, row, column = index // (boxes_h * boxes_w), index // boxes_w % boxes_h, index % boxes_w
     corners = frame * tiling.tile[0] << 20 | row * tiling.tile[1] << 10 | column * tiling.tile[2]
@@ -80,7 +80,7 @@ def tables_for(tiling: Tiling) -> TileTables:
         slots=slots.to(torch.int32).contiguous(),
         kinds=kinds.to(torch.int32),
         corners=corners.to(torch.int32),
-        tokens=tiling.counts[:video].to(torch.float32),
+        tokens=tiling.counts[: tiling.video_tiles].to(torch.float32),
         tile_of=tile_of.to(torch.int32),
     )
 
@@ -92,9 +92,9 @@ class TileLists:
     A row is a query tile of a head.  counts [rows, 4] int32: whole, ragged and text tiles, single tokens.
     lists [rows, tiles + 1] int32: the tiles' entries in this order, ascending in each; the rest is undefined.
     singles [rows of the video, any] int32: positions of single tokens, then -1 up to a multiple of STEP; the rest is
-    undefined.  order [batch * heads, tiles] int32: query tiles, longest first.  tail_bias [rows, video_tiles] fp32:
-    log2 of the tokens that a skipped tile's mean stands for, all but those read singly, -inf where there are none or
-    the tile is kept.
+    undefined.  order [batch * heads, tiles with queries] int32: these, longest first.  tail_bias [rows, video_tiles]
+    fp32: log2 of the tokens that a skipped tile's mean stands for, all but those read singly, -inf where there are none
+    or the tile is kept.
     """
 
     counts: Tensor
@@ -188,9 +188,10 @@ def list_tiles(
     tail: bool,
     tokens: Tensor | None = None,
     taken: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> TileLists:
     """Lists of keep, bool [batch, heads, tiles, tiles], and of single tokens. entries [tiles] int32: what stands for
-    each tile.  tokens, taken: as a `Problem` has them."""
+    each tile.  tokens, taken, queries: as a `Problem` has them."""
     batch, heads, tiles, _ = keep.shape
     tables, rows, device = tables_for(tiling), batch * heads * tiles, keep.device
     most = 0 if tokens is None else tokens.shape[-1]
@@ -231,5 +232,10 @@ def list_tiles(
             num_warps=4 if size <= 2048 else 8,
         )
     lengths = counts[:, :3].sum(-1) * tiling.block_size + counts[:, 3]
-    order = lengths.view(batch * heads, tiles).argsort(dim=-1, descending=True).to(torch.int32)
+    lengths = lengths.view(batch * heads, tiles)
+    if queries is None:
+        order = lengths.argsort(dim=-1, descending=True)
+    else:
+        order = queries[lengths[:, queries].argsort(dim=-1, descending=True)]
+    order = order.to(torch.int32)
     return TileLists(counts, lists, singles, order, tail_bias)

@@ -40,9 +40,8 @@ def attention_row(
     for i, tokens in enumerate(members):
         if keep[own, i]:
             for t in tokens:
-                text_index = t if t < tiling.lead else t - tiling.grid.tokens
-                is_text = not tiling.lead <= t < tiling.lead + tiling.grid.tokens
-                if is_text and text_mask is not None and not text_mask[text_index]:
+                text = text_of(tiling)
+                if text_mask is not None and t in text and not text_mask[text.index(t)]:
                     continue
                 logits.append(q[row] @ k[t])
                 values.append(v[t])
@@ -122,6 +121,12 @@ def attention(
     return Expected(out, lse, out_bound, lse_bound)
 
 
+def text_of(tiling: Tiling) -> list[int]:
+    """Positions of the tokens in no grid, ascending."""
+    grids = [range(part.start, part.start + part.grid.tokens) for part in tiling.parts]
+    return [t for t in range(tiling.tokens) if not any(t in grid for grid in grids)]
+
+
 def tile_of(tiling: Tiling) -> Tensor:
     """The tile of each token, in the model's order, int64 [tokens]."""
     own = torch.empty(tiling.tokens, dtype=torch.long)
@@ -133,8 +138,8 @@ def tile_of(tiling: Tiling) -> Tensor:
 def reads(problem: Problem) -> Tensor:
     """Whether a row reads a key, itself or in a mean, bool [batch, heads, rows, keys]."""
     tiling, exactly = problem.tiling, reads_exactly(problem)
-    token = torch.arange(tiling.tokens)
-    video = (token >= tiling.lead) & (token < tiling.lead + tiling.grid.tokens)
+    video = torch.ones(tiling.tokens, dtype=torch.bool)
+    video[text_of(tiling)] = False
     return exactly if problem.tail is None else exactly | video
 
 
@@ -143,8 +148,7 @@ def reads_exactly(problem: Problem) -> Tensor:
     tiling, own = problem.tiling, tile_of(problem.tiling)
     read = problem.keep[:, :, own][..., own].clone()
     if problem.text_mask is not None:
-        text = [t for t in range(tiling.tokens) if not tiling.lead <= t < tiling.lead + tiling.grid.tokens]
-        read[..., text] &= problem.text_mask[:, None, None]
+        read[..., text_of(tiling)] &= problem.text_mask[:, None, None]
     return read if problem.tokens is None else read | reads_singly(problem)
 
 

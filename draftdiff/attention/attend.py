@@ -6,8 +6,9 @@ DraftAttention (arXiv 2505.14708) on any grid, with per-row budgets and a pooled
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from draftdiff.attention.rule import Rule, unpack
 from draftdiff.core import quality
 from draftdiff.core.devices import without_autocast
 from draftdiff.core.draft import Tail, draft_map, softmax_scale
-from draftdiff.core.grid import LatentGrid, tiling_for
+from draftdiff.core.grid import LatentGrid, Tiling
 from draftdiff.core.select import with_text
 from draftdiff.errors import UserError
 from draftdiff.kernels.block_sparse import block_sparse_attention
@@ -36,41 +37,56 @@ def attend(
     *,
     grid: LatentGrid,
     lead: int = 0,
+    others: Sequence[tuple[int, LatentGrid]] = (),
+    queries: Sequence[tuple[int, int]] = (),
+    summed: Callable[[Tensor], Tensor] = lambda partial: partial,
     text_mask: Tensor | None = None,
     scale: float | None = None,
     part: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Attention that computes only the tiles which a low-resolution draft finds worth it.
 
-    q, k, v: [batch, tokens, heads, head_dim] after normalisation and rotary embedding, in the model's order. The grid's
-    tokens stand after `lead` others; all tokens outside the grid are computed exactly. q may leave out the tokens
-    before the grid where no token follows it: keys without queries.
-    density: kept share, float64 [heads].  text_mask: bool [batch, tokens outside the grid], False for padding.
+    q, k, v: [batch, tokens, heads, head_dim] after normalisation and rotary embedding, in the model's order; k and v
+    may have fewer heads, each for as many neighbouring heads of q. The grid's tokens stand after `lead` others.
+    others: further grids, each with the position of its first token; all tokens in no grid are computed exactly.
+    queries: where q's tokens stand among those of k, (start, stop) of each stretch in order, if q leaves some out;
+    without it q may leave out the tokens before the grid where no token follows it.  summed: over the processes that
+    have the other queries, so that all of a tile's choose together.
+    density: kept share, float64 [heads].  text_mask: bool [batch, tokens in no grid], False for padding.
     scale: 1/sqrt(head_dim) if None.  part: a context that is entered with the name of each part, to time it.
     Returns the output like q, and what was done, fp32 [2]: density over all token pairs, and the mass that the draft
     gives to the kept tiles; NaN if q or k hold a NaN. Raises ValueError for shapes that do not fit the grid.
     """
     check_tensors(q, k, v)
-    text, absent = k.shape[1] - grid.tokens, k.shape[1] - q.shape[1]
+    if (groups := q.shape[2] // k.shape[2]) > 1:  # a head of each group at a time: keys are never repeated
+        given: dict[str, Any] = {"grid": grid, "lead": lead, "others": others, "queries": queries, "summed": summed}
+        given |= {"text_mask": text_mask, "scale": scale, "part": part}
+        alike = [slice(head, None, groups) for head in range(groups)]
+        found = [attend(q[:, :, at], k, v, density[at], rule, **given) for at in alike]
+        outs = torch.stack([out for out, _ in found], dim=3)
+        return outs.flatten(2, 3), torch.stack([done for _, done in found]).mean(0)
+    video = grid.tokens + sum(other.tokens for _, other in others)
+    text = k.shape[1] - video
     if text < 0:
-        raise UserError(f"k has {k.shape[1]} tokens, fewer than the {grid.tokens} of the grid {grid}")
-    if absent and (absent != text or lead != text):
-        raise UserError(f"q has {q.shape[1]} tokens, needs the grid's {grid.tokens} or all {k.shape[1]} of k")
-    tiling = tiling_for(grid, *rule.tile_for(grid), text, lead, q.device)
+        raise UserError(f"k has {k.shape[1]} tokens, fewer than the {video} of the grid {grid}")
+    queries = _stretches(q, k, queries, all_before=text == lead and not others, grid=grid)
+    tiling = rule.tiling(grid, text, lead, q.device, tuple(others))
     scale = softmax_scale(scale, q.shape[-1])
-    if absent:
-        q = torch.cat([q.new_zeros(q.shape[0], absent, *q.shape[2:]), q], dim=1)
+    places = asked = None
+    if queries:
+        places, asked = _asked(tiling, queries)
+        q = q.new_zeros(k.shape[0], k.shape[1], *q.shape[2:]).index_copy_(1, places, q)
     with without_autocast(q.device):
         with part("draft"):
-            q_mean, k_mean = pool(q, tiling), pool(k, tiling)
+            q_mean, k_mean = summed(pool(q, tiling)), pool(k, tiling)
             # The paper's map weighs all tiles alike, also ragged ones.
             counts = None if rule.selection == "upstream" else tiling.counts[: tiling.video_tiles]
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
             tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None
         with part("select"):
             tokens = taken = None
-            single = rule.singles_of(grid)
-            in_tiles = (density - single / grid.tokens).clamp(min=0).where(density < 1, density)
+            single = rule.singles_of(video)
+            in_tiles = (density - single / video).clamp(min=0).where(density < 1, density)
             # Where there is no tail nothing stands for what is skipped.
             means = tail or Tail(k_mean, torch.zeros_like(k_mean))
             if rule.selection == "error":
@@ -80,14 +96,38 @@ def attend(
             if single:
                 tokens, taken = singles(q_mean, k, v, means, tiling, kept, scale=scale, tokens=single)
             keep = with_text(kept, tiling)
-            if absent:  # tiles without queries read nothing
-                keep[:, :, tiling.video_tiles :] = False
             mass = quality.drafted_mass(probabilities, kept).mean()
-            stats = torch.stack([quality.density(keep, tiling, tokens, taken).mean(), mass])
+            stats = torch.stack([quality.density(keep, tiling, tokens, taken, asked).mean(), mass])
         with part("kernel"):
-            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, taken, rule.precision)
+            problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, taken, rule.precision, asked)
             out = block_sparse_attention(problem, backend=rule.backend)
-    return out[:, absent:], stats
+    return out if places is None else out[:, places], stats
+
+
+def _stretches(
+    q: Tensor, k: Tensor, queries: Sequence[tuple[int, int]], *, all_before: bool, grid: LatentGrid
+) -> tuple[tuple[int, int], ...]:
+    """Where q's tokens stand among those of k, nothing if everywhere. all_before: no text follows a grid."""
+    absent = k.shape[1] - q.shape[1]
+    if queries:
+        edges = [0, *(edge for stretch in queries for edge in stretch), k.shape[1]]
+        if edges != sorted(edges) or sum(stop - start for start, stop in queries) != q.shape[1]:
+            raise UserError(f"queries must be stretches of {q.shape[1]} in {k.shape[1]} tokens, got {list(queries)}")
+    elif absent and (q.shape[1] != grid.tokens or not all_before):
+        raise UserError(f"q has {q.shape[1]} tokens, needs the grid's {grid.tokens} or all {k.shape[1]} of k")
+    elif absent:
+        queries = [(absent, k.shape[1])]
+    return tuple((start, stop) for start, stop in queries) if absent else ()
+
+
+@lru_cache(maxsize=32)
+def _asked(tiling: Tiling, queries: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+    """Positions of these stretches and the tiles that hold any of them, int64 [any] each."""
+    places = torch.cat([torch.arange(start, stop) for start, stop in queries])
+    there = torch.zeros(tiling.tokens + 1, dtype=torch.bool)  # -1 is the last place
+    there[places] = True
+    tiles = there[tiling.slots.cpu()].any(-1).nonzero()[:, 0]
+    return places.to(tiling.device), tiles.to(tiling.device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -108,13 +148,31 @@ def attend_op(
     v: Tensor,
     density: Tensor,
     text_mask: Tensor | None,
-    grid: list[int],
-    lead: int,
+    places: list[int],
     scale: float | None,
     rule: str,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` as one node of a compiled or differentiated graph. grid: (frames, height, width). rule: its `packed`."""
-    return attend(q, k, v, density, unpack(rule), grid=LatentGrid(*grid), lead=lead, text_mask=text_mask, scale=scale)
+    """`attend` as one node of a compiled or differentiated graph. places: `packed_places`.  rule: its `packed`."""
+    where = _unpacked_places(places)
+    return attend(q, k, v, density, unpack(rule), **where, text_mask=text_mask, scale=scale)
+
+
+def packed_places(
+    grid: Sequence[int],
+    lead: int = 0,
+    others: Sequence[tuple[int, Sequence[int]]] = (),
+    queries: Sequence[tuple[int, int]] = (),
+) -> list[int]:
+    """Where things stand in a sequence, as `attend` takes it, in whole numbers that a graph may hold: how many grids
+    there are, where each starts and its sizes, the first one's first, then the stretches of queries."""
+    grids = [number for start, sizes in ((lead, grid), *others) for number in (start, *sizes)]
+    return [1 + len(others), *grids, *(edge for stretch in queries for edge in stretch)]
+
+
+def _unpacked_places(packed: list[int]) -> dict[str, Any]:
+    grids, rest = packed[1 : 1 + 4 * packed[0]], packed[1 + 4 * packed[0] :]
+    (lead, grid), *others = [(start, LatentGrid(*sizes)) for start, *sizes in zip(*[iter(grids)] * 4)]
+    return {"grid": grid, "lead": lead, "others": others, "queries": list(zip(rest[::2], rest[1::2]))}
 
 
 @attend_op.register_fake
@@ -138,35 +196,37 @@ def attend_backward(
     v: Tensor,
     density: Tensor,
     text_mask: Tensor | None,
-    grid: list[int],
-    lead: int,
+    places: list[int],
     scale: float | None,
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through the `torch` backend, which has them, one head of one item at a time: any other
     way keeps the scores of all heads. What is kept is chosen again, and counts as a constant."""
     by_torch = dataclasses.replace(unpack(rule), backend="torch", precision="full")
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    gradients = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    groups = q.shape[2] // k.shape[2]
     for item in range(q.shape[0]):
         mask = None if text_mask is None else text_mask[item : item + 1]
         for head in range(q.shape[2]):
-            at = (slice(item, item + 1), slice(None), slice(head, head + 1))
+            own, shared = [(slice(item, item + 1), slice(None), slice(one, one + 1)) for one in (head, head // groups)]
             with _recorded():
-                one_q, one_k, one_v = parts = [x[at].detach().requires_grad_() for x in (q, k, v)]
+                one_q, one_k, one_v = parts = [
+                    x[at].detach().requires_grad_() for x, at in ((q, own), (k, shared), (v, shared))
+                ]
                 out, _ = attend(
                     one_q,
                     one_k,
                     one_v,
                     density[head : head + 1],
                     by_torch,
-                    grid=LatentGrid(*grid),
-                    lead=lead,
+                    **_unpacked_places(places),
                     text_mask=mask,
                     scale=scale,
                 )
-                found = torch.autograd.grad(out, parts, of_out[at])
-            for gradient, value in zip(gradients, found):
-                gradient[at] = value
+                of_q, of_k, of_v = torch.autograd.grad(out, parts, of_out[own])
+            gradients[0][own] = of_q
+            gradients[1][shared] += of_k
+            gradients[2][shared] += of_v
     return gradients
 
 
@@ -176,13 +236,13 @@ def _(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tens
 
 
 def _remember(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.grid, ctx.lead, ctx.scale, ctx.rule = inputs
+    *tensors, ctx.places, ctx.scale, ctx.rule = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, of_out: Tensor, of_stats: Tensor | None) -> tuple:
-    gradients = attend_backward(of_out, *ctx.saved_tensors, ctx.grid, ctx.lead, ctx.scale, ctx.rule)
-    return (*gradients, *[None] * 6)
+    gradients = attend_backward(of_out, *ctx.saved_tensors, ctx.places, ctx.scale, ctx.rule)
+    return (*gradients, *[None] * 5)
 
 
 attend_op.register_autograd(_backward, setup_context=_remember)

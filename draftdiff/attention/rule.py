@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
-from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, choose_tile
+import torch
+
+from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, Part, Tiling, choose_tile, tiling_for
 from draftdiff.core.select import SELECTIONS
 from draftdiff.core.values import is_whole, shown
 from draftdiff.errors import UserError
@@ -57,10 +59,10 @@ class Rule:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         object.__setattr__(self, "packed", json.dumps(values))
 
-    def singles_of(self, grid: LatentGrid) -> int:
-        """How many single tokens a query tile reads in a call over this grid."""
-        wanted = round(self.single * grid.tokens) if isinstance(self.single, float) else self.single
-        return min(wanted, grid.tokens)
+    def singles_of(self, tokens: int) -> int:
+        """How many single tokens a query tile reads in a call over so many video tokens."""
+        wanted = round(self.single * tokens) if isinstance(self.single, float) else self.single
+        return min(wanted, tokens)
 
     def tile_for(self, grid: LatentGrid) -> tuple[tuple[int, int, int], int]:
         """The tile and block size that a call over this grid uses."""
@@ -70,6 +72,20 @@ class Rule:
             return tile, self.block_size or smallest
         block_size = self.block_size or (128 if grid.tokens >= 16_384 else 64)
         return choose_tile(grid, block_size), block_size
+
+    def tiling(
+        self,
+        grid: LatentGrid,
+        text: int,
+        lead: int,
+        device: torch.device,
+        others: tuple[tuple[int, LatentGrid], ...] = (),
+    ) -> Tiling:
+        """Of a sequence with a grid behind `lead` tokens, `others` (their start, grid) and `text` tokens in none."""
+        tile, block_size = self.tile_for(grid)
+        fixed = self.tile is not None or self.selection == "upstream"
+        parts = tuple(Part(at, other, tile if fixed else choose_tile(other, block_size)) for at, other in others)
+        return tiling_for(grid, tile, block_size, text, lead, device, parts)
 
 
 @lru_cache(maxsize=64)

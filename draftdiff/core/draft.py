@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from draftdiff.core.grid import Tiling
+from draftdiff.core.grid import Part, Tiling
 from draftdiff.core.values import is_number, shown
 from draftdiff.errors import UserError
 
@@ -24,15 +24,21 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
 
     Returns fp32 [batch, heads, video_tiles, head_dim], accumulated in fp32.
     """
-    video = tiling.video(x)
-    missing = [boxes * t - n for n, t, boxes in zip(tiling.grid.shape, tiling.tile, tiling.boxes)]
+    sums = torch.cat([_sums(x, part) for part in tiling.parts], dim=2)
+    return sums / tiling.counts[: tiling.video_tiles, None]
+
+
+def _sums(x: Tensor, part: Part) -> Tensor:
+    """Sums over the tiles of one grid, fp32 [batch, heads, tiles, head_dim]."""
+    video = x[:, part.start : part.stop].unflatten(1, part.grid.shape)
+    missing = [boxes * t - n for n, t, boxes in zip(part.grid.shape, part.tile, part.boxes)]
     if any(missing):
         frames, rows, columns = missing
         video = F.pad(video, (0, 0, 0, 0, 0, columns, 0, rows, 0, frames))
     sums = video
     for axis in (3, 2, 1):  # columns first: one pass over the tokens, the others over ever fewer sums
-        sums = sums.unflatten(axis, (-1, tiling.tile[axis - 1])).sum(axis + 1, dtype=torch.float32)
-    return rearrange(sums, "b f h w n d -> b n (f h w) d") / tiling.counts[: tiling.video_tiles, None]
+        sums = sums.unflatten(axis, (-1, part.tile[axis - 1])).sum(axis + 1, dtype=torch.float32)
+    return rearrange(sums, "b f h w n d -> b n (f h w) d")
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:

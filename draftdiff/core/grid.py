@@ -1,8 +1,9 @@
-"""The token grid of one attention call, and its partition into tiles.
+"""The token grids of one attention call, and their partition into tiles.
 
 A tile is a small box of neighbouring video tokens: a rectangle inside a frame or a 3-D brick. Boxes are cut from the
 grid's origin, so the last ones of an axis may be smaller: they are kept ragged, never padded with tokens of their own.
-Text tokens follow the video tiles in tiles of their own, those before the video first.
+A sequence may hold several grids, such as a picture and the references it is made after; what is in none counts as
+text. Text tokens follow the video tiles in tiles of their own, in the order of the sequence.
 """
 
 from __future__ import annotations
@@ -58,29 +59,17 @@ class LatentGrid:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
-@dataclass(frozen=True, eq=False)
-class Tiling:
-    """A partition of a joint sequence (video and text tokens) into tiles of at most `block_size` tokens.
+@dataclass(frozen=True)
+class Part:
+    """A grid in a sequence: its first token stands at `start`, its tiles are boxes `tile` (frames, rows, columns)."""
 
-    grid: the video tokens.  tile: box in tokens (frames, rows, columns).  block_size: slots a tile has in a kernel.
-    text: number of tokens outside the grid (text, references).  lead: how many of them stand before the video.
-
-    Tiles are numbered video first (raster order of boxes), then text. Tensors, all on `device`:
-    order [tokens] int64: model position of each token in tile order;  restore [tokens] int64: its inverse.
-    counts [tiles] int64: real tokens of each tile;  slots [tiles, block_size] int64: model position per slot, -1 where
-    the tile has no token.
-    """
-
+    start: int
     grid: LatentGrid
     tile: tuple[int, int, int]
-    block_size: int
-    text: int
-    lead: int
-    device: torch.device
-    order: Tensor = field(repr=False)
-    restore: Tensor = field(repr=False)
-    counts: Tensor = field(repr=False)
-    slots: Tensor = field(repr=False)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.grid.tokens
 
     @property
     def boxes(self) -> tuple[int, int, int]:
@@ -88,17 +77,69 @@ class Tiling:
         frames, height, width = (math.ceil(n / t) for n, t in zip(self.grid.shape, self.tile))
         return frames, height, width
 
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """A partition of a joint sequence (video and text tokens) into tiles of at most `block_size` tokens.
+
+    parts: the video tokens, one grid or more; the first is what kernels read best.  block_size: slots a tile has in a
+    kernel.  text: number of tokens outside the grids.
+
+    Tiles are numbered video first (part by part, in raster order of boxes), then text. Tensors, all on `device`:
+    order [tokens] int64: model position of each token in tile order;  restore [tokens] int64: its inverse.
+    counts [tiles] int64: real tokens of each tile;  slots [tiles, block_size] int64: model position per slot, -1 where
+    the tile has no token.
+    """
+
+    parts: tuple[Part, ...]
+    block_size: int
+    text: int
+    device: torch.device
+    order: Tensor = field(repr=False)
+    restore: Tensor = field(repr=False)
+    counts: Tensor = field(repr=False)
+    slots: Tensor = field(repr=False)
+
+    @property
+    def grid(self) -> LatentGrid:
+        """Of the first part."""
+        return self.parts[0].grid
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """Of the first part."""
+        return self.parts[0].tile
+
+    @property
+    def lead(self) -> int:
+        """Number of tokens before the first part."""
+        return self.parts[0].start
+
+    @property
+    def boxes(self) -> tuple[int, int, int]:
+        """Number of tiles along each axis of the first part."""
+        return self.parts[0].boxes
+
+    @property
+    def first_tiles(self) -> int:
+        """Number of tiles of the first part."""
+        return math.prod(self.boxes)
+
     @property
     def video_tiles(self) -> int:
-        return math.prod(self.boxes)
+        return sum(math.prod(part.boxes) for part in self.parts)
 
     @property
     def tiles(self) -> int:
         return len(self.counts)
 
     @property
+    def video_tokens(self) -> int:
+        return sum(part.grid.tokens for part in self.parts)
+
+    @property
     def tokens(self) -> int:
-        return self.grid.tokens + self.text
+        return self.video_tokens + self.text
 
     def readable(self, text_mask: Tensor | None = None) -> Tensor:
         """Slots with a token that may be read as a key, bool [batch, tiles, block_size], batch 1 without text_mask.
@@ -109,12 +150,8 @@ class Tiling:
         if text_mask is None:
             return filled
         valid = torch.ones(len(text_mask), self.tokens, dtype=torch.bool, device=self.device)
-        valid[:, self.order[self.grid.tokens :]] = text_mask
+        valid[:, self.order[self.video_tokens :]] = text_mask
         return filled & valid[:, self.slots.clamp(min=0)]
-
-    def video(self, x: Tensor) -> Tensor:
-        """The video tokens of x [B, tokens, ...] as a view [B, frames, height, width, ...]."""
-        return x[:, self.lead : self.lead + self.grid.tokens].unflatten(1, self.grid.shape)
 
 
 @lru_cache(maxsize=32)
@@ -125,33 +162,40 @@ def tiling_for(
     text: int = 0,
     lead: int = 0,
     device: torch.device | str = "cpu",
+    others: tuple[Part, ...] = (),
 ) -> Tiling:
-    """Build (or fetch) the tiling of a grid. Tokens are in raster order inside a tile.
+    """Build (or fetch) the tiling of a sequence. Tokens are in raster order inside a tile.
 
-    Raises ValueError for a tile that has more tokens than block_size, an unknown block size, or lead > text.
+    lead: tokens before the grid, of whatever kind.  others: further grids.
+    Raises ValueError for a tile that has more tokens than block_size, an unknown block size, or a grid that hangs over
+    the sequence or another grid.
     """
     if block_size not in BLOCK_SIZES:
         raise UserError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-    if len(tile) != 3 or min(tile) < 1 or math.prod(tile) > block_size:
-        raise UserError(f"tile must be (frames, rows, columns) with at most {block_size} tokens, got {tile}")
-    if not 0 <= lead <= text:
+    parts = (Part(lead, grid, tile), *others)
+    for part in parts:
+        if len(part.tile) != 3 or min(part.tile) < 1 or math.prod(part.tile) > block_size:
+            raise UserError(f"tile must be (frames, rows, columns) with at most {block_size} tokens, got {part.tile}")
+    tokens = text + sum(part.grid.tokens for part in parts)
+    if len(parts) == 1 and not 0 <= lead <= text:
         raise UserError(f"lead must be between 0 and the {text} text tokens, got {lead}")
+    in_order = sorted(parts, key=lambda part: part.start)
+    edges = [0, *(edge for part in in_order for edge in (part.start, part.stop)), tokens]
+    if edges != sorted(edges):
+        found = ", ".join(f"{part.grid} from {part.start}" for part in in_order)
+        raise UserError(f"grids must not overlap or leave the sequence of {tokens} tokens, got {found}")
 
-    axes = [torch.arange(n) // t for n, t in zip(grid.shape, tile)]
-    boxes = [math.ceil(n / t) for n, t in zip(grid.shape, tile)]
-    owner = (axes[0][:, None, None] * boxes[1] + axes[1][:, None]) * boxes[2] + axes[2]
-    order = torch.argsort(owner.flatten(), stable=True) + lead
-    counts = torch.bincount(owner.flatten())
-
-    text_position = torch.arange(text)
-    text_position[lead:] += grid.tokens
-    # No text tile spans the video: its tokens stand side by side in memory.
-    text_counts = torch.tensor(
-        [min(block_size, size - start) for size in (lead, text - lead) for start in range(0, size, block_size)],
-        dtype=torch.long,
-    )
-    order = torch.cat([order, text_position])
-    counts = torch.cat([counts, text_counts])
+    orders, sizes = [], []
+    for part in parts:
+        axes = [torch.arange(n) // t for n, t in zip(part.grid.shape, part.tile)]
+        owner = (axes[0][:, None, None] * part.boxes[1] + axes[1][:, None]) * part.boxes[2] + axes[2]
+        orders.append(torch.argsort(owner.flatten(), stable=True) + part.start)
+        sizes.append(torch.bincount(owner.flatten()))
+    # No text tile spans a grid: its tokens stand side by side in memory.
+    for start, stop in zip(edges[::2], edges[1::2]):
+        orders.append(torch.arange(start, stop))
+        sizes.append(torch.tensor([min(block_size, stop - at) for at in range(start, stop, block_size)]).long())
+    order, counts = torch.cat(orders), torch.cat(sizes)
 
     restore = torch.empty_like(order)
     restore[order] = torch.arange(len(order))
@@ -160,7 +204,7 @@ def tiling_for(
     filled = slot < counts[:, None]
     slots = torch.where(filled, order[(starts[:, None] + slot).clamp(max=len(order) - 1)], -1)
     on_device = [t.to(device) for t in (order, restore, counts, slots)]
-    return Tiling(grid, tile, block_size, text, lead, torch.device(device), *on_device)
+    return Tiling(parts, block_size, text, torch.device(device), *on_device)
 
 
 @lru_cache(maxsize=256)

@@ -7,16 +7,19 @@ directly runs inside a mode that catches this one call. Its own code runs in bot
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from dataclasses import dataclass
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.hooks._helpers import AttentionProcessorRegistry
@@ -40,9 +43,37 @@ BACKEND = "draftdiff"
 # Of from_pretrained: the old name warns where the new one exists.
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
-# (layer, query, key, value [batch, tokens, heads, head_dim], options of the call, processes that share the heads,
-# dense) -> output like query. dense() is the attention that would have been without us.
-Attend = Callable[[Any, Tensor, Tensor, Tensor, dict[str, Any], int, Callable[[], Tensor]], Tensor]
+
+@dataclass(frozen=True)
+class Share:
+    """What one process has of a call that several make together (diffusers' context parallelism).
+
+    Each stream of tokens was cut into `pieces`, one for each process in order. Queries are of `count` pieces from
+    `first` on, keys and values of all.  heads_from: which of the layer's heads the first one here is.
+    """
+
+    pieces: int = 1
+    first: int = 0
+    count: int = 1
+    heads_from: int = 0
+    group: Any = None
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Over the processes that have the other queries, in x."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def sizes(self, tokens: int) -> list[int]:
+        """Of the pieces that so many tokens were cut into."""
+        each, more = divmod(tokens, self.pieces)
+        return [each + (piece < more) for piece in range(self.pieces)]
+
+
+ALONE = Share()
+# (layer, query, key, value [batch, tokens, heads, head_dim], options of the call, what this process has of it, dense)
+# -> output like query. dense() is the attention that would have been without us.
+Attend = Callable[[Any, Tensor, Tensor, Tensor, dict[str, Any], Share, Callable[[], Tensor]], Tensor]
 
 
 def with_one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -100,25 +131,64 @@ class _Backend:
             "gqa": enable_gqa,
         }
         if _parallel_config is None or not layer.is_sparse:
-            return layer.attend(layer, query, key, value, options, 1, dense)
-
-        parallel = _parallel_config.context_parallel_config
-        if (parallel.ring_degree or 1) > 1:
-            raise UserError("ring context parallelism is not supported by draft attention; use ulysses_degree")
+            return layer.attend(layer, query, key, value, options, ALONE, dense)
         if torch.is_grad_enabled() and query.requires_grad:
             raise UserError("draft attention cannot be trained under context parallelism; disable it for training")
+        parallel = _parallel_config.context_parallel_config
+        ulysses, ring = parallel.ulysses_degree or 1, parallel.ring_degree or 1
 
-        # Under Ulysses each process sees all tokens and a share of the heads.
         def local(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
+            """All that this process computes: of its heads, its group's queries with the keys of all."""
+            mine = parallel._ulysses_local_rank * math.ceil(heads / ulysses)
+            group = parallel._ring_mesh.get_group() if ring > 1 else None
+            share = Share(ulysses * ring, parallel._ring_local_rank * ulysses, ulysses, mine, group)
+            if ring > 1:
+                uneven = bool(getattr(parallel, "ring_anything", False))
+                key, value = (_gathered(x, 1, group, uneven) for x in (key, value))
+                if mask is not None and mask.shape[-1] != key.shape[1]:
+                    mask = _gathered(mask, mask.ndim - 1, group, uneven)
+
             def dense() -> Tensor:
                 return dispatch_attention_fn(query, key, value, mask, *given[1:], backend=stock)
 
-            share = options | {"mask": _over_keys(mask, query, key)}
-            return layer.attend(layer, query, key, value, share, parallel.ulysses_degree, dense)
+            here = options | {"mask": _over_keys(mask, query, key)}
+            return layer.attend(layer, query, key, value, here, share, dense)
 
+        heads = query.shape[2]
+        if ulysses == 1:
+            return local(None, query, key, value, attn_mask)
+        # diffusers brings the heads to their processes and back; what rings there would be, `local` is.
+        no_ring = SimpleNamespace(context_parallel_config=_WithoutRing(parallel))
         return _templated_context_parallel_attention(
-            query, key, value, *given, False, forward_op=local, backward_op=None, _parallel_config=_parallel_config
+            query, key, value, *given, False, forward_op=local, backward_op=None, _parallel_config=no_ring
         )
+
+
+class _WithoutRing:
+    """A parallel config as if its ring were of one process."""
+
+    ring_degree = 1
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _gathered(x: Tensor, axis: int, group: Any, uneven: bool) -> Tensor:
+    """The pieces of all processes of a group one after another along an axis."""
+    sizes = [x.shape[axis]] * dist.get_world_size(group)
+    if uneven:
+        told = torch.tensor([x.shape[axis]], device=x.device)
+        every = [torch.empty_like(told) for _ in sizes]
+        dist.all_gather(every, told, group=group)
+        sizes = torch.cat(every).tolist()
+    x = x.movedim(axis, 0)
+    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])]) if len(x) < max(sizes) else x.contiguous()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)]).movedim(0, axis)
 
 
 def _over_keys(mask: Any, query: Tensor, key: Tensor) -> Any:
@@ -190,7 +260,7 @@ class _CatchAttention(TorchFunctionMode):
             "causal": named.get("is_causal", False),
             "gqa": named.get("enable_gqa", False),
         }
-        return self.layer.attend(self.layer, query, key, value, options, 1, dense).transpose(1, 2)
+        return self.layer.attend(self.layer, query, key, value, options, ALONE, dense).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftdiff.attention.attend import attend, attend_op, needs_gradient
+from draftdiff.attention.attend import attend, attend_op, needs_gradient, packed_places
 from draftdiff.core.devices import exact_dtype
 from draftdiff.core.draft import softmax_scale
 from draftdiff.core.grid import LatentGrid
@@ -49,5 +49,5 @@ def draft_attention(
     else:  # made on the device: a copy from the host could not be captured in a CUDA graph
         density = torch.full((q.shape[2],), float(density[0]), dtype=dtype, device=q.device)
     if torch.compiler.is_compiling() or needs_gradient(q, k, v):
-        return attend_op(q, k, v, density, text_mask, list(grid.shape), lead, scale, config.rule.packed)[0]
+        return attend_op(q, k, v, density, text_mask, packed_places(grid.shape, lead), scale, config.rule.packed)[0]
     return attend(q, k, v, density, config.rule, grid=grid, lead=lead, text_mask=text_mask, scale=scale)[0]

@@ -116,7 +116,7 @@ class Hook:
         if (broken_off := self.here.value) is not None:  # by Ctrl-C, which PyTorch tells no hook of
             broken_off.leaves.close()
         self.take_over()
-        arguments = _arguments(model, args, kwargs)
+        arguments = _arguments(model, args, kwargs, self.layout.inputs)
         if arguments is None:
             name = f"{type(model).__name__}.forward"
             self.log = Log()
@@ -125,20 +125,20 @@ class Hook:
                 f"{name} was replaced by one that does not name its arguments: call it with names to make it sparse"
             )
             return
-        hidden_states: Tensor = arguments["hidden_states"]
-        run, scheduler, told = self._run(arguments["timestep"])
+        latents, timestep = (arguments[name] for name in self.layout.inputs)
+        hidden_states: Tensor = latents if isinstance(latents, Tensor) else latents[0]
+        run, scheduler, told = self._run(timestep)
         if self not in run.logs:
             run.logs[self] = self.log = Log(Clock(hidden_states.device))
         log = run.logs[self]
-        passage, step, steps = run.place(scheduler, arguments["timestep"], told)
+        passage, step, steps = run.place(scheduler, timestep, told)
         call = Call(wrapped, log, Forward(passage, step), self.layout.grid(model, arguments))
         tasks = [Task(call) for _ in self.layers]
         sparse = self.config.sparse_steps(steps)
         if call.grid is None:
             log.reasons["the grid of a call's tokens cannot be told (see the model's note)"] += 1
         elif self._has_enough(call.grid, hidden_states.device, log) and step in sparse:
-            lead = self.layout.lead(model, arguments) if self.layout.lead else 0
-            self._draw_up(call, tasks, hidden_states, lead, progress=sparse.index(step) / len(sparse))
+            self._draw_up(call, tasks, model, arguments, progress=sparse.index(step) / len(sparse))
         log.forwards.append(call.forward)
         if torch.is_grad_enabled():
             again = host.checkpoints_through(model, lambda block: self._resumed(call, tasks, block))
@@ -146,16 +146,21 @@ class Hook:
         call.leaves.enter_context(self._active(call, tasks))
         call.start = log.clock.now()
 
-    def _draw_up(self, call: Call, tasks: list[Task], hidden_states: Tensor, lead: int, progress: float) -> None:
+    def _draw_up(self, call: Call, tasks: list[Task], model: nn.Module, arguments: _Arguments, progress: float) -> None:
         """Turn the tasks of the layers that shall be sparse into sparse ones."""
         assert call.grid is not None
-        device, log = hidden_states.device, call.log
+        layout, latents = self.layout, arguments[self.layout.inputs[0]]
+        latents = [latents] if isinstance(latents, Tensor) else latents
+        device, log = latents[0].device, call.log
+        lead = layout.lead(model, arguments) if layout.lead else 0
+        others = layout.others(model, arguments) if layout.others else []
+        keys = layout.keys(model, arguments) if layout.keys else None
         log.grid = call.grid.shape
         log.tile, log.block_size = self.config.rule.tile_for(call.grid)
-        log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(call.grid)
+        log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(call.grid.tokens)
         density = self.config.budget.density(len(tasks), host.heads_of(self.layers[0].module), progress)
         shares = density.mean(1).tolist()
-        limit = self._dense_above(hidden_states, log)
+        limit = self._dense_above(latents[0], log)
         for layer in self.layers:
             if self.config.is_dense_layer(layer.index) or shares[layer.index] >= limit:
                 continue
@@ -163,12 +168,14 @@ class Hook:
                 log.reasons["a layer-skip hook of diffusers replaces the attention"] += 1
                 continue
             call.forward.layers.append(layer.index)
-        call.finite = hidden_states.isfinite().all()
+        call.finite = torch.stack([x.isfinite().all() for x in latents]).all()
         call.stats = torch.full((len(call.forward.layers), len(STATS)), -1.0, device=device)
-        shape = torch.empty(*call.grid.shape, lead, 0, device=device)
+        places = [number for start, grid in others for number in (*grid.shape, start)]
+        shape = torch.empty(*call.grid.shape, lead, *places, 0, device=device)
         shares_there = density.to(device, exact_dtype(device))
         for row, index in enumerate(call.forward.layers):
-            tasks[index].density, tasks[index].stats, tasks[index].shape = shares_there[index], call.stats[row], shape
+            task = tasks[index]
+            task.density, task.stats, task.shape, task.keys = shares_there[index], call.stats[row], shape, keys
 
     def _dense_above(self, hidden_states: Tensor, log: Log) -> float:
         """Density from which a layer is left to dense attention."""
@@ -269,11 +276,12 @@ class _Arguments(dict):
         return None
 
 
-def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Arguments | None:
-    """The arguments of a forward by name, None where they cannot be told: a host may have replaced the forward."""
+def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any], needed: tuple[str, ...]) -> _Arguments | None:
+    """The arguments of a forward by name, None where those needed cannot be told: a host may have replaced the
+    forward."""
     if args:
         signature = inspect.signature(type(model).forward)
-        if "hidden_states" not in signature.parameters:
+        if needed[0] not in signature.parameters:
             return None
         kwargs = signature.bind(model, *args, **kwargs).arguments
-    return _Arguments(kwargs) if {"hidden_states", "timestep"} <= set(kwargs) else None
+    return _Arguments(kwargs) if set(needed) <= set(kwargs) else None

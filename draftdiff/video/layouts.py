@@ -31,7 +31,12 @@ class Layout:
     text: where the tokens outside the grid stand; "around" means on both sides.
     route: how the processor reaches its kernel. "dispatch": by `dispatch_attention_fn` with the processor's backend;
         "sdpa": by `torch.nn.functional.scaled_dot_product_attention`; "own": we replace the stock processor.
-    lead: number of tokens in front of the grid, for text="around" only.
+    lead: number of tokens in front of the grid, for text="around" only; a call that has fewer has none.
+    others: further grids in the sequence, each with the position of its first token.
+    keys: which tokens of the sequence may be read, bool [batch, tokens], if the model makes a mask over pairs of them.
+    queries: in a call with more keys than queries, where the queries' tokens stand among those of the keys; "all" if
+        the model makes none such.
+    inputs: names of the forward's arguments that hold the latents, a tensor or a list of them, and the timestep.
     one_stream: the other tokens come in the video's own stream, so that processes which share a sequence (Ulysses) each
         bring a stretch of the whole; else each brings a stretch of the text and one of the video.
     note: what a user should know, such as calls that stay dense.
@@ -43,6 +48,10 @@ class Layout:
     text: Literal["none", "first", "last", "around"] = "none"
     route: Literal["dispatch", "sdpa", "own"] = "dispatch"
     lead: Callable[[Any, Arguments], int] | None = None
+    others: Callable[[Any, Arguments], list[tuple[int, LatentGrid]]] | None = None
+    keys: Callable[[Any, Arguments], Tensor | None] | None = None
+    queries: Literal["all", "first", "last"] = "all"
+    inputs: tuple[str, str] = ("hidden_states", "timestep")
     one_stream: bool = False
     note: str = ""
 

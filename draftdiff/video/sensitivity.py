@@ -19,10 +19,11 @@ from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import stretch_at
 from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
+from draftdiff.video.calls import Over, sequence_of, sparse
 from draftdiff.video.config import DraftAttentionConfig
 from draftdiff.video.hook import Hook
 from draftdiff.video.layouts import layout_for
-from draftdiff.video.patch import disable, reason_for_dense, sparse, transformers_of, unwrapped
+from draftdiff.video.patch import disable, transformers_of, unwrapped
 from draftdiff.video.tasks import Call, Layer, PerThread, Task
 
 
@@ -130,7 +131,7 @@ class _Recorder:
         key: Tensor,
         value: Tensor,
         options: dict[str, Any],
-        processes: int,
+        share: host.Share,
         dense: Callable[[], Tensor],
     ) -> Tensor:
         task: Task | None = layer.here.value
@@ -139,15 +140,15 @@ class _Recorder:
         if task.call is not self.call:
             self.call, self.forwards = task.call, self.forwards + 1
             self.found.steps = max(self.found.steps, task.call.forward.step + 1)
-        reason = reason_for_dense(layer, query, key, options, processes, eager=True)
-        if reason is not None or processes > 1:
-            task.call.log.reasons[reason or "several processes share the heads"] += 1
+        over = sequence_of(layer, query, key, options, share, eager=True)
+        if isinstance(over, str) or share.pieces > 1:
+            task.call.log.reasons[over if isinstance(over, str) else "several processes share the heads"] += 1
             return dense()
         if self.forwards % self.every:
             return dense()
         out, seconds = _timed(dense, query.device)
         with torch.no_grad():
-            self._sample(layer, task, (query, key, value), options, out, seconds)
+            self._sample(layer, task, (query, key, value), options["scale"], over, out, seconds)
         return out
 
     def _sample(
@@ -155,7 +156,8 @@ class _Recorder:
         layer: Layer,
         task: Task,
         tensors: tuple[Tensor, Tensor, Tensor],
-        options: dict[str, Any],
+        scale: float | None,
+        over: Over,
         dense: Tensor,
         dense_seconds: float,
     ) -> None:
@@ -168,7 +170,7 @@ class _Recorder:
                 asked = replace(task, density=torch.full_like(task.density, density))
 
                 def answer(rule: Rule = rule, asked: Task = asked) -> Tensor:
-                    return sparse(layer, asked, rule, *tensors, options, 1, True)[0]
+                    return sparse(layer, asked, rule, *tensors, scale, over, True)[0]
 
                 out, seconds = _timed(answer, dense.device)
                 times[row, column] = seconds

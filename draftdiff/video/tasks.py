@@ -49,14 +49,15 @@ class Task:
     """What one layer does in one call.
 
     density: kept share, [heads]; None to be dense.  stats: its row of the call's.
-    shape: [frames, height, width, lead, 0], a tensor without values: the shapes of tensors are the only sizes that may
-    change without a new graph.
+    shape: [frames, height, width, lead, and as many for each further grid, 0], a tensor without values: the shapes of
+    tensors are the only sizes that may change without a new graph.  keys: which tokens may be read, [batch, tokens].
     """
 
     call: Call
     density: Tensor | None = None
     stats: Tensor | None = None
     shape: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(eq=False)

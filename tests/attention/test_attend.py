@@ -1,6 +1,7 @@
 """The method as one function: against dense attention, with gradients, and what it refuses."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
-from draftdiff.attention.attend import attend, attend_op, compute_dtype
+from draftdiff.attention.attend import attend, attend_op, compute_dtype, packed_places
 from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
 from draftdiff.core.grid import LatentGrid
@@ -63,6 +64,81 @@ def test_keys_without_queries_stand_before_the_grid(backend, before):
     whole, _ = attend(q, k, v, half(), Rule(backend=backend), grid=GRID, lead=before)
     close(sparse, whole[:, before:].double())
     assert 0 < float(density) < 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stretches", [[(0, 90)], [(30, 31), (60, 205)], [(100, 208)]], ids=str)
+@pytest.mark.parametrize("rule", [Rule("full"), Rule("error", single=0.06)], ids=["full", "sparse"])
+def test_some_queries_give_what_they_give_among_all(backend, rule, stretches):
+    q, k, v = made(GRID.tokens + 10)
+    rule = replace(rule, backend=backend)
+    places = torch.cat([torch.arange(*stretch) for stretch in stretches])
+    # Tiles whose queries are not all there choose by those that are.
+    tiling = rule.tiling(GRID, 10, 4, q.device)
+    there = torch.isin(tiling.slots, torch.cat([places, torch.tensor([-1])])).all(1)
+    whole = tiling.slots[there][tiling.slots[there] >= 0]
+    found, (density, _) = attend(q[:, places], k, v, half(), rule, grid=GRID, lead=4, queries=stretches)
+    assert found.shape == q[:, places].shape
+    expected, _ = attend(q, k, v, half(), rule, grid=GRID, lead=4)
+    alike = places if rule.selection == "full" else whole[torch.isin(whole, places)]
+    assert len(alike)
+    close(found[:, torch.isin(places, alike)], expected[:, alike.sort().values].double())
+    assert 0 < float(density) <= 1
+
+
+def test_queries_that_do_not_fit_are_refused_in_one_line():
+    q, k, v = made(GRID.tokens + 10)
+    for stretches in ([(0, 10)], [(50, 60), (0, 40)], [(180, 230)]):
+        with pytest.raises(UserError, match=r"queries must be stretches of 50 in 208 tokens, got \[\("):
+            attend(q[:, :50], k, v, half(), Rule(), grid=GRID, lead=4, queries=stretches)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "rule", [Rule("full"), Rule("error", single=0.06), Rule("upstream")], ids=lambda r: r.selection
+)
+def test_grids_beside_the_first_are_drafted_too(backend, rule):
+    references = [(5, LatentGrid(1, 10, 8)), (290, LatentGrid(1, 7, 13))]
+    q, k, v = made(5 + 80 + 6 + GRID.tokens + 1 + 91 + 4)
+    out, (density, _) = attend(q, k, v, half(), replace(rule, backend=backend), grid=GRID, lead=91, others=references)
+    reference, (same, _) = attend(
+        q, k, v, half(), replace(rule, backend="reference"), grid=GRID, lead=91, others=references
+    )
+    close(out, reference.double())
+    assert float(density) == pytest.approx(float(same), rel=1e-6)
+    if rule.selection == "full":
+        close(out, dense(q, k, v))
+    else:
+        alone = attend(q, k, v, half(), replace(rule, backend=backend), grid=GRID, lead=91)[1][0]
+        assert float(density) < float(alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_head_serves_neighbouring_query_heads(backend):
+    q, k, v = made(GRID.tokens + 3, heads=6)
+    k, v = k[:, :, :2], v[:, :, :2]
+    density = torch.linspace(0.2, 0.9, 6, dtype=torch.float64)
+    rule = Rule("error", single=0.06, backend=backend)
+    out, stats = attend(q, k, v, density, rule, grid=GRID)
+    repeated = [x.repeat_interleave(3, dim=2) for x in (k, v)]
+    expected, same = attend(q, *repeated, density, rule, grid=GRID)
+    close(out, expected.double())
+    assert torch.allclose(stats, same)
+
+
+def test_gradients_reach_shared_key_heads_further_grids_and_some_queries():
+    q, k, v = made(GRID.tokens + 60, heads=4)
+    parts = [x.requires_grad_() for x in (q[:, 8:], k[:, :, :2].clone(), v[:, :, :2].clone())]
+    places = packed_places(GRID.shape, 8, [(8 + GRID.tokens, (1, 6, 8))], [(8, GRID.tokens + 60)])
+    density = torch.ones(4, dtype=torch.float64)
+    out, _ = attend_op(*parts, density, None, places, None, Rule("full").packed)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(out, parts, weights)
+    wide = [x.detach().double().requires_grad_() for x in parts]
+    repeated = [x.repeat_interleave(2, dim=2) for x in wide[1:]]
+    expected = torch.autograd.grad(dense(wide[0], *repeated), wide, weights.double())
+    for gradient, wanted in zip(found, expected):
+        close(gradient, wanted, times=64)
 
 
 def test_a_head_of_full_density_is_dense_beside_one_that_reads_single_tokens():
@@ -121,7 +197,7 @@ def test_gradients_of_a_sparse_selection_are_the_references(selection, tail):
 
 def test_what_the_op_saves_and_takes_is_what_autograd_expects():
     q, k, v = (x.requires_grad_() for x in made(GRID.tokens, batch=1))
-    call = (q, k, v, half(), None, [2, 9, 11], 0, None, Rule(backend="torch").packed)
+    call = (q, k, v, half(), None, packed_places([2, 9, 11]), None, Rule(backend="torch").packed)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
     torch.library.opcheck(attend_op, call, test_utils=tests)
 
@@ -138,13 +214,13 @@ def test_autocast_is_what_attention_computes_in_and_does_not_reach_inside():
 
 
 FITS = made(GRID.tokens + 2)
-SHORT = "q, k and v must have the same batch, heads and head_dim, got"
+SHORT = "q, k and v must have the same batch and head_dim, and heads that fit, got"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q, k[:, :, :1], v[:, :, :1]), SHORT),
+        (lambda q, k, v: (q, k[:, :, [0, 1, 1]], v[:, :, [0, 1, 1]]), SHORT),
         (lambda q, k, v: (q, k, v[..., :16]), SHORT),
         (lambda q, k, v: (q, k[:1], v[:1]), SHORT),
         (lambda q, k, v: (q[:, :50], k[:, :50], v[:, :50]), "k has 50 tokens, fewer than the 198 of the grid 2x9x11"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, choose_tile, tiling_for
+from draftdiff.core.grid import BLOCK_SIZES, LatentGrid, Part, choose_tile, tiling_for
 
 GRIDS = [(1, 1, 1), (5, 13, 9), (21, 30, 52), (3, 8, 16), (1, 45, 80)]
 
@@ -36,8 +36,23 @@ def test_a_tile_is_a_box_of_neighbours():
 def test_text_stands_around_the_video_and_follows_it_in_tile_order():
     tiling = tiling_for(LatentGrid(1, 2, 3), (1, 2, 3), 64, text=5, lead=2)
     assert tiling.order.tolist() == [2, 3, 4, 5, 6, 7, 0, 1, 8, 9, 10]
-    x = torch.arange(11)[None, :, None]
-    assert tiling.video(x).flatten().tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_grids_of_several_pictures_are_tiled_each_by_itself_and_text_fills_the_gaps():
+    reference = Part(9, LatentGrid(1, 1, 2), (1, 1, 1))
+    tiling = tiling_for(LatentGrid(1, 2, 3), (1, 2, 3), 64, text=5, lead=2, others=(reference,))
+    assert tiling.order.tolist() == [2, 3, 4, 5, 6, 7, 9, 10, 0, 1, 8, 11, 12]
+    assert tiling.counts.tolist() == [6, 1, 1, 2, 1, 2]
+    assert (tiling.first_tiles, tiling.video_tiles, tiling.video_tokens, tiling.tokens) == (1, 3, 8, 13)
+    mask = torch.tensor([[True, False, True, False, True]])
+    assert tiling.readable(mask)[0, 3:, :2].tolist() == [[True, False], [True, False], [False, True]]
+
+
+@pytest.mark.parametrize("start", [-1, 1, 7, 12])
+def test_a_grid_that_overlaps_another_or_leaves_the_sequence_is_refused_in_one_line(start):
+    reference = Part(start, LatentGrid(1, 1, 2), (1, 1, 1))
+    with pytest.raises(ValueError, match=rf"must not overlap or leave the sequence of 13 tokens, got .* from {start}"):
+        tiling_for(LatentGrid(1, 2, 3), (1, 2, 3), 64, text=5, lead=2, others=(reference,))
 
 
 def test_padding_text_and_empty_slots_are_not_readable():

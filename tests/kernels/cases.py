@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from draftdiff.core.draft import Tail, pool
-from draftdiff.core.grid import LatentGrid, Tiling, tiling_for
+from draftdiff.core.grid import LatentGrid, Part, Tiling, tiling_for
 from draftdiff.core.select import with_text
 from draftdiff.kernels.problem import Problem
 from tests.oracle import attention_of
@@ -28,6 +28,7 @@ class KernelCase:
     heads: int = 2
     empty_row: bool = False
     singles: int = 0
+    others: tuple[Part, ...] = ()
 
 
 EMPTY_ROW = KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True)
@@ -45,13 +46,37 @@ KERNEL_CASES = [
     KernelCase("single tokens beside padded text", (2, 9, 10), (1, 8, 8), 64, text=70, lead=33, padded=True, singles=9),
     KernelCase("all keys as single tokens", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True, singles=256),
 ]
+SEVERAL_GRIDS = [
+    KernelCase(
+        "a reference on either side of the picture and text between",
+        (2, 9, 11),
+        (2, 4, 8),
+        64,
+        text=40,
+        lead=75,
+        padded=True,
+        others=(Part(5, LatentGrid(1, 7, 10), (1, 8, 8)), Part(290, LatentGrid(1, 8, 16), (1, 8, 8))),
+    ),
+    KernelCase(
+        "a reference right behind the picture, single tokens",
+        (1, 16, 16),
+        (1, 8, 16),
+        128,
+        text=9,
+        lead=9,
+        singles=20,
+        others=(Part(265, LatentGrid(1, 9, 17), (1, 16, 8)),),
+    ),
+]
+KERNEL_CASES += SEVERAL_GRIDS
 SMALL = KernelCase("few ragged tiles, text last with padding", (2, 5, 9), (2, 4, 8), 64, text=77, padded=True)
 
 
 def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool) -> Problem:
     """The problem of a case, always the same."""
     generator = torch.Generator().manual_seed(len(case.name) * 1000 + head_dim)
-    tiling: Tiling = tiling_for(LatentGrid(*case.grid), case.tile, case.block_size, case.text, case.lead)
+    grid = LatentGrid(*case.grid)
+    tiling: Tiling = tiling_for(grid, case.tile, case.block_size, case.text, case.lead, others=case.others)
     shape = (case.batch, tiling.tokens, case.heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     q = q * 2
@@ -75,7 +100,7 @@ def some_outside(problem: Problem, most: int, generator: torch.Generator) -> Ten
     tiling, tiles = problem.tiling, problem.tiling.video_tiles
     order = torch.rand(*problem.keep.shape[:2], tiles, tiling.tokens, generator=generator)
     order.masked_fill_(problem.keep[:, :, :tiles][..., problem.tile_of], -1.0)
-    order[..., tiling.order[tiling.grid.tokens :]] = -1.0
+    order[..., tiling.order[tiling.video_tokens :]] = -1.0
     chance, tokens = order.topk(min(most, tiling.tokens), dim=-1)
     few = torch.arange(most)[: tokens.shape[-1]] >= most // 2
     tokens = tokens.masked_fill(chance < 0, -1)

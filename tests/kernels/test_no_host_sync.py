@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from draftdiff.attention import attend
+from draftdiff.attention import rule as rules
 from draftdiff.attention.rule import Rule
 from draftdiff.core.draft import Tail
 from draftdiff.core.grid import LatentGrid, tiling_for
@@ -64,7 +65,7 @@ def without_values(tiling):
 @pytest.mark.parametrize("tail", [False, True], ids=["drop", "tail"])
 def test_draft_selection_lists_and_kernel_read_no_value_on_the_host(monkeypatch, launched, text, masked, tail):
     tiling = without_values(tiling_for(GRID, (1, 8, 16), 128, text))
-    monkeypatch.setattr(attend, "tiling_for", lambda *args: tiling)
+    monkeypatch.setattr(rules, "tiling_for", lambda *args: tiling)
     q, k, v = torch.empty(3, 1, GRID.tokens + text, 2, 64, dtype=torch.bfloat16, device=META)
     density = torch.empty(2, dtype=torch.float64, device=META)
     text_mask = torch.empty(1, text, dtype=torch.bool, device=META) if masked and text else None
@@ -89,7 +90,7 @@ def test_single_tokens_are_listed_without_a_value_read_on_the_host(launched):
 def test_the_probe_and_its_single_tokens_read_no_value_on_the_host(monkeypatch, launched, most, ranked):
     monkeypatch.setattr(triton_probe, "MOST", most)
     tiling = without_values(tiling_for(GRID, (1, 8, 16), 128, 77))
-    monkeypatch.setattr(attend, "tiling_for", lambda *args: tiling)
+    monkeypatch.setattr(rules, "tiling_for", lambda *args: tiling)
     q, k, v = torch.empty(3, 1, GRID.tokens + 77, 2, 64, dtype=torch.bfloat16, device=META)
     density = torch.empty(2, dtype=torch.float64, device=META)
     out, stats = attend.attend(q, k, v, density, Rule(selection="error", single=64, backend="triton"), grid=GRID)

@@ -23,7 +23,7 @@ def tiny(**changes):
     ("changes", "message"),
     [
         ({"q": torch.zeros(64, 2, 16)}, r"q must be \[batch, tokens, heads, head_dim\], .*got \(64, 2, 16\)"),
-        ({"k": torch.zeros(1, 64, 2, 8)}, r"must have the same batch, .* got \(1, 64, 2, 16\), \(1, 64, 2, 8\), "),
+        ({"k": torch.zeros(1, 64, 2, 8)}, r"must have the same batch .* got \(1, 64, 2, 16\), \(1, 64, 2, 8\), "),
         ({"q": torch.zeros(1, 63, 2, 16)}, r"must have one shape, got \(1, 63, 2, 16\) and \(1, 64, 2, 16\)"),
         ({"scale": float("nan")}, "scale must be a finite number or None, got nan"),
         (

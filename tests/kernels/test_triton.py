@@ -16,7 +16,7 @@ from draftdiff.kernels import triton_backend, triton_configs, triton_draft, trit
 from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.problem import PRECISIONS
 from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tables_for
-from tests.kernels.cases import KERNEL_CASES, KernelCase, assert_attends, make
+from tests.kernels.cases import KERNEL_CASES, SEVERAL_GRIDS, KernelCase, assert_attends, make
 from tests.rounding import rounded
 
 RAGGED_TEXT = KernelCase("ragged boxes, text around", (2, 12, 20), (1, 8, 16), 128, 40, lead=5, padded=True, heads=1)
@@ -52,6 +52,19 @@ def test_every_configuration_equals_the_reference(monkeypatch, kind):
     case = RAGGED_TEXT if block == 128 else SMALL_BOXES
     precision = "int8" if access == "int8" else "full"
     call, found, problem = launch(case, config, head_dim=head_dim, precision=precision)
+    assert call.access == access
+    assert_attends(*found, problem)
+
+
+@pytest.mark.parametrize("case", SEVERAL_GRIDS, ids=lambda case: case.name)
+@pytest.mark.parametrize("access", ["hopper", "strided", "gather", "int8"])
+def test_every_way_of_reading_reads_further_grids(monkeypatch, access, case):
+    monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
+    if access == "gather":
+        monkeypatch.setattr(triton_backend, "access_to", lambda *_: "gather")
+    config = triton_configs.configs_for(access, torch.float16, 64, case.block_size)[0]
+    precision = "int8" if access == "int8" else "full"
+    call, found, problem = launch(case, config, precision=precision)
     assert call.access == access
     assert_attends(*found, problem)
 

@@ -76,11 +76,12 @@ def test_twelve_layers_with_budgets_of_their_own_share_two_graphs():
 
 
 def test_the_fake_of_the_custom_op_tells_shape_and_type():
-    from draftdiff.attention.attend import attend_op
+    from draftdiff.attention.attend import attend_op, packed_places
 
     q, k, v = (torch.randn(1, 70, 2, 32, dtype=torch.bfloat16) for _ in range(3))
     density = torch.full((2,), 0.5, dtype=torch.float64)
-    call = (q, k, v, density, None, [1, 8, 8], 6, None, Rule(tile=(1, 4, 4), block_size=64, backend="torch").packed)
+    rule = Rule(tile=(1, 4, 4), block_size=64, backend="torch").packed
+    call = (q, k, v, density, None, packed_places([1, 8, 8], 6), None, rule)
     torch.library.opcheck(attend_op, call, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -55,7 +55,7 @@ def counts(target):
 @pytest.mark.parametrize("two", [False, True], ids=["one transformer", "two"])
 @pytest.mark.parametrize("first", ["offload", "draftdiff"])
 def test_model_offload_changes_nothing_over_three_calls_and_a_new_size(monkeypatch, first, two):
-    import draftdiff.video.patch as patch
+    from draftdiff.video import calls
 
     plain = draftdiff.enable(build_pipe(two), SPARSE)
     expected, small = run(plain), run(plain, height=64, width=64, num_frames=5)
@@ -66,8 +66,8 @@ def test_model_offload_changes_nothing_over_three_calls_and_a_new_size(monkeypat
     pipe.enable_model_cpu_offload(device="cpu")
     if first == "offload":
         draftdiff.enable(pipe, SPARSE)
-    sparse_calls, attend = [], patch.attend
-    monkeypatch.setattr(patch, "attend", lambda *a, **k: (sparse_calls.append(1), attend(*a, **k))[1])
+    sparse_calls, attend = [], calls.attend
+    monkeypatch.setattr(calls, "attend", lambda *a, **k: (sparse_calls.append(1), attend(*a, **k))[1])
     for _ in range(3):
         sparse_calls.clear()
         assert torch.equal(run(pipe), expected)
@@ -151,7 +151,7 @@ def test_a_layer_reached_outside_a_forward_is_dense_and_told(model):
 def test_a_forward_that_ends_in_an_error_leaves_no_task(model, monkeypatch):
     draftdiff.enable(model, AT_ONCE)
     with monkeypatch.context() as patch:
-        patch.setattr("draftdiff.video.patch.attend", lambda *a, **k: 1 / 0)
+        patch.setattr("draftdiff.video.calls.attend", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             output_of(model, inputs())
     tokens = torch.randn(1, 140, 64)
@@ -166,7 +166,7 @@ def test_ctrl_c_inside_a_forward_does_not_reach_the_next(model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("draftdiff.video.patch.attend", interrupted)
+        patch.setattr("draftdiff.video.calls.attend", interrupted)
         with pytest.raises(KeyboardInterrupt):
             output_of(model, inputs())
     for _ in range(2):

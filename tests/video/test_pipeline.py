@@ -113,7 +113,7 @@ def test_an_exception_inside_attention_leaves_a_pipe_that_works(pipe, monkeypatc
     draftdiff.enable(pipe, SPARSE)
     expected = run(pipe)
     with monkeypatch.context() as patch:
-        patch.setattr("draftdiff.video.patch.attend", lambda *a, **k: 1 / 0)
+        patch.setattr("draftdiff.video.calls.attend", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(pipe)
     assert torch.equal(run(pipe), expected)

@@ -1,0 +1,195 @@
+"""What answers an attention call of a hooked layer: draft attention where its task says so and nothing speaks against
+it, else what would have been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftdiff.attention.attend import attend, attend_op, compute_dtype, needs_gradient, packed_places
+from draftdiff.attention.rule import Rule
+from draftdiff.core.grid import LatentGrid
+from draftdiff.hosts import diffusers as host
+from draftdiff.kernels.block_sparse import resolve
+from draftdiff.video.tasks import Layer, Task
+
+
+def attention_call(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+    share: host.Share,
+    dense: Callable[[], Tensor],
+) -> Tensor:
+    """One attention call of a hooked layer: sparse if this call of its transformer says so and nothing speaks against.
+
+    query, key, value: [batch, tokens, heads, head_dim].  options: mask, scale, dropout, causal, gqa.
+    share: what this process has of the call.
+    """
+    task: Task | None = layer.here.value
+    eager = not torch.compiler.is_compiling()
+    if task is None:
+        if eager:
+            layer.hook.log.reasons["attention was reached outside a forward that draftdiff saw"] += 1
+        return dense()
+    # Adapters send other calls the same way.
+    is_self = share.count < share.pieces or layer.hook.layout.queries != "all" or query.shape[1] == key.shape[1]
+    if task.density is None or not is_self:
+        return _dense(task, dense, eager)
+    found = sequence_of(layer, query, key, options, share, eager)
+    if isinstance(found, str):
+        assert task.stats is not None
+        task.stats.fill_(1.0)
+        if eager:
+            task.call.log.reasons[found] += 1
+        return _dense(task, dense, eager)
+    out, stats = sparse(layer, task, layer.hook.config.rule, query, key, value, options["scale"], found, eager)
+    assert task.stats is not None
+    task.stats.copy_(stats.detach())
+    return out
+
+
+def _dense(task: Task, dense: Callable[[], Tensor], eager: bool) -> Tensor:
+    if not eager:
+        return dense()
+    with task.call.log.clock.part("dense attention"):
+        return dense()
+
+
+@dataclass(frozen=True, eq=False)
+class Over:
+    """Where the tokens of a call stand, in the order of its model.
+
+    grid, lead, others, queries, text_mask: as `attend` takes them.  share: what this process has of it.
+    pieces: tokens of each stream's pieces as processes brought them, those of the queries and those of the keys, if
+    they are to be put in order first.
+    """
+
+    grid: list[int]
+    lead: int
+    others: list[tuple[int, list[int]]]
+    queries: list[tuple[int, int]]
+    text_mask: Tensor | None
+    share: host.Share
+    pieces: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None
+
+
+def sequence_of(
+    layer: Layer, query: Tensor, key: Tensor, options: dict[str, Any], share: host.Share, eager: bool
+) -> Over | str:
+    """What a call of a layer with a sparse task is over, or why it has to be dense."""
+    task: Task = layer.here.value
+    assert task.shape is not None
+    frames, height, width, lead, *rest = task.shape.shape[:-1]
+    others = [(start, sizes) for *sizes, start in zip(*[iter(rest)] * 4)]
+    video = frames * height * width + sum(f * h * w for _, (f, h, w) in others)
+    tokens, layout, mask = key.shape[1], layer.hook.layout, options["mask"]
+    text = tokens - video
+    if text < 0 or (text > 0 and layout.text == "none"):
+        return "a call's tokens do not fit the grid of its model"
+    if options["dropout"] or options["causal"]:
+        return "causal attention or dropout"
+    if query.shape[2] != key.shape[2] and not options["gqa"]:
+        return "fewer key heads than query heads"
+    if share.count < share.pieces and not eager:
+        return "ring context parallelism in a compiled graph"
+    if eager and host.is_watched():
+        return "a torch function mode watches attention (perturbed-attention guidance does)"
+    if layout.text == "first":
+        lead = text
+    elif lead > text:  # a block of its own for the picture
+        lead = 0
+
+    queries, pieces = [], None
+    if share.pieces > 1:
+        text_first = layout.text == "first" or (layout.text == "around" and lead > 0)
+        streams = [tokens] if layout.one_stream or text == 0 else [lead, tokens - lead]
+        if len(streams) > 1 and not text_first:
+            streams = [tokens - text, text]
+        cut = [share.sizes(stream) for stream in streams]
+        mine = slice(share.first, share.first + share.count)
+        if share.count < share.pieces:
+            for at, sizes in enumerate(cut):
+                start = sum(streams[:at]) + sum(sizes[: share.first])
+                queries.append((start, start + sum(sizes[mine])))
+        if len(streams) > 1:
+            pieces = list(zip(*(sizes[mine] for sizes in cut))), list(zip(*cut))
+    elif query.shape[1] < tokens:
+        queries = [(0, query.shape[1])] if layout.queries == "first" else [(tokens - query.shape[1], tokens)]
+
+    text_mask = task.keys
+    if text_mask is None and mask is not None:
+        if text == 0 or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+            return "a mask that is not one flag per text token"
+        text_mask = mask[:, 0, 0].expand(query.shape[0], -1)
+        text_mask = text_mask if pieces is None else _in_order(text_mask, pieces[1])
+    if text_mask is not None:
+        grids = sorted([(lead, lead + frames * height * width), *((at, at + f * h * w) for at, (f, h, w) in others)])
+        edges = [0, *(edge for grid in grids for edge in grid), tokens]
+        gaps = [text_mask[:, start:stop] for start, stop in zip(edges[::2], edges[1::2])]
+        text_mask = torch.cat(gaps, dim=1) if text else None
+    grid = [frames, height, width]
+    return Over(grid, lead, others, queries, text_mask, share, pieces)
+
+
+def sparse(
+    layer: Layer,
+    task: Task,
+    rule: Rule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    over: Over,
+    eager: bool,
+) -> tuple[Tensor, Tensor]:
+    """Draft attention of a layer's call by this rule, at the density of its task; returns as `attend` does."""
+    assert task.density is not None
+    dtype = compute_dtype(query)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    if over.pieces is not None:
+        query, (key, value) = _in_order(query, over.pieces[0]), (_in_order(x, over.pieces[1]) for x in (key, value))
+    first_head = over.share.heads_from
+    density = task.density[first_head : first_head + query.shape[2]].to(query.device)
+    if not eager or needs_gradient(query, key, value):
+        places = packed_places(over.grid, over.lead, over.others, over.queries)
+        out, stats = attend_op(query, key, value, density, over.text_mask, places, scale, rule.packed)
+    else:
+        log = task.call.log
+        log.backend = resolve(rule.backend, query.device, dtype, query.shape[-1], rule.precision)
+        out, stats = attend(
+            query,
+            key,
+            value,
+            density,
+            rule,
+            grid=LatentGrid(*over.grid),
+            lead=over.lead,
+            others=[(start, LatentGrid(*sizes)) for start, sizes in over.others],
+            queries=over.queries,
+            summed=over.share.summed,
+            text_mask=over.text_mask,
+            scale=scale,
+            part=log.clock.part,
+        )
+    return (out if over.pieces is None else _as_brought(out, over.pieces[0])), stats
+
+
+def _in_order(x: Tensor, pieces: list[tuple[int, int]]) -> Tensor:
+    """Tokens [batch, tokens, ...] that came as a piece of each of two streams from each process: one stream, then the
+    other."""
+    parts = x.split([size for pair in pieces for size in pair], dim=1)
+    return torch.cat([*parts[::2], *parts[1::2]], dim=1)
+
+
+def _as_brought(x: Tensor, pieces: list[tuple[int, int]]) -> Tensor:
+    """The reverse of `_in_order`."""
+    parts = x.split([pair[stream] for stream in (0, 1) for pair in pieces], dim=1)
+    count = len(pieces)
+    return torch.cat([part for pair in zip(parts[:count], parts[count:]) for part in pair], dim=1)
