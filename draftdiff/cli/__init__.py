@@ -27,7 +27,7 @@ __all__ = ["main", "run"]
 
 # Name, help, and where its options are added: torch and diffusers take seconds to import, so only once it is chosen.
 _COMMANDS = (
-    ("generate", "make one video or image", "video", "add_generate"),
+    ("generate", "make videos or images", "generate", "add_generate"),
     ("compare", "time and judge dense and sparse runs side by side", "video", "add_compare"),
     ("tune", "find where a model needs its attention, and write a profile", "video", "add_tune"),
     ("image", "pictures by VAR or Infinity, with CoDe and ScaleKV; --compare, calibrate", "image", "add_image"),

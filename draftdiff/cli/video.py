@@ -1,16 +1,16 @@
-"""The commands `draftdiff generate`, `compare` and `tune`: diffusers' pipelines, dense and sparse."""
+"""The commands `draftdiff compare` and `tune`, and what they share with `generate`: diffusers' pipelines."""
 
 from __future__ import annotations
 
 import json
-import time
+import re
 from argparse import ArgumentTypeError, Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from draftdiff.cli.options import Field, Once, Parser, add_place, add_seed, fields_of
-from draftdiff.cli.output import deliver, note, print_json
+from draftdiff.cli.options import Field, Parser, add_place, add_seed, fields_of
+from draftdiff.cli.output import deliver, note
 from draftdiff.errors import UserError, user_errors
 from draftdiff.files import prepare_file
 from draftdiff.models.devices import about
@@ -19,20 +19,7 @@ from draftdiff.video.config import ALIASES, DraftAttentionConfig, by_field
 # diffusers takes seconds to import: only inside the commands.
 
 _FIELDS: dict[str, Field] = fields_of(DraftAttentionConfig)
-_CALL = ("frames", "height", "width", "steps", "guidance", "fps", "negative_prompt")
-
-
-def add_generate(parser: Parser) -> None:
-    parser.add_argument("--prompt", required=True, action=Once, hint="draftdiff compare takes several")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".mp4, or .png for an image")
-    how = parser.add_mutually_exclusive_group()
-    _FIELDS["sparsity"].add_to(how)
-    how.add_argument("--dense", action="store_true", help="the pipeline as it is, without draftdiff")
-    how.add_argument("--profile", type=Path, metavar="FILE", help="settings that draftdiff tune wrote")
-    _add_attention(parser)
-    _add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(func=_generate)
+_CALL = ("frames", "height", "width", "steps", "guidance", "fps", "negative_prompt", "strength")
 
 
 def add_compare(parser: Parser) -> None:
@@ -56,8 +43,8 @@ def add_compare(parser: Parser) -> None:
         help="one more setting, that draftdiff tune wrote (in --setting: profile:FILE)",
     )
     parser.add_argument("--repeat", type=int, default=3, help="timed rounds (default: 3)")
-    _add_attention(parser)
-    _add_model(parser)
+    add_attention(parser)
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     parser.set_defaults(func=_compare)
 
@@ -81,12 +68,16 @@ def add_tune(parser: Parser) -> None:
         metavar="FILE",
         help=".json; a page of the same name is put beside it",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print the profile and its checks as JSON")
     parser.set_defaults(func=_tune)
 
 
-def _add_attention(parser: Parser) -> None:
+def add_sparsity(parser: Any) -> None:
+    _FIELDS["sparsity"].add_to(parser)
+
+
+def add_attention(parser: Parser) -> None:
     group = parser.add_argument_group("attention, the fields of DraftAttentionConfig")
     for name, field in _FIELDS.items():
         if name != "sparsity":
@@ -96,27 +87,53 @@ def _add_attention(parser: Parser) -> None:
         group.add_argument(option, type=kind, metavar="X", help=f"{told} as ComfyUI has it")
 
 
-def _add_model(parser: Parser) -> None:
+def add_model(parser: Parser, *, with_seed: bool = True) -> None:
     group = parser.add_argument_group("model and size (defaults: the model's)")
     group.add_argument("--model", help="folder or Hub id of a diffusers pipeline (default: the embedded mini model)")
     group.add_argument("--negative-prompt")
     group.add_argument("--variant", metavar="NAME", help="of the weight files, for example fp16")
-    group.add_argument("--image", metavar="FILE", help="first frame, for image-to-video pipelines")
+    group.add_argument("--image", metavar="FILE", help="first frame, or the picture to work on")
+    group.add_argument("--last-image", metavar="FILE", help="last frame, for pipelines that fill what is between")
     group.add_argument("--video", metavar="FILE", help="clip to start from, for video-to-video pipelines")
-    group.add_argument("--frames", type=int)
-    group.add_argument("--height", type=int, help="pixels")
-    group.add_argument("--width", type=int, help="pixels")
-    group.add_argument("--steps", type=int, help="denoising steps")
-    group.add_argument("--guidance", type=float, help="classifier-free guidance scale")
-    add_seed(group)
-    group.add_argument("--fps", type=float, help="frames per second of the video")
+    group.add_argument(
+        "--strength", type=float, metavar="X", help="how much of --video or --image is made anew, 0 to 1"
+    )
+    group.add_argument("--frames", "--num-frames", type=int, metavar="N")
+    group.add_argument("--size", type=_size, metavar="WxH", help="--width and --height at once")
+    group.add_argument("--height", type=int, metavar="N", help="pixels")
+    group.add_argument("--width", type=int, metavar="N", help="pixels")
+    group.add_argument("--steps", "--num-inference-steps", type=int, metavar="N", help="denoising steps")
+    group.add_argument("--guidance", "--guidance-scale", type=float, metavar="X", help="of classifier-free guidance")
+    if with_seed:
+        add_seed(group)
+    group.add_argument("--fps", type=float, metavar="X", help="frames per second of the video")
     add_place(group)
     group.add_argument(
-        "--offload", nargs="?", const="model", choices=("model", "sequential"), help="keep weights in main memory"
+        "--offload",
+        nargs="?",
+        const="model",
+        choices=("model", "sequential", "group"),
+        help="keep weights in main memory: whole parts (model), layers (sequential), layers ahead of time (group)",
     )
+    setup = parser.add_argument_group("changes to the pipeline, all as diffusers has them")
+    setup.add_argument("--lora", action="append", default=[], metavar="PLACE[:WEIGHT]", help="repeat for several")
+    setup.add_argument("--scheduler", metavar="NAME", help="for example UniPCMultistep")
+    setup.add_argument("--flow-shift", type=float, metavar="X", help="of a flow-matching scheduler")
+    setup.add_argument("--attention-backend", metavar="NAME", help="of dense calls: native, sage, _flash_3, ...")
+    setup.add_argument("--cache", metavar="NAME[:FIELD=VALUE,...]", help="first-block, taylorseer, mag, pab or faster")
+    setup.add_argument("--compile", action="store_true", help="compile the transformer's repeated blocks")
+    setup.add_argument("--vae-tiling", action="store_true", help="decode part by part, with less memory")
+    setup.add_argument("--quantize", metavar="NAME", help="load the transformer as bnb-4bit, bnb-8bit, int8 or fp8")
 
 
-def _config(fields: dict[str, Any], options: Namespace) -> DraftAttentionConfig:
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)[xX*](\d+)", text)
+    if found is None:
+        raise ArgumentTypeError(f"must be WIDTHxHEIGHT, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def config_of(fields: dict[str, Any], options: Namespace) -> DraftAttentionConfig:
     """Of these fields, for the others the options that were given, and for what is left the fields' profile."""
     fields = dict(fields)
     profile = fields.pop("profile", None)
@@ -142,16 +159,16 @@ def _named(sparsity: float | tuple[float, ...]) -> str:
 def _settings(options: Namespace) -> dict[str, DraftAttentionConfig]:
     """All sparse settings of a comparison by name."""
     sparsities = options.sparsity or ([] if options.setting or options.profile else [0.5, 0.75, 0.9])
-    settings = {_named(value): _config({"sparsity": value}, options) for value in sparsities}
+    settings = {_named(value): config_of({"sparsity": value}, options) for value in sparsities}
     if options.profile:
-        settings["profile"] = _config({"profile": options.profile}, options)
+        settings["profile"] = config_of({"profile": options.profile}, options)
     for text in options.setting:
         name, equals, body = text.partition("=")
         if not equals or not name.strip():
             raise UserError(f"--setting {text!r} must be NAME=KEY:VALUE,KEY:VALUE,...")
         if name in settings:
             raise UserError(f"--setting {name!r} is given twice")
-        settings[name] = _config(dict(_pair(name, pair) for pair in body.split(",") if pair), options)
+        settings[name] = config_of(dict(_pair(name, pair) for pair in body.split(",") if pair), options)
     return settings
 
 
@@ -167,74 +184,32 @@ def _pair(setting: str, pair: str) -> tuple[str, Any]:
         raise UserError(f"--setting {setting!r}: cannot read {pair!r}") from None
 
 
-def _load(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple[Any, dict[str, Any]]:
+def load_model(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple[Any, dict[str, Any]]:
     """The model, and the arguments of its call, checked as far as can be before running it."""
     from diffusers.utils import load_image, load_video
 
+    from draftdiff.models.setup import Setup
     from draftdiff.models.video import call_arguments, load
     from draftdiff.video.patch import check
 
     given = {}
-    for name, read in (("image", load_image), ("video", load_video)):
+    for name, read in (("image", load_image), ("last_image", load_image), ("video", load_video)):
         path = getattr(options, name)
         try:
             given[name] = None if path is None else read(path)
         except Exception:  # Pillow and imageio have many
             raise UserError(f"{name} {path!r} cannot be read") from None
-    places = {name: getattr(options, name) for name in ("dtype", "device", "offload", "variant")}
-    model = load(options.model, **places)
+    sizes = dict(zip(("width", "height"), options.size or ()))
+    for name, size in sizes.items():
+        if getattr(options, name) not in (None, size):
+            raise UserError(f"--size says {name} {size}, --{name} says {getattr(options, name)}")
+    asked = {name: sizes.get(name, getattr(options, name)) for name in _CALL}
+    places = {name: getattr(options, name) for name in ("dtype", "device", "offload", "variant", "quantize")}
+    setup = Setup(**{field.name: getattr(options, field.name) for field in fields(Setup)})
+    model = load(options.model, **places, setup=setup)
     for config in configs:
         check(model.pipeline, config)
-    return model, call_arguments(model, **given, **{name: getattr(options, name) for name in _CALL})
-
-
-def _generate(options: Namespace) -> int:
-    from draftdiff.models.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frames_of, write_frames
-
-    prepare_file(options.output, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
-    asked = {name: getattr(options, name) for name in ("sparsity", "profile") if getattr(options, name) is not None}
-    config = None if options.dense else _config(asked, options)
-    import torch
-
-    from draftdiff import enable, report
-    from draftdiff.models.loading import inputs_refused
-    from draftdiff.models.video import world_judge
-
-    model, call = _load(options, [config] if config else [])
-    prepare_file(options.output, VIDEO_SUFFIXES if model.makes_video else IMAGE_SUFFIXES)
-    if options.model is None:
-        for text in world_judge([options.prompt])[1]:
-            note(text)
-    if config is not None:
-        enable(model.pipeline, config)
-    fps = options.fps or model.fps
-    generator = torch.Generator().manual_seed(options.seed)
-    start = time.perf_counter()
-    with inputs_refused(model.pipeline):
-        output = model.pipeline(prompt=options.prompt, generator=generator, output_type="np", **call)
-    seconds = time.perf_counter() - start
-    frames = frames_of(output)
-    write_frames(options.output, frames, fps)
-
-    done = report(model.pipeline) if config is not None else None
-    if options.json:
-        result = {
-            "output": str(options.output),
-            "model": model.name,
-            "prompt": options.prompt,
-            "seed": options.seed,
-            "shape": list(frames.shape),
-            "fps": fps,
-            "seconds": seconds,
-            "config": config.to_dict() if config else None,
-            "report": done.to_dict() if done else None,
-        }
-        print_json(result, model.device)
-    else:
-        print(done or "dense: draftdiff was not enabled")
-        count, height, width, _ = frames.shape
-        print(f"{options.output}: {count} frames of {width}x{height}, {seconds:.2f} s")
-    return 0
+    return model, call_arguments(model, **given, **asked)
 
 
 def _compare(options: Namespace) -> int:
@@ -247,7 +222,7 @@ def _compare(options: Namespace) -> int:
     from draftdiff.compare.video_run import compare_videos
     from draftdiff.models.video import world_judge
 
-    model, call = _load(options, list(settings.values()))
+    model, call = load_model(options, list(settings.values()))
     judge, notes = world_judge(options.prompt) if options.model is None else (None, [])
     for text in notes:
         note(text)
@@ -276,7 +251,7 @@ def _tune(options: Namespace) -> int:
         raise UserError("--prompt is needed with --model: the profile is found with what it is to be used for")
     # As for the other commands: the embedded model has few tokens.
     config = replace(tune.BASE, min_tokens=0) if options.model is None else tune.BASE
-    model, call = _load(options, [config])
+    model, call = load_model(options, [config])
     model.pipeline.set_progress_bar_config(leave=False)
     tuning = tune.search(
         model.pipeline,

@@ -1,9 +1,10 @@
-"""Frames in and out: from a pipeline's output to uint8 frames, and from frames to a video or picture."""
+"""Frames in and out: from a pipeline's output to uint8 frames, and from frames to a video or pictures."""
 
 from __future__ import annotations
 
 import errno
 import io
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,15 @@ import numpy as np
 from draftdiff.errors import UserError, user_errors
 from draftdiff.files import replacing
 
-VIDEO_SUFFIXES = (".mp4",)
+_H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "17", "-movflags", "+faststart")
+_VP9 = ("-c:v", "libvpx-vp9", "-pix_fmt", "yuv420p", "-crf", "24", "-b:v", "0", "-row-mt", "1")
+_PALETTE = ("-filter_complex", "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse", "-loop", "0")
+_WEBP = ("-c:v", "libwebp", "-quality", "90", "-loop", "0")
+# Of ffmpeg, by the file's ending.
+_ENCODERS = {".mp4": _H264, ".webm": _VP9, ".gif": _PALETTE, ".webp": _WEBP}
+VIDEO_SUFFIXES = tuple(_ENCODERS)
 IMAGE_SUFFIXES = (".png", ".jpg")
+_NUMBERED = re.compile(r"%0?\d*d")
 
 
 def frames_of(output: Any) -> np.ndarray:
@@ -32,16 +40,25 @@ def to_uint8(pictures: np.ndarray) -> np.ndarray:
     return (pictures * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def is_numbered(path: Path) -> bool:
+    """Whether it stands for one picture a frame, as in frames/%04d.png."""
+    return bool(_NUMBERED.search(path.name)) and path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def write_frames(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 frames [frames, height, width, 3] to an mp4, or the first one to an image file.
+    """Write uint8 frames [frames, height, width, 3] to a video, one picture each (%04d.png), or the first to a picture.
 
     Raises NotWritten, which says why, for a full disk or an encoder that fails.
     """
+    if is_numbered(path):
+        for number, frame in enumerate(frames, start=1):
+            write_picture(path.with_name(path.name % number), frame)
+        return
     if path.suffix.lower() in IMAGE_SUFFIXES:
         write_picture(path, frames[0])
         return
     with replacing(path) as partial:
-        _write_mp4(partial, frames, fps)
+        _write_video(partial, frames, fps)
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
@@ -55,12 +72,12 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
         partial.write_bytes(content.getvalue())
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     # By ffmpeg itself, whose exit status tells a failure that imageio's writer keeps to itself. diffusers'
     # export_to_video also rounds sizes to multiples of 16 and frames down.
     height, width = (side // 2 * 2 for side in frames.shape[1:3])  # 4:2:0 colour needs even sizes; all models' are
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "17", "-movflags", "+faststart", str(path)]
+    target = [*_ENCODERS[path.suffix.lower()], str(path)]
     even: Any = np.ascontiguousarray(frames[:, :height, :width])
     command = [ffmpeg(), "-v", "error", "-y", *source, *target]
     done = subprocess.run(command, input=memoryview(even).cast("B"), stderr=subprocess.PIPE, check=False)

@@ -17,6 +17,7 @@ from draftdiff.errors import UserError
 from draftdiff.hosts.diffusers import with_one_dtype
 from draftdiff.models.devices import find_device, find_dtype
 from draftdiff.models.loading import loading, quiet_diffusers
+from draftdiff.models.setup import Setup
 
 EMBEDDED = "mini-video"
 # What the options of a call are named in the pipelines, first match first.
@@ -24,6 +25,14 @@ _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_sp
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 _FPS = ("frame_rate", "fps")
 _DEFAULT_FPS = 16
+
+# Package of diffusers' quantisation and what it is given.
+QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bnb-4bit": ("bitsandbytes_4bit", {"load_in_4bit": True}),
+    "bnb-8bit": ("bitsandbytes_8bit", {"load_in_8bit": True}),
+    "int8": ("torchao", {"quant_type": "Int8WeightOnlyConfig"}),
+    "fp8": ("torchao", {"quant_type": "Float8WeightOnlyConfig"}),
+}
 
 # What of a prompt uint8 frames [frames, height, width, 3] show; None for a prompt that cannot be judged.
 Judge = Callable[[str, np.ndarray], dict[str, bool] | None]
@@ -59,13 +68,15 @@ def load(
     device: str | None = None,
     offload: str | None = None,
     variant: str | None = None,
+    quantize: str | None = None,
+    setup: Setup | None = None,
 ) -> Model:
-    """Load a pipeline and put it on its device.
+    """Load a pipeline, put it on its device and set it up.
 
     name: folder or Hugging Face Hub id; None is the embedded mini model.  dtype: float32, float16 or bfloat16; None is
     bfloat16 on a GPU, and float32 on a CPU and for the embedded model.  device: as in torch; None is CUDA if there is.
-    offload: "model" or "sequential" keep weights in main memory until they are needed.  variant: of the weight files,
-    as diffusers names them.
+    offload: "model", "sequential" or "group" keep weights in main memory until they are needed.  variant: of the weight
+    files, as diffusers names them.  quantize: a key of `QUANTIZED`, for the transformer's weights.
     Raises UserError, in one line, for what cannot be loaded.
     """
     place = find_device(device)
@@ -74,11 +85,17 @@ def load(
         raise UserError("--offload needs a GPU")
     if name is None and variant is not None:
         raise UserError("--variant is for --model: the embedded model has none")
-    model = _embedded(wanted) if name is None else _pretrained(name, wanted, variant)
+    if quantize is not None and (name is None or quantize not in QUANTIZED):
+        allowed = ", ".join(QUANTIZED)
+        raise UserError(f"--quantize must be one of {allowed}, with --model, got {quantize!r}")
+    model = _embedded(wanted) if name is None else _pretrained(name, wanted, variant, quantize)
+    (setup or Setup()).apply(model.pipeline)
     if offload == "model":
         model.pipeline.enable_model_cpu_offload(device=place)
     elif offload == "sequential":
         model.pipeline.enable_sequential_cpu_offload(device=place)
+    elif offload == "group":
+        model.pipeline.enable_group_offload(place, offload_type="leaf_level", use_stream=place.type == "cuda")
     else:
         model.pipeline.to(place)
     return model
@@ -92,7 +109,22 @@ def _embedded(dtype: torch.dtype) -> Model:
         return Model(EMBEDDED, load_mini_video(dtype), dict(defaults["generate"]), defaults["fps"])
 
 
-def _pretrained(name: str, dtype: torch.dtype, variant: str | None) -> Model:
+def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+    """What from_pretrained takes to load the transformers with fewer bits, by the package that has it."""
+    from diffusers import PipelineQuantizationConfig
+
+    backend, given = QUANTIZED[quantize]
+    if backend == "torchao":
+        from torchao import quantization
+
+        given = {"quant_type": getattr(quantization, str(given["quant_type"]))()}
+    elif "load_in_4bit" in given:
+        given = given | {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_type": "nf4"}
+    parts = ["transformer", "transformer_2"]
+    return PipelineQuantizationConfig(quant_backend=backend, quant_kwargs=given, components_to_quantize=parts)
+
+
+def _pretrained(name: str, dtype: torch.dtype, variant: str | None, quantize: str | None) -> Model:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -102,6 +134,8 @@ def _pretrained(name: str, dtype: torch.dtype, variant: str | None) -> Model:
     with loading(name), quiet_diffusers():
         place = folder if folder.is_dir() else name
         options = with_one_dtype({"dtype": dtype, "variant": variant})
+        if quantize is not None:
+            options["quantization_config"] = _quantization(quantize, dtype)
         pipeline = DiffusionPipeline.from_pretrained(place, trust_remote_code=False, **options)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     fps = next((parameters[p].default for p in _FPS if p in parameters), None)
@@ -146,7 +180,9 @@ def call_arguments(
     guidance: float | None = None,
     fps: float | None = None,
     negative_prompt: str | None = None,
+    strength: float | None = None,
     image: Any = None,
+    last_image: Any = None,
     video: Any = None,
 ) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call, prompt and generator excepted; None leaves the model's default.
@@ -160,7 +196,9 @@ def call_arguments(
         "steps": ("num_inference_steps", steps),
         "guidance": ("guidance_scale", guidance),
         "negative-prompt": ("negative_prompt", negative_prompt),
+        "strength": ("strength", strength),
         "image": ("image", image),
+        "last-image": ("last_image", last_image),
         "video": ("video", video),
     }
     kind = type(model.pipeline).__name__
@@ -171,6 +209,8 @@ def call_arguments(
         if argument not in model.parameters:
             raise UserError(f"{kind} takes no --{option}")
         arguments[argument] = value
+    if strength is not None and not 0 < strength <= 1:
+        raise UserError(f"--strength must be above 0 and at most 1, got {strength:g}")
     if fps is not None and fps <= 0:
         raise UserError(f"--fps must be above 0, got {fps:g}")
     if fps is not None:
