@@ -120,7 +120,11 @@ def add_model(parser: Parser, *, with_seed: bool = True) -> None:
     setup.add_argument("--scheduler", metavar="NAME", help="for example UniPCMultistep")
     setup.add_argument("--flow-shift", type=float, metavar="X", help="of a flow-matching scheduler")
     setup.add_argument("--attention-backend", metavar="NAME", help="of dense calls: native, sage, _flash_3, ...")
-    setup.add_argument("--cache", metavar="NAME[:FIELD=VALUE,...]", help="first-block, taylorseer, mag, pab or faster")
+    setup.add_argument(
+        "--cache",
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="first-block, taylorseer, mag, pab, faster or dbcache; compare shows it alone and with each setting",
+    )
     setup.add_argument("--compile", action="store_true", help="compile the transformer's repeated blocks")
     setup.add_argument("--vae-tiling", action="store_true", help="decode part by part, with less memory")
     setup.add_argument("--quantize", metavar="NAME", help="load the transformer as bnb-4bit, bnb-8bit, int8 or fp8")
@@ -184,7 +188,9 @@ def _pair(setting: str, pair: str) -> tuple[str, Any]:
         raise UserError(f"--setting {setting!r}: cannot read {pair!r}") from None
 
 
-def load_model(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple[Any, dict[str, Any]]:
+def load_model(
+    options: Namespace, configs: list[DraftAttentionConfig], *, with_cache: bool = True
+) -> tuple[Any, dict[str, Any]]:
     """The model, and the arguments of its call, checked as far as can be before running it."""
     from diffusers.utils import load_image, load_video
 
@@ -206,6 +212,8 @@ def load_model(options: Namespace, configs: list[DraftAttentionConfig]) -> tuple
     asked = {name: sizes.get(name, getattr(options, name)) for name in _CALL}
     places = {name: getattr(options, name) for name in ("dtype", "device", "offload", "variant", "quantize")}
     setup = Setup(**{field.name: getattr(options, field.name) for field in fields(Setup)})
+    if not with_cache:
+        setup = replace(setup, cache=None)
     model = load(options.model, **places, setup=setup)
     for config in configs:
         check(model.pipeline, config)
@@ -222,7 +230,7 @@ def _compare(options: Namespace) -> int:
     from draftdiff.compare.video_run import compare_videos
     from draftdiff.models.video import world_judge
 
-    model, call = load_model(options, list(settings.values()))
+    model, call = load_model(options, list(settings.values()), with_cache=False)
     judge, notes = world_judge(options.prompt) if options.model is None else (None, [])
     for text in notes:
         note(text)
@@ -234,6 +242,7 @@ def _compare(options: Namespace) -> int:
         repeat=options.repeat,
         seed=options.seed,
         call_kwargs=call,
+        cache=options.cache,
         judge=judge,
         fps=options.fps or model.fps,
         about={"model": model.name, **about(model.device, model.pipeline.dtype, options.command_line)},

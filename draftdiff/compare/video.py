@@ -75,10 +75,12 @@ class Clip:
 
 @dataclass
 class SettingResult:
-    """timings: [rounds][prompts].  clocked: of the dense runs with clocks, likewise, for the dense setting only."""
+    """config: None without draftdiff.  cached: with the comparison's cache.  timings: [rounds][prompts].  clocked: of
+    the dense runs with clocks, likewise, for the dense setting only."""
 
     name: str
     config: DraftAttentionConfig | None
+    cached: bool = False
     timings: list[list[Timing]] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
     clocked: list[list[Timing]] = field(default_factory=list)
@@ -118,7 +120,7 @@ class VideoComparison(Comparison[SettingResult]):
         runs, dense = list(chain(*result.timings)), self.baseline
         row: dict[str, Any] = {"setting": result.name, "seconds": spread([run.seconds for run in runs])}
         ratios = [base.seconds / run.seconds for run, base in zip(runs, chain(*dense.timings))]
-        row["speedup"] = spread(ratios) if result.config else None
+        row["speedup"] = spread(ratios) if result is not dense else None
         pairs = zip(runs, chain(*dense.clocked))
         attention = [base.attention / run.attention for run, base in pairs if run.attention]
         row["attention_speedup"] = spread(attention) if attention else None
@@ -149,7 +151,7 @@ class VideoComparison(Comparison[SettingResult]):
         notes += [
             f"{result.name} ran dense throughout: too few tokens (min_tokens), or all steps dense"
             for result in self.results[1:]
-            if not any(report["sparse_steps"] for clip in result.clips for report in clip.reports)
+            if result.config and not any(report["sparse_steps"] for clip in result.clips for report in clip.reports)
         ]
         return notes
 

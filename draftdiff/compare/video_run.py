@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +25,13 @@ from draftdiff.compare.video import DENSE, Clip, SettingResult, VideoComparison
 from draftdiff.errors import UserError
 from draftdiff.models.frames import frames_of
 from draftdiff.models.loading import inputs_refused
+from draftdiff.models.setup import with_cache
 from draftdiff.models.video import Judge
 from draftdiff.video.config import DraftAttentionConfig
 from draftdiff.video.patch import disable, enable, report
 from draftdiff.video.report import TransformerReport
 
+_CACHE = "cache"
 _CLOCKED = DraftAttentionConfig(dense_steps=1.0)  # dense, with clocks
 
 
@@ -40,6 +43,7 @@ def compare_videos(
     repeat: int = 3,
     seed: int = 0,
     call_kwargs: dict[str, Any] | None = None,
+    cache: str | None = None,
     judge: Judge | None = None,
     fps: float = 16,
     about: dict[str, Any] | None = None,
@@ -49,7 +53,8 @@ def compare_videos(
 
     pipeline: a loaded diffusers pipeline; draftdiff is disabled on it afterwards.  settings: by name.
     repeat: timed rounds, after an untimed warm-up.  seed: of the noise, the same for all prompts and settings.
-    call_kwargs: further arguments of the pipeline's call.  judge: (prompt, frames) -> what of the prompt is right.
+    call_kwargs: further arguments of the pipeline's call.  cache: one that is tried alone and with each setting, as
+    `models.setup.enable_cache` takes it.  judge: (prompt, frames) -> what of the prompt is right.
     fps: of the videos to write.  about: where and with what it runs, for the report.
     Raises UserError for no prompts or settings, or a setting called "dense".
     """
@@ -57,6 +62,9 @@ def compare_videos(
     call = dict(call_kwargs or {})
     dense = SettingResult(DENSE, None)
     results = [dense, *(SettingResult(name, config) for name, config in settings.items())]
+    if cache is not None:
+        results[1:1] = [SettingResult(_CACHE, None, cached=True)]
+        results += [SettingResult(f"{name} + {_CACHE}", config, cached=True) for name, config in settings.items()]
     warm_up = {"num_inference_steps": 2} if "num_inference_steps" in _parameters(pipeline) else {}
     total = len(results) + repeat * len(prompts) * (1 + len(results))
     try:
@@ -65,7 +73,8 @@ def compare_videos(
                 bar.set_postfix_str(f"{result.name} (warm-up)")
                 # Kernels are compiled and memory is found on first use; the dense steps would hide the sparse ones.
                 config = replace(result.config, dense_steps=0) if result.config else None
-                run_setting(pipeline, config, prompts[0], seed, {**call, **warm_up})
+                with _cached(pipeline, cache, result):
+                    run_setting(pipeline, config, prompts[0], seed, {**call, **warm_up})
                 bar.update()
             for round_number in range(repeat):
                 for rows in (dense.clocked, *(result.timings for result in results)):
@@ -76,7 +85,8 @@ def compare_videos(
                     bar.update()
                     for result in results:
                         bar.set_postfix_str(result.name)
-                        run = run_setting(pipeline, result.config, prompt, seed, call)
+                        with _cached(pipeline, cache, result):
+                            run = run_setting(pipeline, result.config, prompt, seed, call)
                         result.timings[-1].append(run.timing)
                         if round_number == 0:
                             base = None if result is dense else dense.clips[index]
@@ -85,6 +95,10 @@ def compare_videos(
     finally:
         disable(pipeline)
     return VideoComparison(type(pipeline).__name__, list(prompts), seed, call, results, fps, dict(about or {}))
+
+
+def _cached(pipeline: Any, cache: str | None, result: SettingResult) -> AbstractContextManager[None]:
+    return with_cache(pipeline, cache) if cache is not None and result.cached else nullcontext()
 
 
 def _check(prompts: list[str], settings: dict[str, DraftAttentionConfig], repeat: int) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import diffusers
@@ -20,6 +23,7 @@ CACHES = {
     "pab": "PyramidAttentionBroadcastConfig",
     "faster": "FasterCacheConfig",
 }
+DBCACHE = "dbcache"  # of the package cache-dit
 _SHIFTS = ("flow_shift", "shift")  # what schedulers call it
 
 
@@ -29,7 +33,7 @@ class Setup:
 
     lora: adapters, as PATH or PATH:WEIGHT.  scheduler: name of a diffusers class, "Scheduler" at its end may be left
     out.  flow_shift: of a flow-matching scheduler.  attention_backend: diffusers' name of one, for dense calls.
-    cache: a key of `CACHES`, perhaps with its settings.  compile: the transformer's repeated blocks.
+    cache: as `enable_cache` takes it.  compile: the transformer's repeated blocks.
     vae_tiling: decode part by part.
     """
 
@@ -48,17 +52,14 @@ class Setup:
         if self.scheduler or self.flow_shift is not None:
             pipeline.scheduler = _scheduler(pipeline.scheduler, self.scheduler, self.flow_shift)
         for model in transformers_of(pipeline):
-            kind = type(model).__name__
             if self.attention_backend:
                 _told(f"--attention-backend {self.attention_backend!r}", model.set_attention_backend)(
                     self.attention_backend
                 )
-            if self.cache:
-                if not hasattr(model, "enable_cache"):
-                    raise UserError(f"{kind} takes no --cache")
-                _told(f"--cache {self.cache!r}", model.enable_cache)(_cache(self.cache, pipeline))
             if self.compile:
                 _told("--compile", model.compile_repeated_blocks)(fullgraph=True)
+        if self.cache:
+            enable_cache(pipeline, self.cache)
         if self.vae_tiling:
             if not hasattr(getattr(pipeline, "vae", None), "enable_tiling"):
                 raise UserError(f"the VAE of {type(pipeline).__name__} takes no --vae-tiling")
@@ -118,20 +119,47 @@ def _scheduler(current: Any, name: str | None, shift: float | None) -> Any:
     return _told(f"--scheduler {kind.__name__!r}", kind.from_config)(config)
 
 
-def _cache(text: str, pipeline: Any) -> Any:
+def enable_cache(pipeline: Any, text: str) -> None:
+    """Give a pipeline's transformers a cache: a key of `CACHES` or "dbcache", perhaps with :FIELD=VALUE,... Raises
+    UserError, in one line, for what is no such cache or cannot have one."""
     name, _, given = text.partition(":")
-    if name not in CACHES:
-        raise UserError(f"--cache must be one of {', '.join(CACHES)}, perhaps with :FIELD=VALUE,..., got {text!r}")
+    if name not in (*CACHES, DBCACHE):
+        known = ", ".join((*CACHES, DBCACHE))
+        raise UserError(f"--cache must be one of {known}, perhaps with :FIELD=VALUE,..., got {text!r}")
     settings = {}
     for pair in filter(None, given.split(",")):
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--cache {text!r}: {pair!r} must be FIELD=VALUE")
         settings[key] = _value(value)
+    if name == DBCACHE:
+        with redirect_stdout(sys.stderr):  # where it would log to
+            cache_dit = _told(f"--cache {text!r}", import_module)("cache_dit")
+        config = _told(f"--cache {text!r}", cache_dit.DBCacheConfig)(**settings)
+        _told(f"--cache {text!r}", cache_dit.enable_cache)(pipeline, cache_config=config)
+        return
     kind = getattr(diffusers, CACHES[name])
     if "current_timestep_callback" in kind.__dataclass_fields__:
         settings["current_timestep_callback"] = lambda: pipeline.current_timestep
-    return _told(f"--cache {text!r}", kind)(**settings)
+    for model in transformers_of(pipeline):
+        if not hasattr(model, "enable_cache"):
+            raise UserError(f"{type(model).__name__} takes no --cache")
+        config = _told(f"--cache {text!r}", kind)(**settings)
+        _told(f"--cache {text!r}", model.enable_cache)(config)
+
+
+@contextmanager
+def with_cache(pipeline: Any, text: str) -> Iterator[None]:
+    """A pipeline with a cache while it lasts; raises as `enable_cache` does."""
+    enable_cache(pipeline, text)
+    try:
+        yield
+    finally:
+        if text.partition(":")[0] == DBCACHE:
+            import_module("cache_dit").disable_cache(pipeline)
+        else:
+            for model in transformers_of(pipeline):
+                model.disable_cache()
 
 
 def _value(text: str) -> Any:

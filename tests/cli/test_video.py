@@ -2,6 +2,7 @@
 
 import errno
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -33,6 +34,18 @@ def test_compare_prints_a_table_and_writes_one_folder(model, tmp_path, capsys):
     assert "--setting paper=" in results["about"]["command"] and results["about"]["versions"]["torch"]
     assert {file.name for file in out.iterdir()} == {"results.json", "report.html", "videos"}
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("cache", ["first-block:threshold=0.5", "dbcache:Fn_compute_blocks=1,Bn_compute_blocks=0"])
+def test_compare_shows_a_cache_alone_and_with_each_setting(model, tmp_path, capsys, cache):
+    if cache.startswith("dbcache") and find_spec("cache_dit") is None:
+        pytest.skip("cache-dit is not here")
+    argv = ["compare", "--model", model, "--prompt", "a", "-o", str(tmp_path / "out"), *SIZE, "--repeat", "1"]
+    assert main([*argv, "--sparsity", "0.5", "--cache", cache, "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert [row["setting"] for row in settings] == ["dense", "cache", "sparsity 0.5", "sparsity 0.5 + cache"]
+    assert settings[0]["speedup"] is None and all(row["speedup"]["median"] > 0 for row in settings[1:])
+    assert [row["config"] is None for row in settings] == [True, True, False, False]
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
