@@ -1,4 +1,4 @@
-"""The command `draftdiff bench`: check, kernels, dit, quality, schedules, var, llm."""
+"""The command `draftdiff bench`: check, kernels, dit, quality, schedules, parallel, var, llm."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def add_bench(parser: Parser) -> None:
     parts.add_parser(
         "gpu-day", help="all that a new GPU deserves, checks first; --dry-run rehearses it", fill=add_gpu_day
     )
+    parts.add_parser("parallel", help="on paper: one clip over several GPUs, links against work", fill=_parallel)
     var = parts.add_parser("var", help="next-scale models: CoDe and ScaleKV; the attention of their last scales")
     of_var = var.add_subparsers(title="parts", required=True, metavar="PART")
     of_var.add_parser("models", help="VAR and Infinity plain, with CoDe, with ScaleKV, with both", fill=_var)
@@ -115,6 +116,19 @@ def _last_scales(parser: Parser) -> None:
     parser.add_argument("--batch", type=whole(1), default=2, help="default: 2")
     parser.add_argument("--last-only", action="store_true", help="only the last scale of each model")
     _common(parser, "last_scales.LastScales", rounds=5)
+
+
+def _parallel(parser: Parser) -> None:
+    tokens, processes = [75_600, 134_000, 1_000_000], [1, 8, 64]
+    parser.add_argument(
+        "--tokens", type=whole(1), nargs="+", default=tokens, metavar="N", help="default: Wan, H3, more"
+    )
+    parser.add_argument("--processes", type=whole(1), nargs="+", default=processes, metavar="N", help="default: 1 8 64")
+    parser.add_argument("--heads", type=whole(1), default=40, metavar="N", help="default: 40")
+    parser.add_argument("--head-dim", type=whole(1), default=128, metavar="N", help="default: 128")
+    parser.add_argument("--density", type=number(above=0, most=1), default=0.2, metavar="X", help="default: 0.2")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(func=lambda options: import_module("draftdiff.bench.parallel").table(options))
 
 
 def _loop(parser: Parser) -> None:

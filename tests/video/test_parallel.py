@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from diffusers.models import attention_dispatch
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
+from draftdiff.bench.parallel import Share as Cost
 from draftdiff.core.budget import Budget
+from draftdiff.hosts import diffusers as host
 from draftdiff.hosts.diffusers import Share
 from draftdiff.video import calls, patch
 from tests.rounding import rounded
@@ -113,6 +116,17 @@ def native_with_lse(ctx, query, key, value, mask=None, dropout=0.0, causal=False
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value), scores.logsumexp(-1).transpose(1, 2)
 
 
+class Counted:
+    """Calls a function and adds up the bytes of its first argument."""
+
+    def __init__(self, function):
+        self.function, self.bytes = function, 0
+
+    def __call__(self, x, *args, **kwargs):
+        self.bytes += x.numel() * x.element_size()
+        return self.function(x, *args, **kwargs)
+
+
 def share(rank, folder, jobs, processes):
     from diffusers import ContextParallelConfig
 
@@ -135,11 +149,15 @@ def share(rank, folder, jobs, processes):
                 if job.ring > 1:
                     name = "diffusers.models.attention_dispatch._native_attention_forward_op"
                     stack.enter_context(mock.patch(name, native_with_lse))
+                exchanged, gathered = Counted(attention_dispatch._all_to_all_single), Counted(host._gathered)
+                stack.enter_context(mock.patch.object(attention_dispatch, "_all_to_all_single", exchanged))
+                stack.enter_context(mock.patch.object(host, "_gathered", gathered))
                 out = output_of(model, job.inputs(model))
             # plain numbers: the gathered output may be of a tensor class of its own
-            result = torch.tensor(out.tolist()), dict(draftdiff.report(model).transformers[0].reasons)
+            reasons = dict(draftdiff.report(model).transformers[0].reasons)
+            result = torch.tensor(out.tolist()), reasons, (exchanged.bytes, gathered.bytes)
         except Exception:
-            result = traceback.format_exc(), {}
+            result = traceback.format_exc(), {}, (0, 0)
         torch.save(result, f"{folder}/{number}.{rank}.pt")
         # The model holds the mesh, and so gloo's threads: one that drops a tensor while Python shuts down aborts it.
         del model
@@ -172,7 +190,7 @@ def equals_one_process(job, results):
     draftdiff.enable(model, job.config)
     expected = rounded(lambda: output_of(model, job.inputs(model)))
     assert float((output_of(model, job.inputs(model)) - dense).abs().max()) > 1e-3
-    for result, reasons in results:
+    for result, reasons, _ in results:
         assert not isinstance(result, str), result
         assert not reasons
         expected.check(result)
@@ -186,6 +204,16 @@ def test_two_processes_equal_one(shared, job):
 @pytest.mark.parametrize("job", [job for job in FOUR if runs_here(job)], ids=str)
 def test_four_processes_equal_one(shared, job):
     equals_one_process(job, shared(job, FOUR, 4))
+
+
+@pytest.mark.parametrize("job", [Job("wan_t2v", ulysses=2), Job("wan_t2v", ring=2, enabled_first=True)], ids=str)
+def test_what_goes_over_links_is_what_the_table_of_costs_says(shared, job):
+    layers, tokens, heads, head_dim = 2, 216, 4, 32
+    expected = Cost(tokens, heads, head_dim, ulysses=job.ulysses, ring=job.ring, bytes_of=4)
+    for *_, (exchanged, gathered) in shared(job, TWO, 2):
+        # Of what is exchanged each process keeps its own half; of what is gathered it has given its half.
+        assert exchanged / 2 == layers * expected.exchanged
+        assert gathered == layers * expected.gathered
 
 
 def test_references_behind_a_picture_are_in_its_stream():
