@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-portable test-oldest test-slow fuzz mutate lint clean
+.PHONY: docs demo test test-portable test-oldest test-slow fuzz mutate lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -44,6 +44,11 @@ test-oldest: $(READY) $(OLDEST)
 mutate: $(READY)
 	$(BIN)/python tests/mutate.py $(FILES)
 
+# The site of docs/, in site/; every page's examples are run by tests/test_docs.py.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
+
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
 
@@ -57,4 +62,4 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info
