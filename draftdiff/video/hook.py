@@ -126,7 +126,7 @@ class Hook:
             )
             return
         latents, timestep = (arguments[name] for name in self.layout.inputs)
-        hidden_states: Tensor = latents if isinstance(latents, Tensor) else latents[0]
+        hidden_states = _tensors(latents)[0]
         run, scheduler, told = self._run(timestep)
         if self not in run.logs:
             run.logs[self] = self.log = Log(Clock(hidden_states.device))
@@ -149,15 +149,17 @@ class Hook:
     def _draw_up(self, call: Call, tasks: list[Task], model: nn.Module, arguments: _Arguments, progress: float) -> None:
         """Turn the tasks of the layers that shall be sparse into sparse ones."""
         assert call.grid is not None
-        layout, latents = self.layout, arguments[self.layout.inputs[0]]
-        latents = [latents] if isinstance(latents, Tensor) else latents
+        layout, latents = self.layout, _tensors(arguments[self.layout.inputs[0]])
         device, log = latents[0].device, call.log
         lead = layout.lead(model, arguments) if layout.lead else 0
-        others = layout.others(model, arguments) if layout.others else []
         keys = layout.keys(model, arguments) if layout.keys else None
         log.grid = call.grid.shape
         log.tile, log.block_size = self.config.rule.tile_for(call.grid)
-        log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(call.grid.tokens)
+        found = layout.others(model, arguments) if layout.others else []
+        # What fills no tile is attended exactly, like text.
+        others = [(start, grid) for start, grid in found if grid.tokens >= log.block_size]
+        visual = call.grid.tokens + sum(grid.tokens for _, grid in others)
+        log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(visual)
         density = self.config.budget.density(len(tasks), host.heads_of(self.layers[0].module), progress)
         shares = density.mean(1).tolist()
         limit = self._dense_above(latents[0], log)
@@ -267,6 +269,11 @@ class Hook:
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which begin without notes."""
         return self.__dict__ | {"log": Log(), "warned": False}
+
+
+def _tensors(latents: Any) -> list[Tensor]:
+    """Latents, a tensor or lists of them, as one list."""
+    return [latents] if isinstance(latents, Tensor) else [x for part in latents for x in _tensors(part)]
 
 
 class _Arguments(dict):

@@ -77,11 +77,22 @@ def grid_of(model: nn.Module, inputs: dict):
     return layout_for(model).grid(model, bound_arguments(model, inputs))
 
 
-def video_start(case: ModelCase, model: nn.Module, inputs: dict) -> int:
-    layout = layout_for(model)
+def text_of(case: ModelCase, module: str) -> tuple[int, int]:
+    """Tokens outside the grid in a module's call, for even and odd batch items."""
+    apart = [text for pattern, text in case.apart.items() if re.fullmatch(pattern, module)]
+    return (apart[0], apart[0]) if apart else case.text
+
+
+def video_start(case: ModelCase, model: nn.Module, inputs: dict, module: str) -> int:
+    """Place of the grid's first query in a module's call."""
+    layout, text = layout_for(model), text_of(case, module)[0]
+    lead, arguments = 0, bound_arguments(model, inputs)
     if layout.text == "around":
-        return layout.lead(model, bound_arguments(model, inputs))
-    return case.text[0] if layout.text == "first" else 0
+        others = sum(grid.tokens for _, grid in layout.others(model, arguments)) if layout.others else 0
+        lead = min(layout.lead(model, arguments), text - (others if text >= others else 0))
+    elif layout.text == "first":
+        lead = text
+    return lead - (case.absent if layout.queries != "first" else 0)
 
 
 @each_case
@@ -102,11 +113,13 @@ def test_every_video_self_attention_is_matched_and_sees_grid_and_text_tokens(cas
     tokens = grid_of(model, inputs).tokens
     calls = {name: [call for call in probe.calls if call.module == name] for name in matched_modules(model)}
     assert len(calls) == case.layers
-    for in_module in calls.values():
-        items = [(1, text) for text in case.text] if case.per_item else [(batch, case.text[0])]
-        seen = [(call.query.shape[0], call.query.shape[2]) for call in in_module]
-        assert seen == [(size, tokens + text) for size, text in items]
-        assert all(call.key.shape[2] == call.query.shape[2] for call in in_module)
+    for module, in_module in calls.items():
+        texts = text_of(case, module)
+        items = [(1, text) for text in texts] if case.per_item else [(batch if case.batched else 1, texts[0])]
+        seen = [(call.query.shape[0], call.key.shape[2]) for call in in_module]
+        assert all(item in seen for item in [(size, tokens + text) for size, text in items])
+        absent = {call.key.shape[2] - call.query.shape[2] for call in in_module}
+        assert case.absent in absent if case.absent else absent == {0}
 
 
 @each_case
@@ -130,17 +143,22 @@ def test_a_video_token_stands_in_raster_order_behind_the_leading_tokens(case):
     def queries(inputs):
         with watching(model) as probe:
             output_of(model, inputs)
-        return next(call.query for call in probe.calls if call.module)
+        return next((call.module, call.query) for call in probe.calls if is_over_all(call))
 
     inputs = case.inputs(model, case.grid, 1)
-    before = queries(inputs)
+    tokens = grid_of(model, inputs).tokens
+
+    def is_over_all(call):
+        return call.module and call.key.shape[2] == tokens + text_of(case, call.module)[0]
+
+    module, before = queries(inputs)
     frames, height, width = case.grid
     for token in ((0, 0, 0), (frames // 2, 2, 5), (frames - 1, height - 1, width - 1)):
         changed = case.inputs(model, case.grid, 1)
         case.pixels(changed, case.grid, token).add_(1.0)
-        rows = (queries(changed) - before).abs().amax(dim=(0, 1, 3))
+        rows = (queries(changed)[1] - before).abs().amax(dim=(0, 1, 3))
         frame, row, column = token
-        expected = video_start(case, model, inputs) + (frame * height + row) * width + column
+        expected = video_start(case, model, inputs, module) + (frame * height + row) * width + column
         assert rows.gt(1e-4).nonzero().flatten().tolist() == [expected]
 
 
@@ -216,19 +234,25 @@ def test_the_table_of_supported_models_names_a_diffusers_class_in_every_row():
     rows = supported_models()
     assert len(rows) == len(LAYOUTS)
     for family, class_name, note in rows:
-        assert family and class_name.endswith("Model")
+        assert family and hasattr(diffusers, class_name)
         assert "\n" not in note
 
 
 CALLS_LEFT_DENSE = [
     ("skyreels_v2", "causal blocks of frames", {"num_frame_per_block": 5}, {}),
     ("ltx", "coordinates instead of a grid", {}, {"num_frames": None, "height": None, "width": None}),
-    ("ltx2", "a mask over video tokens", {}, {"video_self_attention_mask": torch.ones(1, 270, 270)}),
+    ("ltx2", "a mask over video tokens", {}, {"video_self_attention_mask": torch.eye(270)[None]}),
     ("allegro", "a mask over video tokens", {}, {"attention_mask": torch.ones(1, 5, 12, 18)}),
     ("kandinsky5", "the model's own sparse attention", {}, {"sparse_params": {"to_fractal": True}}),
     ("flux", "a part of the image", {}, {"img_ids": flux_ids(15, 18)[135:]}),
     ("minimax_h3", "positions that are no raster", {}, {"position_ids": torch.arange(870).view(290, 3)}),
-    ("flux2", "cached references", {}, {"kv_cache": object()}),
+    ("flux2", "references that attend to themselves", {}, {"kv_cache_mode": "extract"}),
+    ("qwen_image_21", "causal text", {}, {"kv_cache_mode": "extract"}),
+    ("chroma", "a mask that is added", {}, {"attention_mask": (torch.arange(280) % 2)[None].float()}),
+    ("z_image", "pictures of two sizes", {}, {"x": [torch.zeros(4, 1, 30, 36), torch.zeros(4, 1, 36, 30)]}),
+    ("lumina2", "texts of two lengths", {}, {"encoder_attention_mask": torch.tensor([[1, 1], [1, 0]])}),
+    ("bria_fibo2", "texts of two lengths", {}, {"encoder_attention_mask": torch.tensor([[1, 1], [1, 0]])}),
+    ("joy_image_edit_plus", "items of two shapes", {}, {"shape_list": [[(1, 4, 4)], [(1, 2, 8)]]}),
     ("hunyuan_image", "a video", {}, {"hidden_states": torch.zeros(1, 4, 1, 15, 18)}),
 ]
 
