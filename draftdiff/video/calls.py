@@ -128,6 +128,9 @@ def sequence_of(
         queries = [(0, in_front), (tokens - asked + in_front, tokens)]
         queries = [(start, stop) for start, stop in queries if start < stop]
 
+    others = [(at, (f, h, w)) for at, (f, h, w) in others if f * h * w >= task.block_size]
+    text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
+
     text_mask = task.keys
     if text_mask is None and mask is not None:
         if text == 0 or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):

@@ -155,10 +155,8 @@ class Hook:
         keys = layout.keys(model, arguments) if layout.keys else None
         log.grid = call.grid.shape
         log.tile, log.block_size = self.config.rule.tile_for(call.grid)
-        found = layout.others(model, arguments) if layout.others else []
-        # What fills no tile is attended exactly, like text.
-        others = [(start, grid) for start, grid in found if grid.tokens >= log.block_size]
-        visual = call.grid.tokens + sum(grid.tokens for _, grid in others)
+        others = layout.others(model, arguments) if layout.others else []
+        visual = call.grid.tokens + sum(grid.tokens for _, grid in others if grid.tokens >= log.block_size)
         log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(visual)
         density = self.config.budget.density(len(tasks), host.heads_of(self.layers[0].module), progress)
         shares = density.mean(1).tolist()
@@ -178,6 +176,7 @@ class Hook:
         for row, index in enumerate(call.forward.layers):
             task = tasks[index]
             task.density, task.stats, task.shape, task.keys = shares_there[index], call.stats[row], shape, keys
+            task.block_size = log.block_size
 
     def _dense_above(self, hidden_states: Tensor, log: Log) -> float:
         """Density from which a layer is left to dense attention."""

@@ -83,18 +83,6 @@ def text_of(case: ModelCase, module: str) -> tuple[int, int]:
     return (apart[0], apart[0]) if apart else case.text
 
 
-def video_start(case: ModelCase, model: nn.Module, inputs: dict, module: str) -> int:
-    """Place of the grid's first query in a module's call."""
-    layout, text = layout_for(model), text_of(case, module)[0]
-    lead, arguments = 0, bound_arguments(model, inputs)
-    if layout.text == "around":
-        others = sum(grid.tokens for _, grid in layout.others(model, arguments)) if layout.others else 0
-        lead = min(layout.lead(model, arguments), text - (others if text >= others else 0))
-    elif layout.text == "first":
-        lead = text
-    return lead - (case.absent if layout.queries != "first" else 0)
-
-
 @each_case
 def test_the_grid_counts_the_tokens_of_the_forward_call(case):
     model = case.build()
@@ -136,30 +124,31 @@ def test_no_self_attention_outside_the_matched_modules_is_over_the_whole_video(c
 
 
 @each_case
-def test_a_video_token_stands_in_raster_order_behind_the_leading_tokens(case):
-    """Up to the first attention all is per token: changing the pixels of one token changes one row of queries."""
-    model = case.build()
+def test_a_video_token_stands_in_raster_order_where_attention_takes_the_grid_to_be(case, monkeypatch):
+    """Where attention adds nothing all is per token: changing the pixels of one token changes one row of keys."""
+    taken = []
 
-    def queries(inputs):
-        with watching(model) as probe:
-            output_of(model, inputs)
-        return next((call.module, call.query) for call in probe.calls if is_over_all(call))
+    def adds_nothing(q, k, v, density, rule, *, lead, **_):
+        taken.append((k, lead))
+        return torch.zeros_like(q), torch.ones(2)
 
-    inputs = case.inputs(model, case.grid, 1)
-    tokens = grid_of(model, inputs).tokens
+    monkeypatch.setattr("draftdiff.video.calls.attend", adds_nothing)
+    model = draftdiff.enable(case.build(), {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0})
 
-    def is_over_all(call):
-        return call.module and call.key.shape[2] == tokens + text_of(case, call.module)[0]
+    def calls(inputs):
+        taken.clear()
+        output_of(model, inputs)
+        return list(taken)
 
-    module, before = queries(inputs)
+    before = calls(case.inputs(model, case.grid, 1))
+    assert len(before) == case.layers
     frames, height, width = case.grid
-    for token in ((0, 0, 0), (frames // 2, 2, 5), (frames - 1, height - 1, width - 1)):
+    for frame, row, column in ((0, 0, 0), (frames // 2, 2, 5), (frames - 1, height - 1, width - 1)):
         changed = case.inputs(model, case.grid, 1)
-        case.pixels(changed, case.grid, token).add_(1.0)
-        rows = (queries(changed)[1] - before).abs().amax(dim=(0, 1, 3))
-        frame, row, column = token
-        expected = video_start(case, model, inputs, module) + (frame * height + row) * width + column
-        assert rows.gt(1e-4).nonzero().flatten().tolist() == [expected]
+        case.pixels(changed, case.grid, (frame, row, column)).add_(1.0)
+        for (keys, lead), (moved, _) in zip(before, calls(changed)):
+            rows = (moved - keys).abs().amax(dim=(0, 2, 3))
+            assert rows.gt(1e-4).nonzero().flatten().tolist() == [lead + (frame * height + row) * width + column]
 
 
 @each_case

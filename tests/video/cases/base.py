@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,3 +153,9 @@ def packed(inputs: Inputs, grid: Grid, token: Grid) -> Tensor:
     """Pixels of a token that the pipeline has made one row of."""
     frame, row, column = token
     return inputs["hidden_states"][:, (frame * grid[1] + row) * grid[2] + column]
+
+
+def last_packed(inputs: Inputs, grid: Grid, token: Grid) -> Tensor:
+    """Of rows that end with those of the grid."""
+    frame, row, column = token
+    return inputs["hidden_states"][:, (frame * grid[1] + row) * grid[2] + column - math.prod(grid)]

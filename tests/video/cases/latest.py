@@ -20,6 +20,7 @@ from tests.video.cases.base import (
     Grid,
     Inputs,
     ModelCase,
+    last_packed,
     packed,
     patch,
     tiny,
@@ -105,12 +106,6 @@ QWEN21_INPUTS: dict[str, Any] = {
     "kv_cache": qwen21_cache,
     "kv_cache_mode": lambda _: "cached",
 }
-
-
-def last_packed(inputs: Inputs, grid: Grid, token: Grid) -> torch.Tensor:
-    """Of rows that end with those of the grid."""
-    _, row, column = token
-    return inputs["hidden_states"][:, row * grid[2] + column - math.prod(grid)]
 
 
 UNDERSTANDING, SOUND = 9, 6
@@ -313,7 +308,7 @@ IDEOGRAM: dict[str, Any] = {
     "num_layers": 2,
     "attention_head_dim": HEAD_DIM,
     "num_attention_heads": HEADS,
-    "intermediate_size": 32,
+    "intermediate_size": 48,
     "adaln_dim": 16,
     "llm_features_dim": TEXT_WIDTH,
     "mrope_section": (6, 5, 5),
