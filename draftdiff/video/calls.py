@@ -128,7 +128,7 @@ def sequence_of(
         queries = [(0, in_front), (tokens - asked + in_front, tokens)]
         queries = [(start, stop) for start, stop in queries if start < stop]
 
-    others = [(at, (f, h, w)) for at, (f, h, w) in others if f * h * w >= task.block_size]
+    others = [(at, sizes) for at, sizes in others if sizes[0] * sizes[1] * sizes[2] >= task.block_size]
     text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
 
     text_mask = task.keys

@@ -132,7 +132,8 @@ class Hook:
             run.logs[self] = self.log = Log(Clock(hidden_states.device))
         log = run.logs[self]
         passage, step, steps = run.place(scheduler, timestep, told)
-        call = Call(wrapped, log, Forward(passage, step), self.layout.grid(model, arguments))
+        grid = self.layout.grid(model, arguments)
+        call = Call(wrapped, log, Forward(passage, step), None if grid is None else LatentGrid.of(grid))
         tasks = [Task(call) for _ in self.layers]
         sparse = self.config.sparse_steps(steps)
         if call.grid is None:

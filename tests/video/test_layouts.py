@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import diffusers
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import draftdiff
-from draftdiff.video.layouts import LAYOUTS, layout_for, supported_models
+from draftdiff.video.layouts import LAYOUTS, Layout, layout_for, register_layout, supported_models
 from tests.rounding import rounded
 from tests.video.model_cases import MODEL_CASES, ModelCase, bound_arguments, flux_ids, output_of, tiny
 
@@ -225,6 +225,45 @@ def test_the_table_of_supported_models_names_a_diffusers_class_in_every_row():
     for family, class_name, note in rows:
         assert family and hasattr(diffusers, class_name)
         assert "\n" not in note
+
+
+def whole(model, arguments):
+    return tuple(arguments["hidden_states"].shape[2:])
+
+
+ROW = Layout("Mine", r"blocks\.\d+\.attn1", whole)
+
+
+def test_a_row_can_be_given_and_taken_away_again():
+    class MineModel(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="MineModel is not supported"):
+        layout_for(MineModel())
+    undo = register_layout("MineModel", ROW)
+    assert layout_for(MineModel()) is ROW
+    again = register_layout("MineModel", replace(ROW, note="another"))
+    assert layout_for(MineModel()).note == "another"
+    again()
+    assert layout_for(MineModel()) is ROW
+    undo()
+    undo()
+    assert "MineModel" not in LAYOUTS
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("no class", ROW, "name must be that of a transformer class, got 'no class'"),
+        ("Model", "blocks", "layout must be a draftdiff.Layout, got str"),
+        ("Model", replace(ROW, attention="(blocks"), r"attention must be a regular expression, got '\(blocks'"),
+        ("Model", replace(ROW, text="around"), "lead goes with text='around' and with nothing else, got text='around'"),
+    ],
+)
+def test_what_cannot_be_a_row_is_refused(name, row, told):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        register_layout(name, row)
+    assert name not in LAYOUTS
 
 
 CALLS_LEFT_DENSE = [

@@ -95,7 +95,10 @@ def test_a_reference_that_fills_no_tile_is_attended_exactly(name):
     inputs = case.inputs(model, case.grid, 1)
     tokens = math.prod(case.grid)
     if name == "flux_kontext":
-        inputs |= {"hidden_states": inputs["hidden_states"][:, : tokens + 6], "img_ids": inputs["img_ids"][: tokens + 6]}
+        inputs |= {
+            "hidden_states": inputs["hidden_states"][:, : tokens + 6],
+            "img_ids": inputs["img_ids"][: tokens + 6],
+        }
         inputs["img_ids"][tokens:] = places((1, 2, 3), start=1.0)
     elif name == "flux3_references":
         inputs |= {key: inputs[key][..., :18, :] for key in ("image_cond_hidden_states", "image_cond_ids")}

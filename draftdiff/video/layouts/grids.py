@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def in_a_row(start: int, grids: list[LatentGrid]) -> Places:
 
 
 def rasters(positions: Tensor, stacked: bool = False) -> Places:
-    """The grids that tokens at these positions (frame, row, column) [tokens, 3] are of, in order, and where each begins.
+    """The grids that tokens at these positions (frame, row, column) [tokens, 3] are of, in order, and each one's start.
 
     Tokens that are of no raster are in none. stacked: frames of the same rows and columns, in order of time, are those
     of one video; else each is a picture of its own.
@@ -67,11 +68,11 @@ def rasters(positions: Tensor, stacked: bool = False) -> Places:
     starts = [0, *(((time[1:] != time[:-1]) | back).nonzero()[:, 0] + 1).tolist(), len(places)]
     found: list[tuple[int, LatentGrid]] = []
     before: Tensor | None = None
-    for start, stop in zip(starts, starts[1:]):
+    for start, stop in pairwise(starts):
         frame = places[start:stop, 1:]
         width = int((frame[:, 0] == frame[0, 0]).sum())
         cells = frame.unflatten(0, (-1, width)) if len(frame) % width == 0 else None
-        if cells is None or not bool((cells[:, :1, 0] == cells[..., 0]).all() & (cells[:1, :, 1] == cells[..., 1]).all()):
+        if cells is None or not bool((cells == torch.stack(_lattice(cells), dim=-1)).all()):
             before = None
             continue
         follows = before is not None and before.shape == frame.shape and bool((before == frame).all())
@@ -82,6 +83,11 @@ def rasters(positions: Tensor, stacked: bool = False) -> Places:
             found.append((start, LatentGrid(1, *cells.shape[:2])))
         before = frame
     return found
+
+
+def _lattice(cells: Tensor) -> tuple[Tensor, ...]:
+    """Rows and columns of cells [rows, columns, 2] as they would be in a raster that begins as they do."""
+    return torch.meshgrid(cells[:, 0, 0], cells[0, :, 1], indexing="ij")
 
 
 def last_of(places: Places, tokens: int) -> LatentGrid | None:

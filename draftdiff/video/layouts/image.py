@@ -120,7 +120,9 @@ def _all_of_picture(model: Any, arguments: Arguments) -> Tensor:
 
 def _first_shape(model: Any, arguments: Arguments) -> LatentGrid | None:
     shapes = arguments["img_shapes"]
-    return LatentGrid.of(shapes[0] if isinstance(shapes, list) else shapes)
+    while isinstance(shapes, list):
+        shapes = shapes[0]
+    return LatentGrid.of(shapes)
 
 
 _IDEOGRAM_IMAGE = 2  # in `indicator`, as its checkpoints count
@@ -194,9 +196,7 @@ def _glm(model: Any, arguments: Arguments) -> LatentGrid | None:
 
 def _of_ids(family: str, note: str = "") -> Layout:
     """Models that are called as FLUX.1 is."""
-    return Layout(
-        family, JOINT_AND_SINGLE, _flux, "around", lead=text_before, others=_flux_others, note=note
-    )
+    return Layout(family, JOINT_AND_SINGLE, _flux, "around", lead=text_before, others=_flux_others, note=note)
 
 
 _ATTN = r"transformer_blocks\.\d+\.attn"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _h3_places(arguments: Arguments) -> Places:
     positions, rows = arguments["position_ids"], arguments["video_indices"].cpu()
     edges = [0, *((rows[1:] != rows[:-1] + 1).nonzero()[:, 0] + 1).tolist(), len(rows)]
     places: Places = []
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in pairwise(edges):
         at = int(rows[start])
         places += shifted(rasters(positions[at : at + stop - start], stacked=True), at)
     return places

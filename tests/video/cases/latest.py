@@ -210,7 +210,10 @@ def klein(build: Any) -> Any:
     """With the processors of FLUX.2 klein-KV."""
 
     def with_cache() -> Any:
-        from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+        from diffusers.models.transformers.transformer_flux2 import (
+            Flux2KVAttnProcessor,
+            Flux2KVParallelSelfAttnProcessor,
+        )
 
         model = build()
         for block in model.transformer_blocks:
@@ -254,7 +257,9 @@ CHROMA = FLUX_LIKE | {
 
 def joint_flags(asked: Asked) -> torch.Tensor:
     """[batch, TEXT and image]: the text of odd batch items is padded."""
-    return torch.cat([asked.text_mask().bool(), torch.ones(asked.batch, math.prod(asked.grid), dtype=torch.bool)], dim=1)
+    return torch.cat(
+        [asked.text_mask().bool(), torch.ones(asked.batch, math.prod(asked.grid), dtype=torch.bool)], dim=1
+    )
 
 
 HIDREAM: dict[str, Any] = JOINT | {

@@ -79,8 +79,6 @@ def reference_coords(asked: Asked) -> torch.Tensor:
     return torch.cat(parts, dim=2)
 
 
-
-
 def keyframe_coords(asked: Asked) -> torch.Tensor:
     coords = asked.model.rope.prepare_video_coords(asked.batch, *asked.grid, torch.device("cpu"))
     return torch.cat([coords, coords[:, :, :APPENDED]], dim=2)
