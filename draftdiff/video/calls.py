@@ -38,9 +38,7 @@ def attention_call(
         if eager:
             layer.hook.log.reasons["attention was reached outside a forward that draftdiff saw"] += 1
         return dense()
-    # Adapters send other calls the same way.
-    is_self = share.count < share.pieces or layer.hook.layout.queries != "all" or query.shape[1] == key.shape[1]
-    if task.density is None or not is_self:
+    if task.density is None or not (share.count < share.pieces or _is_over_grid(layer, task, query, key)):
         return _dense(task, dense, eager)
     found = sequence_of(layer, query, key, options, share, eager)
     if isinstance(found, str):
@@ -53,6 +51,15 @@ def attention_call(
     assert task.stats is not None
     task.stats.copy_(stats.detach())
     return out
+
+
+def _is_over_grid(layer: Layer, task: Task, query: Tensor, key: Tensor) -> bool:
+    """Adapters, and pathways for other tokens than those of the grid, send other calls the same way."""
+    assert task.shape is not None
+    if layer.hook.layout.queries == "all":
+        return query.shape[1] == key.shape[1]
+    frames, height, width = task.shape.shape[:3]
+    return key.shape[1] >= frames * height * width
 
 
 def _dense(task: Task, dense: Callable[[], Tensor], eager: bool) -> Tensor:

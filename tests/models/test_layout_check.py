@@ -113,7 +113,7 @@ def test_a_row_of_ones_own_comes_from_a_module(folders, odd, monkeypatch, capsys
     ("options", "told"),
     [
         (["--layout", "odd_model:row"], "--layout is for --model"),
-        (["--model", "{}/odd"], "holds a 'OddModel', which diffusers has not: give --layout"),
+        (["--model", "{}/odd"], "is of class 'OddModel', which diffusers has not: give --layout"),
         (["--model", "{}/odd", "--layout", "odd_model:missing"], "must be module:NAME of a draftdiff.Layout"),
         (["--model", "{}/odd", "--layout", "odd_model:number"], "must name a draftdiff.Layout, got 'odd_model:number'"),
         (["--model", "{}/odd", "--layout", "odd_model:without_example"], "or `example` in its Layout"),

@@ -120,6 +120,7 @@ def test_report_tells_what_was_done(case, model):
     told = draftdiff.report(model).transformers[0]
     assert (told.sparse_steps, told.dense_steps) == (1, 0)
     assert len(told.layers) == case.layers
+    assert not told.reasons
     density = told.density[0]
     assert density[0] == 1
     assert bool((density[1:] < 0.8).all())
