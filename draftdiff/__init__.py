@@ -14,9 +14,20 @@ if TYPE_CHECKING:
     from draftdiff.compare.tune import tune
     from draftdiff.video.attention import draft_attention
     from draftdiff.video.config import DraftAttentionConfig
+    from draftdiff.video.layouts import Layout, register_layout
     from draftdiff.video.patch import disable, enable, report
 
-__all__ = ["DraftAttentionConfig", "__version__", "disable", "draft_attention", "enable", "report", "tune"]
+__all__ = [
+    "DraftAttentionConfig",
+    "Layout",
+    "__version__",
+    "disable",
+    "draft_attention",
+    "enable",
+    "register_layout",
+    "report",
+    "tune",
+]
 
 
 def _map_folders_of_the_checkout() -> None:
@@ -39,6 +50,8 @@ _HOMES = {
     "enable": "draftdiff.video.patch",
     "disable": "draftdiff.video.patch",
     "report": "draftdiff.video.patch",
+    "Layout": "draftdiff.video.layouts",
+    "register_layout": "draftdiff.video.layouts",
     "tune": "draftdiff.compare.tune",
 }
 

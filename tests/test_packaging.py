@@ -117,7 +117,9 @@ TABLE = {name: allowed | {name} | BELOW_ALL for name, allowed in TABLE.items()}
 TABLE |= {"_version": set(), "errors": set(), "files": {"errors"}, "stored": {"errors"}}
 # Names of the top that stand for something of a part.
 PUBLIC = {
-    **dict.fromkeys(("DraftAttentionConfig", "disable", "draft_attention", "enable", "report"), "video"),
+    **dict.fromkeys(
+        ("DraftAttentionConfig", "Layout", "disable", "draft_attention", "enable", "register_layout", "report"), "video"
+    ),
     "__version__": "_version",
     "tune": "compare",
 }

@@ -315,8 +315,11 @@ def stand_in(stock: Any, layer: Any, code: type | None = None, catches: bool = F
     return mine
 
 
+_HEADS = ("heads", "num_heads", "num_attention_heads")
+
+
 def heads_of(attention: Any) -> int:
-    return attention.heads if hasattr(attention, "heads") else attention.num_heads
+    return next(getattr(attention, name) for name in _HEADS if hasattr(attention, name))
 
 
 def head_dim_of(attention: Any) -> int:

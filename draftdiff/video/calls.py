@@ -38,9 +38,7 @@ def attention_call(
         if eager:
             layer.hook.log.reasons["attention was reached outside a forward that draftdiff saw"] += 1
         return dense()
-    # Adapters send other calls the same way.
-    is_self = share.count < share.pieces or layer.hook.layout.queries != "all" or query.shape[1] == key.shape[1]
-    if task.density is None or not is_self:
+    if task.density is None or not (share.count < share.pieces or _is_over_grid(layer, task, query, key)):
         return _dense(task, dense, eager)
     found = sequence_of(layer, query, key, options, share, eager)
     if isinstance(found, str):
@@ -53,6 +51,15 @@ def attention_call(
     assert task.stats is not None
     task.stats.copy_(stats.detach())
     return out
+
+
+def _is_over_grid(layer: Layer, task: Task, query: Tensor, key: Tensor) -> bool:
+    """Adapters, and pathways for other tokens than those of the grid, send other calls the same way."""
+    assert task.shape is not None
+    if layer.hook.layout.queries == "all":
+        return query.shape[1] == key.shape[1]
+    frames, height, width = task.shape.shape[:3]
+    return key.shape[1] >= frames * height * width
 
 
 def _dense(task: Task, dense: Callable[[], Tensor], eager: bool) -> Tensor:
@@ -88,9 +95,10 @@ def sequence_of(
     assert task.shape is not None
     frames, height, width, lead, *rest = task.shape.shape[:-1]
     others = [(start, sizes) for *sizes, start in zip(*[iter(rest)] * 4)]
-    video = frames * height * width + sum(f * h * w for _, (f, h, w) in others)
-    tokens, layout, mask = key.shape[1], layer.hook.layout, options["mask"]
-    text = tokens - video
+    tokens, own, layout, mask = key.shape[1], frames * height * width, layer.hook.layout, options["mask"]
+    if tokens == own:  # a block for the picture alone
+        others = []
+    text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
     if text < 0 or (text > 0 and layout.text == "none"):
         return "a call's tokens do not fit the grid of its model"
     if options["dropout"] or options["causal"]:
@@ -102,9 +110,9 @@ def sequence_of(
     if eager and host.is_watched():
         return "a torch function mode watches attention (perturbed-attention guidance does)"
     if layout.text == "first":
-        lead = text
-    elif lead > text:  # a block of its own for the picture
-        lead = 0
+        lead = tokens - own
+    elif (absent := lead - sum(f * h * w for at, (f, h, w) in others if at < lead) - text) > 0:
+        lead, others = lead - absent, [(at - absent, sizes) for at, sizes in others]
 
     queries, pieces = [], None
     if share.pieces > 1:
@@ -120,8 +128,15 @@ def sequence_of(
                 queries.append((start, start + sum(sizes[mine])))
         if len(streams) > 1:
             pieces = list(zip(*(sizes[mine] for sizes in cut))), list(zip(*cut))
-    elif query.shape[1] < tokens:
-        queries = [(0, query.shape[1])] if layout.queries == "first" else [(tokens - query.shape[1], tokens)]
+    elif (asked := query.shape[1]) < own:
+        return "a call that does not ask for the whole grid"
+    elif asked < tokens:
+        in_front = {"first": asked, "last": 0, "ends": asked - own}[layout.queries]
+        queries = [(0, in_front), (tokens - asked + in_front, tokens)]
+        queries = [(start, stop) for start, stop in queries if start < stop]
+
+    others = [(at, sizes) for at, sizes in others if sizes[0] * sizes[1] * sizes[2] >= task.block_size]
+    text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
 
     text_mask = task.keys
     if text_mask is None and mask is not None:
@@ -130,7 +145,7 @@ def sequence_of(
         text_mask = mask[:, 0, 0].expand(query.shape[0], -1)
         text_mask = text_mask if pieces is None else _in_order(text_mask, pieces[1])
     if text_mask is not None:
-        grids = sorted([(lead, lead + frames * height * width), *((at, at + f * h * w) for at, (f, h, w) in others)])
+        grids = sorted([(lead, lead + own), *((at, at + f * h * w) for at, (f, h, w) in others)])
         edges = [0, *(edge for grid in grids for edge in grid), tokens]
         gaps = [text_mask[:, start:stop] for start, stop in zip(edges[::2], edges[1::2])]
         text_mask = torch.cat(gaps, dim=1) if text else None

@@ -126,13 +126,14 @@ class Hook:
             )
             return
         latents, timestep = (arguments[name] for name in self.layout.inputs)
-        hidden_states: Tensor = latents if isinstance(latents, Tensor) else latents[0]
+        hidden_states = _tensors(latents)[0]
         run, scheduler, told = self._run(timestep)
         if self not in run.logs:
             run.logs[self] = self.log = Log(Clock(hidden_states.device))
         log = run.logs[self]
         passage, step, steps = run.place(scheduler, timestep, told)
-        call = Call(wrapped, log, Forward(passage, step), self.layout.grid(model, arguments))
+        grid = self.layout.grid(model, arguments)
+        call = Call(wrapped, log, Forward(passage, step), None if grid is None else LatentGrid.of(grid))
         tasks = [Task(call) for _ in self.layers]
         sparse = self.config.sparse_steps(steps)
         if call.grid is None:
@@ -149,15 +150,15 @@ class Hook:
     def _draw_up(self, call: Call, tasks: list[Task], model: nn.Module, arguments: _Arguments, progress: float) -> None:
         """Turn the tasks of the layers that shall be sparse into sparse ones."""
         assert call.grid is not None
-        layout, latents = self.layout, arguments[self.layout.inputs[0]]
-        latents = [latents] if isinstance(latents, Tensor) else latents
+        layout, latents = self.layout, _tensors(arguments[self.layout.inputs[0]])
         device, log = latents[0].device, call.log
         lead = layout.lead(model, arguments) if layout.lead else 0
-        others = layout.others(model, arguments) if layout.others else []
         keys = layout.keys(model, arguments) if layout.keys else None
         log.grid = call.grid.shape
         log.tile, log.block_size = self.config.rule.tile_for(call.grid)
-        log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(call.grid.tokens)
+        others = layout.others(model, arguments) if layout.others else []
+        visual = call.grid.tokens + sum(grid.tokens for _, grid in others if grid.tokens >= log.block_size)
+        log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(visual)
         density = self.config.budget.density(len(tasks), host.heads_of(self.layers[0].module), progress)
         shares = density.mean(1).tolist()
         limit = self._dense_above(latents[0], log)
@@ -176,6 +177,7 @@ class Hook:
         for row, index in enumerate(call.forward.layers):
             task = tasks[index]
             task.density, task.stats, task.shape, task.keys = shares_there[index], call.stats[row], shape, keys
+            task.block_size = log.block_size
 
     def _dense_above(self, hidden_states: Tensor, log: Log) -> float:
         """Density from which a layer is left to dense attention."""
@@ -267,6 +269,11 @@ class Hook:
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which begin without notes."""
         return self.__dict__ | {"log": Log(), "warned": False}
+
+
+def _tensors(latents: Any) -> list[Tensor]:
+    """Latents, a tensor or lists of them, as one list."""
+    return [latents] if isinstance(latents, Tensor) else [x for part in latents for x in _tensors(part)]
 
 
 class _Arguments(dict):

@@ -51,6 +51,7 @@ class Task:
     density: kept share, [heads]; None to be dense.  stats: its row of the call's.
     shape: [frames, height, width, lead, and as many for each further grid, 0], a tensor without values: the shapes of
     tensors are the only sizes that may change without a new graph.  keys: which tokens may be read, [batch, tokens].
+    block_size: a further grid with fewer tokens is attended exactly, like text.
     """
 
     call: Call
@@ -58,6 +59,7 @@ class Task:
     stats: Tensor | None = None
     shape: Tensor | None = None
     keys: Tensor | None = None
+    block_size: int = 0
 
 
 @dataclass(eq=False)

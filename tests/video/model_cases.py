@@ -13,12 +13,13 @@ from tests.video.cases.base import TEXT, TEXT_WIDTH, WIDTH, ModelCase, bound_arg
 from tests.video.cases.cog import COG_CASES
 from tests.video.cases.hunyuan import HUNYUAN_CASES
 from tests.video.cases.image import IMAGE_CASES, flux_ids
+from tests.video.cases.latest import LATEST_CASES
 from tests.video.cases.ltx import LTX_CASES
 from tests.video.cases.newer import NEWER_CASES
 from tests.video.cases.other import VIDEO_CASES
 from tests.video.cases.wan import WAN, WAN_CASES, tiny_wan
 
-MODEL_CASES = WAN_CASES + HUNYUAN_CASES + COG_CASES + LTX_CASES + VIDEO_CASES + IMAGE_CASES + NEWER_CASES
+MODEL_CASES = WAN_CASES + HUNYUAN_CASES + COG_CASES + LTX_CASES + VIDEO_CASES + IMAGE_CASES + NEWER_CASES + LATEST_CASES
 
 KNOWN = [name for name in LAYOUTS if hasattr(diffusers, name)]  # to the installed release
 globals().update({name: getattr(diffusers, name) for name in KNOWN})

@@ -16,6 +16,7 @@ from diffusers import (
     MochiPipeline,
     SkyReelsV2Pipeline,
     UniPCMultistepScheduler,
+    ZImagePipeline,
 )
 
 import draftdiff
@@ -114,6 +115,13 @@ FAMILIES = [
         {"prompt_embeds": embeds(1), "height": 512, "width": 384},
         (1, 32, 24),
         parts=SECOND_ENCODER,
+    ),
+    Family(  # it calls its transformer without names, with lists
+        ZImagePipeline,
+        "z_image",
+        FlowMatchEulerDiscreteScheduler,
+        {"prompt_embeds": [embeds(1)[0]], "negative_prompt_embeds": [embeds(2)[0]], "height": 512, "width": 384},
+        (1, 32, 24),
     ),
 ]
 

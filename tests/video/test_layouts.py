@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import diffusers
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import draftdiff
-from draftdiff.video.layouts import LAYOUTS, layout_for, supported_models
+from draftdiff.video.layouts import LAYOUTS, Layout, layout_for, register_layout, supported_models
 from tests.rounding import rounded
 from tests.video.model_cases import MODEL_CASES, ModelCase, bound_arguments, flux_ids, output_of, tiny
 
@@ -77,11 +77,10 @@ def grid_of(model: nn.Module, inputs: dict):
     return layout_for(model).grid(model, bound_arguments(model, inputs))
 
 
-def video_start(case: ModelCase, model: nn.Module, inputs: dict) -> int:
-    layout = layout_for(model)
-    if layout.text == "around":
-        return layout.lead(model, bound_arguments(model, inputs))
-    return case.text[0] if layout.text == "first" else 0
+def text_of(case: ModelCase, module: str) -> tuple[int, int]:
+    """Tokens outside the grid in a module's call, for even and odd batch items."""
+    apart = [text for pattern, text in case.apart.items() if re.fullmatch(pattern, module)]
+    return (apart[0], apart[0]) if apart else case.text
 
 
 @each_case
@@ -102,11 +101,13 @@ def test_every_video_self_attention_is_matched_and_sees_grid_and_text_tokens(cas
     tokens = grid_of(model, inputs).tokens
     calls = {name: [call for call in probe.calls if call.module == name] for name in matched_modules(model)}
     assert len(calls) == case.layers
-    for in_module in calls.values():
-        items = [(1, text) for text in case.text] if case.per_item else [(batch, case.text[0])]
-        seen = [(call.query.shape[0], call.query.shape[2]) for call in in_module]
-        assert seen == [(size, tokens + text) for size, text in items]
-        assert all(call.key.shape[2] == call.query.shape[2] for call in in_module)
+    for module, in_module in calls.items():
+        texts = text_of(case, module)
+        items = [(1, text) for text in texts] if case.per_item else [(batch if case.batched else 1, texts[0])]
+        seen = [(call.query.shape[0], call.key.shape[2]) for call in in_module]
+        assert all(item in seen for item in [(size, tokens + text) for size, text in items])
+        absent = {call.key.shape[2] - call.query.shape[2] for call in in_module}
+        assert case.absent in absent if case.absent else absent == {0}
 
 
 @each_case
@@ -123,25 +124,31 @@ def test_no_self_attention_outside_the_matched_modules_is_over_the_whole_video(c
 
 
 @each_case
-def test_a_video_token_stands_in_raster_order_behind_the_leading_tokens(case):
-    """Up to the first attention all is per token: changing the pixels of one token changes one row of queries."""
-    model = case.build()
+def test_a_video_token_stands_in_raster_order_where_attention_takes_the_grid_to_be(case, monkeypatch):
+    """Where attention adds nothing all is per token: changing the pixels of one token changes one row of keys."""
+    taken = []
 
-    def queries(inputs):
-        with watching(model) as probe:
-            output_of(model, inputs)
-        return next(call.query for call in probe.calls if call.module)
+    def adds_nothing(q, k, v, density, rule, *, lead, **_):
+        taken.append((k, lead))
+        return torch.zeros_like(q), torch.ones(2)
 
-    inputs = case.inputs(model, case.grid, 1)
-    before = queries(inputs)
+    monkeypatch.setattr("draftdiff.video.calls.attend", adds_nothing)
+    model = draftdiff.enable(case.build(), {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0})
+
+    def calls(inputs):
+        taken.clear()
+        output_of(model, inputs)
+        return list(taken)
+
+    before = calls(case.inputs(model, case.grid, 1))
+    assert len(before) == case.layers
     frames, height, width = case.grid
-    for token in ((0, 0, 0), (frames // 2, 2, 5), (frames - 1, height - 1, width - 1)):
+    for frame, row, column in ((0, 0, 0), (frames // 2, 2, 5), (frames - 1, height - 1, width - 1)):
         changed = case.inputs(model, case.grid, 1)
-        case.pixels(changed, case.grid, token).add_(1.0)
-        rows = (queries(changed) - before).abs().amax(dim=(0, 1, 3))
-        frame, row, column = token
-        expected = video_start(case, model, inputs) + (frame * height + row) * width + column
-        assert rows.gt(1e-4).nonzero().flatten().tolist() == [expected]
+        case.pixels(changed, case.grid, (frame, row, column)).add_(1.0)
+        for (keys, lead), (moved, _) in zip(before, calls(changed)):
+            rows = (moved - keys).abs().amax(dim=(0, 2, 3))
+            assert rows.gt(1e-4).nonzero().flatten().tolist() == [lead + (frame * height + row) * width + column]
 
 
 @each_case
@@ -216,19 +223,64 @@ def test_the_table_of_supported_models_names_a_diffusers_class_in_every_row():
     rows = supported_models()
     assert len(rows) == len(LAYOUTS)
     for family, class_name, note in rows:
-        assert family and class_name.endswith("Model")
+        assert family and hasattr(diffusers, class_name)
         assert "\n" not in note
+
+
+def whole(model, arguments):
+    return tuple(arguments["hidden_states"].shape[2:])
+
+
+ROW = Layout("Mine", r"blocks\.\d+\.attn1", whole)
+
+
+def test_a_row_can_be_given_and_taken_away_again():
+    class MineModel(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="MineModel is not supported"):
+        layout_for(MineModel())
+    undo = register_layout("MineModel", ROW)
+    assert layout_for(MineModel()) is ROW
+    again = register_layout("MineModel", replace(ROW, note="another"))
+    assert layout_for(MineModel()).note == "another"
+    again()
+    assert layout_for(MineModel()) is ROW
+    undo()
+    undo()
+    assert "MineModel" not in LAYOUTS
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("no class", ROW, "name must be that of a transformer class, got 'no class'"),
+        ("Model", "blocks", "layout must be a draftdiff.Layout, got str"),
+        ("Model", replace(ROW, attention="(blocks"), r"attention must be a regular expression, got '\(blocks'"),
+        ("Model", replace(ROW, text="around"), "lead goes with text='around' and with nothing else, got text='around'"),
+    ],
+)
+def test_what_cannot_be_a_row_is_refused(name, row, told):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        register_layout(name, row)
+    assert name not in LAYOUTS
 
 
 CALLS_LEFT_DENSE = [
     ("skyreels_v2", "causal blocks of frames", {"num_frame_per_block": 5}, {}),
     ("ltx", "coordinates instead of a grid", {}, {"num_frames": None, "height": None, "width": None}),
-    ("ltx2", "a mask over video tokens", {}, {"video_self_attention_mask": torch.ones(1, 270, 270)}),
+    ("ltx2", "a mask over video tokens", {}, {"video_self_attention_mask": torch.eye(270)[None]}),
     ("allegro", "a mask over video tokens", {}, {"attention_mask": torch.ones(1, 5, 12, 18)}),
     ("kandinsky5", "the model's own sparse attention", {}, {"sparse_params": {"to_fractal": True}}),
     ("flux", "a part of the image", {}, {"img_ids": flux_ids(15, 18)[135:]}),
     ("minimax_h3", "positions that are no raster", {}, {"position_ids": torch.arange(870).view(290, 3)}),
-    ("flux2", "cached references", {}, {"kv_cache": object()}),
+    ("flux2", "references that attend to themselves", {}, {"kv_cache_mode": "extract"}),
+    ("qwen_image_21", "causal text", {}, {"kv_cache_mode": "extract"}),
+    ("chroma", "a mask that is added", {}, {"attention_mask": (torch.arange(280) % 2)[None].float()}),
+    ("z_image", "pictures of two sizes", {}, {"x": [torch.zeros(4, 1, 30, 36), torch.zeros(4, 1, 36, 30)]}),
+    ("lumina2", "texts of two lengths", {}, {"encoder_attention_mask": torch.tensor([[1, 1], [1, 0]])}),
+    ("bria_fibo2", "texts of two lengths", {}, {"encoder_attention_mask": torch.tensor([[1, 1], [1, 0]])}),
+    ("joy_image_edit_plus", "items of two shapes", {}, {"shape_list": [[(1, 4, 4)], [(1, 2, 8)]]}),
     ("hunyuan_image", "a video", {}, {"hidden_states": torch.zeros(1, 4, 1, 15, 18)}),
 ]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,9 +51,12 @@ class ModelCase:
 
     build: a seeded model in eval mode.  pixels: (inputs, token grid, token as (frame, row, column)) -> view of the
     input values that token is made of.  layers: number of video self-attentions.  text: tokens outside the grid in one
-    attention call, for even and odd batch items.  per_item: the model attends once per batch item.
+    attention call, for even and odd batch items; in modules whose name matches one of `apart`, those that it says.
+    absent: keys without queries.  per_item: the model attends once per batch item.  batched: it takes several items, in
+    inputs that can be cut.  even: heights and widths must be.
     spec: argument of the forward -> what stands there. A string is the shape of noise, in words of arithmetic over
-    B(atch), F(rames), H(eight), W(idth), N = F * H * W and C(hannels); a function gets the `Asked`; all else is itself.
+    B(atch), F(rames), H(eight), W(idth), N = F * H * W and C(hannels); a function gets the `Asked`; a list is of such;
+    all else is itself.
     """
 
     name: str
@@ -62,7 +66,11 @@ class ModelCase:
     grid: Grid = (5, 6, 9)
     layers: int = 2
     text: tuple[int, int] = (0, 0)
+    absent: int = 0
+    apart: dict[str, int] = field(default_factory=dict)
     per_item: bool = False
+    batched: bool = True
+    even: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -72,11 +80,14 @@ class ModelCase:
         noise = torch.Generator().manual_seed(1)
         frames, height, width = grid
         channels = getattr(model.config, "in_channels", CHANNELS)
+        batch = batch if self.batched else 1
         letters = {"B": batch, "F": frames, "H": height, "W": width, "N": frames * height * width, "C": channels}
 
         def value(entry: Any) -> Any:
             if isinstance(entry, str):
                 return torch.randn([eval(word, {}, letters) for word in entry.split()], generator=noise)
+            if isinstance(entry, list):
+                return [value(part) for part in entry]
             return entry(Asked(model, grid, batch)) if callable(entry) else entry
 
         return {name: value(entry) for name, entry in self.spec.items()} | {"return_dict": False}
@@ -90,10 +101,11 @@ def bound_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def output_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The denoised video of a forward call (Kandinsky 5 returns it bare, the others in a tuple)."""
+    """The denoised video of a forward call (Kandinsky 5 returns it bare, the others in a tuple, some as a list)."""
     with torch.no_grad():
         output = model(**inputs)
-    return output if isinstance(output, Tensor) else output[0]
+    output = output if isinstance(output, Tensor) else output[0]
+    return output if isinstance(output, Tensor) else torch.stack(output)
 
 
 def lively_(model: nn.Module) -> nn.Module:
@@ -141,3 +153,9 @@ def packed(inputs: Inputs, grid: Grid, token: Grid) -> Tensor:
     """Pixels of a token that the pipeline has made one row of."""
     frame, row, column = token
     return inputs["hidden_states"][:, (frame * grid[1] + row) * grid[2] + column]
+
+
+def last_packed(inputs: Inputs, grid: Grid, token: Grid) -> Tensor:
+    """Of rows that end with those of the grid."""
+    frame, row, column = token
+    return inputs["hidden_states"][:, (frame * grid[1] + row) * grid[2] + column - math.prod(grid)]

@@ -52,7 +52,7 @@ QWEN_INPUTS = INPUTS | {
     "img_shapes": lambda asked: [[(1, *asked.grid[1:])]] * asked.batch,
 }
 
-REFERENCE = (3, 4)
+REFERENCE = (8, 9)  # more than a tile has
 BEHIND = REFERENCE[0] * REFERENCE[1]
 KONTEXT_INPUTS = FLUX_INPUTS | {
     "hidden_states": f"B N+{BEHIND} C",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tests.video.cases.base import (
     WIDTH,
     Asked,
     ModelCase,
+    last_packed,
     packed,
     tiny,
 )
@@ -55,6 +57,26 @@ INPUTS2 = INPUTS | {
     "audio_num_frames": 7,
 }
 APPENDED = 4
+CONDITION, REFERENCE = (2, 6, 9), (3, 6, 9)  # frames that a video is conditioned on, and a reference: more than a tile
+
+
+def condition_coords(asked: Asked) -> torch.Tensor:
+    """Of frames to come, which stand before the video, and of the video."""
+    later = raster(CONDITION, 3.0)
+    return torch.cat([later, raster(asked.grid)]).T.expand(asked.batch, -1, -1)
+
+
+def raster(grid: tuple[int, int, int], start: float = 0.0) -> torch.Tensor:
+    places = torch.cartesian_prod(*(torch.arange(size).float() for size in grid))
+    places[:, 0] += start
+    return places
+
+
+def reference_coords(asked: Asked) -> torch.Tensor:
+    """Of the video and, behind it, a reference (IC-LoRA)."""
+    rope, device = asked.model.rope, torch.device("cpu")
+    parts = [rope.prepare_video_coords(asked.batch, *grid, device) for grid in (asked.grid, REFERENCE)]
+    return torch.cat(parts, dim=2)
 
 
 def keyframe_coords(asked: Asked) -> torch.Tensor:
@@ -69,7 +91,35 @@ LTX_CASES = [
         INPUTS | {"rope_interpolation_scale": (8 / 25, 32, 32)},
         packed,
     ),
+    ModelCase(
+        "ltx_condition",
+        tiny(LTXVideoTransformer3DModel, **LTX),
+        INPUTS
+        | {
+            "hidden_states": f"B {math.prod(CONDITION)}+N C",
+            "video_coords": condition_coords,
+            "num_frames": None,
+            "height": None,
+            "width": None,
+        },
+        last_packed,
+        text=(math.prod(CONDITION),) * 2,
+    ),
     ModelCase("ltx2", LTX2, INPUTS2, packed),
+    ModelCase(
+        "ltx2_references",
+        LTX2,
+        INPUTS2
+        | {
+            "hidden_states": f"B N+{math.prod(REFERENCE)} C",
+            "video_coords": reference_coords,
+            "video_self_attention_mask": lambda asked: torch.ones(
+                asked.batch, *[math.prod(asked.grid) + math.prod(REFERENCE)] * 2
+            ),
+        },
+        packed,
+        text=(math.prod(REFERENCE),) * 2,
+    ),
     ModelCase(
         "ltx2_keyframes",
         LTX2,

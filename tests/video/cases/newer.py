@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -24,8 +25,10 @@ from tests.video.cases.base import (
     tiny,
 )
 
-AUDIO, KEYFRAME_ROWS = 6, 4
-REFERENCE = (3, 4)
+AUDIO, KEYFRAME = 6, (1, 6, 9)  # less than a tile has
+KEYFRAME_ROWS = KEYFRAME[1] * KEYFRAME[2]
+REFERENCES = ((1, 8, 9), (3, 6, 9))  # an image and a video, with its sound before it
+REFERENCE = (8, 9)  # more than a tile has
 VIDEO: dict[str, Any] = {
     "hidden_states": "B C F 2*H 2*W",
     "encoder_hidden_states": f"B {TEXT} {TEXT_WIDTH}",
@@ -57,40 +60,52 @@ def raster(grid: Grid, *first: float) -> torch.Tensor:
     return places
 
 
-def h3_positions(asked: Asked) -> torch.Tensor:
-    """Text, the rows of a keyframe, audio, video."""
+def h3_parts(asked: Asked, references: bool) -> list[tuple[str, torch.Tensor]]:
+    """Kind and positions of the parts of a sequence, in order."""
+
+    def sound(start: float) -> torch.Tensor:
+        return torch.stack([start + 0.5 * torch.arange(AUDIO), torch.zeros(AUDIO), torch.zeros(AUDIO)], dim=1)
+
     text = torch.zeros(TEXT, 3)
     text[:, 0] = torch.arange(TEXT)
-    keyframe = torch.cat([torch.full((KEYFRAME_ROWS, 1), 10.0), torch.arange(2.0 * KEYFRAME_ROWS).view(-1, 2)], dim=1)
-    audio = torch.stack([10 + 0.5 * torch.arange(AUDIO), torch.zeros(AUDIO), torch.zeros(AUDIO)], dim=1)
-    return torch.cat([text, keyframe, audio, raster(asked.grid, 10.0)])
+    if not references:
+        before = [("video", raster(KEYFRAME, 10.0))]
+    else:
+        image, video = REFERENCES
+        before = [("video", raster(image, 10.0)), ("audio", sound(11.0)), ("video", raster(video, 11.0))]
+    return [("text", text), *before, ("audio", sound(20.0)), ("video", raster(asked.grid, 20.0))]
 
 
-def h3_rows(asked: Asked) -> int:
-    return len(h3_positions(asked))
+def h3_inputs(references: bool = False) -> dict[str, Any]:
+    extra = sum(math.prod(grid) for grid in REFERENCES) if references else KEYFRAME_ROWS
 
+    def positions(asked: Asked) -> torch.Tensor:
+        return torch.cat([rows for _, rows in h3_parts(asked, references)])
 
-H3_INPUTS: dict[str, Any] = {
-    "hidden_states": f"B {KEYFRAME_ROWS}+N 4*C",
-    "audio_hidden_states": f"B {AUDIO} 3",
-    "encoder_hidden_states": f"B {TEXT} {TEXT_WIDTH}",
-    "timestep": lambda _: torch.tensor([0.7, 1.0, 0.5]),  # each row of the sequence says which
-    "timestep_indices": lambda asked: (torch.arange(h3_rows(asked)) < TEXT + KEYFRAME_ROWS).long(),
-    "token_tags": lambda asked: torch.tensor([1] * TEXT + [0] * KEYFRAME_ROWS + [2] * AUDIO + [0] * h3_rows(asked))[
-        : h3_rows(asked)
-    ],
-    "position_ids": h3_positions,
-    "video_indices": lambda asked: torch.cat(
-        [TEXT + torch.arange(KEYFRAME_ROWS), torch.arange(TEXT + KEYFRAME_ROWS + AUDIO, h3_rows(asked))]
-    ),
-    "audio_indices": lambda _: TEXT + KEYFRAME_ROWS + torch.arange(AUDIO),
-    "text_indices": lambda _: torch.arange(TEXT),
-}
+    def kinds(asked: Asked) -> torch.Tensor:
+        tags = {"video": 0, "text": 1, "audio": 2}
+        return torch.cat([torch.full((len(rows),), tags[kind]) for kind, rows in h3_parts(asked, references)])
+
+    def rows_of(tag: int) -> Any:
+        return lambda asked: (kinds(asked) == tag).nonzero()[:, 0]
+
+    return {
+        "hidden_states": f"B {extra}+N 4*C",
+        "audio_hidden_states": f"B {AUDIO * (1 + references)} 3",
+        "encoder_hidden_states": f"B {TEXT} {TEXT_WIDTH}",
+        "timestep": lambda _: torch.tensor([0.7, 1.0, 0.5]),  # each row of the sequence says which
+        "timestep_indices": lambda asked: (torch.arange(len(kinds(asked))) < TEXT + 4).long(),
+        "token_tags": kinds,
+        "position_ids": positions,
+        "video_indices": rows_of(0),
+        "audio_indices": rows_of(2),
+        "text_indices": rows_of(1),
+    }
 
 
 def h3_pixels(inputs: Inputs, grid: Grid, token: Grid) -> torch.Tensor:
     frame, row, column = token
-    return inputs["hidden_states"][:, KEYFRAME_ROWS + (frame * grid[1] + row) * grid[2] + column]
+    return inputs["hidden_states"][:, (frame * grid[1] + row) * grid[2] + column - math.prod(grid)]
 
 
 def flux2_ids(asked: Asked, references: bool) -> torch.Tensor:
@@ -243,9 +258,17 @@ TABLE = [
         "minimax_h3",
         "MiniMaxH3Transformer3DModel",
         H3,
-        H3_INPUTS,
+        h3_inputs(),
         h3_pixels,
         {"text": (TEXT + KEYFRAME_ROWS + AUDIO,) * 2},
+    ),
+    (
+        "minimax_h3_references",
+        "MiniMaxH3Transformer3DModel",
+        H3,
+        h3_inputs(references=True),
+        h3_pixels,
+        {"text": (TEXT + sum(math.prod(grid) for grid in REFERENCES) + 2 * AUDIO,) * 2},
     ),
     ("kandinsky6", "Kandinsky6Transformer3DModel", KANDINSKY6, KANDINSKY6_INPUTS, patch((1, 2, 3)), {}),
     (

@@ -1,0 +1,31 @@
+"""Transformer classes of diffusers that have no row, and why in a few words."""
+
+from __future__ import annotations
+
+_AUDIO = "audio: short sequences of no grid"
+_LINEAR = "linear attention"
+
+NOTHING_TO_WIN: dict[str, str] = {
+    "AceStepTransformer1DModel": _AUDIO,
+    "AnyFlowFARTransformer3DModel": "causal chunks of three frames, by FlexAttention alone",
+    "DiTTransformer2DModel": "256 to 1,024 tokens",
+    "DreamLiteTransformer2DModel": "a block of a U-Net",
+    "Kandinsky6SRTransformer3DModel": "a sparse attention of its own (NABLA), by FlexAttention alone",
+    "LatteTransformer3DModel": "attention within frames or across them, never over all",
+    "LongCatAudioDiTTransformer": _AUDIO,
+    "MiniMaxMusic3RVQDepthDecoder": _AUDIO,
+    "MiniMaxMusic3Transformer1DModel": _AUDIO,
+    "OmniGenTransformer2DModel": "causal text and images in one sequence, by a mask over pairs of tokens",
+    "PriorTransformer": "text and image embeddings: some 80 tokens",
+    "RFD4ProteinaTransformer": "proteins",
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": _LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": "blocks of a few frames behind a cache, which do not tell their grid",
+    "StableAudio3DiTModel": _AUDIO,
+    "StableAudioDiTModel": _AUDIO,
+    "T5FilmDecoder": _AUDIO,
+    "Transformer2DModel": "a block of a U-Net",
+    "TransformerTemporalModel": "a block of a U-Net",
+    "WanAnimate2Transformer3DModel": "each frame reads its own frame of the reference, by FlexAttention alone",
+}
