@@ -33,6 +33,7 @@ _COMMANDS = (
     ("image", "pictures by VAR or Infinity, with CoDe and ScaleKV; --compare, calibrate", "image", "add_image"),
     ("convert", "original checkpoints of VAR, CoDe or Infinity to a folder", "convert", "add_convert"),
     ("llm", "text by language models with a draft; generate, compare", "llm", "add_llm"),
+    ("comfyui", "install or uninstall the nodes for ComfyUI", "comfyui", "add_comfyui"),
     ("bench", "benchmarks with their checks: kernels, dit, var, llm", "bench", "add_bench"),
     ("doctor", "what works here: devices, backends, tools, models", "doctor", "add_doctor"),
 )

@@ -1,0 +1,1 @@
+"""Other programs that draft attention runs in, a folder each; none needs another's."""

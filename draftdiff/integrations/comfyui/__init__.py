@@ -1,0 +1,1 @@
+"""Draft attention as nodes of ComfyUI. Nothing here needs ComfyUI to be imported."""
