@@ -1,4 +1,4 @@
-"""The pages of docs/: their examples run as they are, their command lines are understood, their links lead somewhere."""
+"""The pages of docs/: their examples run, their command lines are understood, their links lead somewhere."""
 
 import re
 from pathlib import Path
