@@ -91,7 +91,8 @@ def _index(scheduler: Any, schedule: Tensor, noise: float, now: Pass) -> int | N
         if now.last not in (None, noise):  # it would have stepped: the pipeline steps copies of it
             return None
         begin = scheduler.begin_index
-        found = [begin] if begin is not None else _where(schedule, noise)
+        # No run begins where a schedule ends, at zero, and one that is told upwards (to Z-Image) begins with zero.
+        found = [begin] if begin is not None else _where(schedule, noise) if noise else []
     else:
         found = _where(schedule, noise)
         if not found:

@@ -120,8 +120,8 @@ FAMILIES = [
         ZImagePipeline,
         "z_image",
         FlowMatchEulerDiscreteScheduler,
-        {"prompt_embeds": [embeds(1)[0]], "negative_prompt_embeds": [embeds(2)[0]], "height": 512, "width": 384},
-        (1, 32, 24),
+        {"prompt_embeds": [embeds(1)[0]], "negative_prompt_embeds": [embeds(2)[0]], "height": 528, "width": 384},
+        (1, 33, 24),
     ),
 ]
 

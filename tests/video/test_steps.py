@@ -123,3 +123,14 @@ def test_without_a_scheduler_a_move_back_is_the_next_pass(timesteps):
 
 def test_timesteps_per_token_count_by_their_mean():
     assert steps_of(Run(), [torch.tensor([[0.0, t, t]]) for t in (999.0, 999.0, 700.0)]) == [0, 0, 1]
+
+
+def test_timesteps_told_upwards_from_zero_begin_at_the_first():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.sigma_min = 0.0
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps[-1] == 0
+    run, x = Run(), torch.zeros(1, 2, 2, 2)
+    for step, t in enumerate(scheduler.timesteps):
+        assert places(run, [(1000 - t) / 1000], scheduler) == [(0, step, 4)]
+        x = scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draftdiff.core.grid import LatentGrid
@@ -143,6 +144,12 @@ def _ideogram_keys(model: Any, arguments: Arguments) -> Tensor:
     """The image's segment. Padding is one of its own, which nothing reads."""
     segments = arguments["segment_ids"]
     return segments == segments[:, -1:]
+
+
+def _prx_keys(model: Any, arguments: Arguments) -> Tensor | None:
+    # Earlier releases of diffusers repeat the mask for each query.
+    text, grid = arguments["attention_mask"], picture(model, arguments)
+    return None if text is None or grid is None else F.pad(text.bool(), (0, grid.tokens), value=True)
 
 
 def _joy_items(model: Any, arguments: Arguments) -> tuple[LatentGrid, int]:
@@ -292,7 +299,7 @@ IMAGE: dict[str, Layout] = {
         inputs=("hidden_states", "timesteps"),
     ),
     "NucleusMoEImageTransformer2DModel": Layout("Nucleus-Image", _ATTN, _first_shape, "last", queries="first"),
-    "PRXTransformer2DModel": Layout("PRX", r"blocks\.\d+\.attention", picture, "first", queries="last"),
+    "PRXTransformer2DModel": Layout("PRX", r"blocks\.\d+\.attention", picture, "first", keys=_prx_keys, queries="last"),
     "Ideogram4Transformer2DModel": Layout(
         "Ideogram 4", r"layers\.\d+\.attention", _ideogram, "first", keys=_ideogram_keys
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,10 +95,10 @@ class ModelCase:
 
 
 def bound_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The arguments of a forward call by name, defaults included."""
+    """The arguments of a forward call by name, defaults included; None for what this version does not have."""
     bound = inspect.signature(type(model).forward).bind(model, **inputs)
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return defaultdict(lambda: None, bound.arguments)
 
 
 def output_of(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -124,6 +125,11 @@ def lively_(model: nn.Module) -> nn.Module:
         elif parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def takes(model_class: type[nn.Module], spec: dict[str, Any]) -> bool:
+    """Whether the installed version's forward has all these arguments."""
+    return set(spec) <= set(inspect.signature(model_class.forward).parameters)
 
 
 def tiny(model_class: type[nn.Module], **config: Any) -> Callable[[], nn.Module]:

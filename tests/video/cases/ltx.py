@@ -19,6 +19,7 @@ from tests.video.cases.base import (
     ModelCase,
     last_packed,
     packed,
+    takes,
     tiny,
 )
 
@@ -84,7 +85,7 @@ def keyframe_coords(asked: Asked) -> torch.Tensor:
     return torch.cat([coords, coords[:, :, :APPENDED]], dim=2)
 
 
-LTX_CASES = [
+_CASES = [
     ModelCase(
         "ltx",
         tiny(LTXVideoTransformer3DModel, **LTX),
@@ -127,4 +128,9 @@ LTX_CASES = [
         packed,
         text=(APPENDED,) * 2,
     ),
+]
+LTX_CASES = [
+    case
+    for case in _CASES
+    if takes(LTX2VideoTransformer3DModel if "ltx2" in case.name else LTXVideoTransformer3DModel, case.spec)
 ]
