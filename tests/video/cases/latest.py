@@ -66,7 +66,7 @@ Z_IMAGE = SIZED | {
     "n_kv_heads": HEADS,
     "cap_feat_dim": TEXT_WIDTH,
     "axes_dims": ROPE_AXES,
-    "axes_lens": (128, 32, 32),
+    "axes_lens": (128, 64, 64),
 }
 Z_IMAGE_INPUTS: dict[str, Any] = {
     "x": lambda asked: list(noise(asked.batch, CHANNELS, 1, 2 * asked.grid[1], 2 * asked.grid[2])),
