@@ -161,11 +161,20 @@ class _Generation:
         prompt, mask = self.buffer, kwargs.get("attention_mask")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         mask = None if mask is None else mask.to(prompt.device)
-        hidden = drafter.reads_hidden_states
+        reads = drafter.reads
         positions = kwargs.get("position_ids")
         last = positions[:, -1].expand(len(prompt)) if positions is not None and positions.ndim == 2 else None
         chunk = self.config.prefill_chunk_size
-        target = TreeDecoder.prefill(self.model, prompt, mask, cache, last_position=last, chunk=chunk, hidden=hidden)
+        target = TreeDecoder.prefill(
+            self.model,
+            prompt,
+            mask,
+            cache,
+            last_position=last,
+            chunk=chunk,
+            layers=reads.layers,
+            whole=reads.prompt,
+        )
         if mask is not None:  # of a row of padding tokens alone the last one counts
             self.padding = (mask == 0).sum(-1).clamp(max=prompt.shape[1] - 1).tolist()
         processors = [for_drafts(of_row) for of_row in self.processors]
@@ -214,15 +223,12 @@ class _Generation:
         ]
         fed = [[] if path is None else [0, *(node + 1 for node in path)] for path in paths]
         context.target.keep(fed)
-        hidden = None
-        if self.drafter.reads_hidden_states:
-            hidden = [output.hidden_states[-1][row, kept] for row, kept in enumerate(fed)]
         for row in live:
             self.report.rounds += 1
             self.report.drafted += len(trees[row].tokens)
         self.report.draft_seconds += drafted - start
         self.report.target_seconds += seen - drafted
-        return context.next_round(self._ids(), self._room(), trees, [path or [] for path in paths], hidden)
+        return context.next_round(self._ids(), self._room(), trees, [path or [] for path in paths])
 
     def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
         """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from draftdiff.hosts.transformers_quirks import learned_positions
 from draftdiff.llm.checks import check_length, check_vocabularies, require, vocabulary_size
 from draftdiff.llm.decoder import TreeDecoder
-from draftdiff.llm.drafters.base import Context
+from draftdiff.llm.drafters.base import Context, Reads
 from draftdiff.llm.drafters.shapes import Chain, Shape
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.reporting import Report
@@ -24,7 +24,7 @@ class ModelDrafter:
     `Sampled`.
     """
 
-    reads_hidden_states = False
+    reads = Reads()
 
     def __init__(self, model: PreTrainedModel, shape: Shape | None = None) -> None:
         self.model, self.shape = model, shape or Chain()
