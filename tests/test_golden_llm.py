@@ -6,11 +6,13 @@ from collections.abc import Callable
 import pytest
 
 from tests import golden_cases
+from tests.golden_eagle import check_eagle
+from tests.golden_hydra import check_hydra
 
 KINDS = golden_cases.kinds(golden_cases.LLM_FOLDER)
 # By the letters with which a case's method begins.
-CHECKS: dict[str, Callable[[golden_cases.Case], None]] = {}
-UNBUILT = ("hydra", "longspec", "falcon", "pearl", "eagle", "omnidraft")
+CHECKS: dict[str, Callable[[golden_cases.Case], None]] = {"hydra": check_hydra, "eagle": check_eagle}
+UNBUILT = ("longspec", "falcon", "pearl", "omnidraft")
 
 
 def method(name):

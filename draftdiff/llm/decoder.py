@@ -261,12 +261,15 @@ class TreeDecoder:
         """Commit one path of pending tokens for each row, from below ROOT down, and forget the other pending ones."""
         pending = len(self._parents[0])
         width = max(map(len, paths))
+        padded = [[*path, *[0] * (width - len(path))] for path in paths]
         if self.layers:
-            states = torch.cat(self._pending, dim=1) if len(self._pending) > 1 else self._pending[0]
-            self.states = [states[row, list(path)] for row, path in enumerate(paths)]
+            states = torch.cat(self._pending, dim=1)
+            which = torch.tensor(padded, dtype=torch.int64, device=self._device)
+            states = states.gather(1, which[..., None].expand(-1, -1, states.shape[-1]))
+            self.states = [states[row, : len(path)] for row, path in enumerate(paths)]
             self._pending = []
         if not all(list(path) == list(range(len(path))) for path in paths):
-            index = torch.tensor([[*path, *[0] * (width - len(path))] for path in paths], device=self._device)
+            index = torch.tensor(padded, device=self._device)
             for layer in self.cache.layers:
                 if layer.is_initialized and layer.keys is not None:
                     _move(layer, index, pending)

@@ -88,3 +88,8 @@ class Drafter(Protocol):
 
     def cost(self, target: Any) -> float:
         """Bytes of weights that one draft forward reads over those of a target forward, 0 without a model."""
+
+
+def suffixes(context: Context, tree: Tree, nodes: list[int]) -> list[list[int]]:
+    """The drafted tokens down to each node, where somebody wants to know them."""
+    return [[tree.tokens[n] for n in tree.path(node)] for node in nodes] if any(context.processors) else []
