@@ -16,6 +16,7 @@ from draftdiff.llm.heads.files import renamed
 from draftdiff.llm.heads.hydra import NOT_OURS, original_names
 from draftdiff.llm.static_tree import StaticTree
 from draftdiff.llm.train.heads import HeadsTrainer
+from draftdiff.llm.train.losses import kl
 from draftdiff.llm.tree import ROOT, ancestors, as_mask
 from tests.golden_cases import Case
 
@@ -147,6 +148,12 @@ def check_rounds(case: Case, target: LlamaForCausalLM) -> None:
             case.same(found[:, :, : expected.shape[2]], expected, "hidden")
 
 
+def teacher(draft_logits: torch.Tensor, target_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The original's teacher loss: the divergence and the target's entropy, of which nothing can be learned."""
+    log_p = target_logits.log_softmax(-1)
+    return kl(draft_logits, target_logits, mask) - (log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0.0)
+
+
 def check_losses(case: Case, target: LlamaForCausalLM, heads: torch.nn.Module) -> None:
     """Of the library's own trainer on the case's batch, and the gradients of the mixed one."""
     labels = case["tf.labels"].long()
@@ -158,7 +165,7 @@ def check_losses(case: Case, target: LlamaForCausalLM, heads: torch.nn.Module) -
     }
     assert torch.equal(labels[labels != -100], batch["input_ids"][labels != -100])
     found, expected = {}, case.info["losses"]
-    for name, loss in (("lm", "ce"), ("teacher", "soft_ce")):
+    for name, loss in (("lm", "ce"), ("teacher", teacher)):
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(folder, use_cpu=True, report_to=[])
             found[name] = HeadsTrainer(heads, arguments, target=target, loss=loss).compute_loss(heads, batch)

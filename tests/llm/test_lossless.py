@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, NGramTable, Sampled, speculative
-from tests.llm.heads import eagle, hydra, medusa
 from tests.llm.tabular import next_pair_law, pair_law, tabular_pair
+from tests.llm.tiny_heads import eagle, hydra, medusa
 from tests.llm.tiny_models import prompt, tiny_model
 
 MODEL_SHAPES = {

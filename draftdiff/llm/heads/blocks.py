@@ -11,24 +11,37 @@ class ResidualBlock(nn.Module):
     """residual(x) + SiLU(linear(x)), from [..., given] to [..., width].
 
     residual is the identity where the widths are equal, else a linear map that begins by letting the first `width`
-    numbers through. rank: of both maps, None for full; such maps are products of two, and begin as random ones.
+    numbers through; linear begins as zero. rank: of what both learn, None for full maps.
     """
 
     def __init__(self, given: int, width: int, rank: int | None = None) -> None:
         super().__init__()
-        self.linear = _linear(given, width, rank)
-        nn.init.zeros_((self.linear if rank is None else self.linear[1]).weight)  # type: ignore[index, arg-type]
-        self.residual = nn.Identity() if given == width else _linear(given, width, rank)
-        if isinstance(self.residual, nn.Linear):
-            with torch.no_grad():
+        self.linear: nn.Module = nn.Linear(given, width) if rank is None else LowRank(given, width, rank)
+        self.residual: nn.Module = nn.Identity()
+        if given != width:
+            self.residual = nn.Linear(given, width) if rank is None else LowRank(given, width, rank, through=True)
+        with torch.no_grad():
+            if isinstance(self.linear, nn.Linear):
+                self.linear.weight.zero_()
+                self.linear.bias.zero_()
+            if isinstance(self.residual, nn.Linear):
                 nn.init.eye_(self.residual.weight)
-                nn.init.zeros_(self.residual.bias)
+                self.residual.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual(x) + F.silu(self.linear(x))
 
 
-def _linear(given: int, width: int, rank: int | None) -> nn.Module:
-    if rank is None:
-        return nn.Linear(given, width)
-    return nn.Sequential(nn.Linear(given, rank, bias=False), nn.Linear(rank, width))
+class LowRank(nn.Module):
+    """A linear map of low rank that begins as zero. through: added to the first `width` numbers of what it is given."""
+
+    def __init__(self, given: int, width: int, rank: int, *, through: bool = False) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(given, rank, bias=False), nn.Linear(rank, width)
+        self.width, self.through = width, through
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        learned = self.up(self.down(x))
+        return x[..., : self.width] + learned if self.through else learned

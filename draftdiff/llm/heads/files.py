@@ -83,10 +83,13 @@ def fill(heads: nn.Module, weights: Mapping[str, Tensor], folder: str | Path) ->
 
 
 def built(make: Callable[[], Heads], folder: str | Path) -> Heads:
-    """What `make` makes of a config. A field that is missing or of a wrong kind is the file's fault, in one line."""
+    """What `make` makes of a config and weights. What is missing there or of a wrong kind is the file's fault, in one
+    line."""
     try:
-        with user_errors(TypeError, KeyError, ValueError):
+        with user_errors(TypeError, ValueError):
             return make()
+    except KeyError as error:
+        raise UserError(f"{folder} lacks {error.args[0]}") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 

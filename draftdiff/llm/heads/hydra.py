@@ -27,8 +27,8 @@ from draftdiff.llm.heads.target import TargetParts
 @dataclass(frozen=True)
 class HydraConfig:
     """heads: tokens that are guessed.  layers: blocks of a head.  prefix: fields of the prefix layer's LlamaConfig,
-    None without one.  rank: of the first block's maps, None for full ones.  own_output: whether each head has an output
-    layer of its own; else all use the target's."""
+    None without one.  rank: of what the first block learns, None for full maps.  own_output: whether each head has an
+    output layer of its own; else all use the target's."""
 
     hidden_size: int
     vocab_size: int
@@ -40,7 +40,8 @@ class HydraConfig:
 
     def __post_init__(self) -> None:
         for name in ("heads", "layers"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"{name} must be a whole number from 1 on, got {value!r}")
         require(self.rank is None or self.rank >= 1, f"rank must be at least 1 or None, got {self.rank}")
 
 

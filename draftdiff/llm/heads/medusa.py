@@ -30,7 +30,8 @@ class MedusaConfig:
 
     def __post_init__(self) -> None:
         for name in ("heads", "layers"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"{name} must be a whole number from 1 on, got {value!r}")
 
 
 class MedusaHeads(nn.Module):

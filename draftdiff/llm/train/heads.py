@@ -17,19 +17,20 @@ from draftdiff.llm.train.trainer import DraftTrainer
 
 
 class HeadsTrainer(DraftTrainer):
-    """A DraftTrainer whose model is `HydraHeads` or `MedusaHeads`: the frozen target runs on every batch.
+    """A DraftTrainer whose model is `HydraHeads` or `MedusaHeads`: the target, which is frozen, runs on every batch.
 
     Head i at a position is compared with the target i + 1 tokens further on (its law where the loss compares with one,
     else the token of the text after that). The loss is the sum over the heads of each one's mean.
 
         Hydra (arXiv 2402.05109):  loss="ce"
-        Hydra++:                   loss="soft_ce" on rows with `distil`
+        Hydra++:                   loss="kl" on rows with `distil`, its teacher loss less the target's entropy
     """
 
     def __init__(
-        self, model: Any, args: TrainingArguments, *, target: Any, loss: str | Loss = "soft_ce", **kwargs: Any
+        self, model: Any, args: TrainingArguments, *, target: Any, loss: str | Loss = "kl", **kwargs: Any
     ) -> None:
         """As DraftTrainer's. Raises ValueError for heads of another target, too."""
+        target.requires_grad_(False)  # its output layer may be that of the heads
         super().__init__(model, args, target=target, loss=loss, **kwargs)
 
     def check(self, model: Any) -> int:

@@ -2,8 +2,8 @@
 
 `loss(draft_logits, target_logits, mask=None) -> [...]` takes logits [..., vocabulary] of any float dtype, computes in
 fp32, and gives zero, with no gradient, where the bool mask [...] is False. Logits of -inf, which a draft with a trimmed
-vocabulary has for the tokens it cannot emit, make no NaN: `kl`, `ce` and `soft_ce` then compare with the target's law
-over the tokens that the draft can emit (they would be infinite otherwise), the other losses with the whole of it.
+vocabulary has for the tokens it cannot emit, make no NaN: `kl` and `ce` then compare with the target's law over the
+tokens that the draft can emit (they would be infinite otherwise), the other losses with the whole of it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,6 @@ def kl(draft_logits: Tensor, target_logits: Tensor, mask: Tensor | None = None) 
     log_q, log_p = _logs(draft_logits, target_logits)
     log_p = log_p.masked_fill(log_q.isneginf(), -torch.inf).log_softmax(-1)
     return _masked((log_p.exp() * (_finite(log_p) - _finite(log_q))).sum(-1), mask)
-
-
-def soft_ce(draft_logits: Tensor, target_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cross-entropy with the whole of the target's law, -sum of p log q (Hydra's teacher loss, arXiv 2402.05109): `kl`
-    and the target's entropy, of which a draft can learn nothing."""
-    log_q, log_p = _logs(draft_logits, target_logits)
-    log_p = log_p.masked_fill(log_q.isneginf(), -torch.inf).log_softmax(-1)
-    return _masked(-(log_p.exp() * _finite(log_q)).sum(-1), mask)
 
 
 def rkl(draft_logits: Tensor, target_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -139,16 +131,7 @@ def lk(
     return _masked(weight * kl(draft_logits, target_logits) + (1 - weight) * distance, mask)
 
 
-LOSSES: dict[str, Loss] = {
-    "kl": kl,
-    "rkl": rkl,
-    "jsd": jsd,
-    "ce": ce,
-    "soft_ce": soft_ce,
-    "tvd": tvd,
-    "tvd_pp": tvd_pp,
-    "lk": lk,
-}
+LOSSES: dict[str, Loss] = {"kl": kl, "rkl": rkl, "jsd": jsd, "ce": ce, "tvd": tvd, "tvd_pp": tvd_pp, "lk": lk}
 
 
 def named_loss(loss: str | Loss) -> Loss:
