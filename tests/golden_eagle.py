@@ -60,7 +60,7 @@ def check_rounds(case: Case, target: LlamaForCausalLM, ours: EagleDrafter) -> No
             case.same(decoder.states[0][None], f"{at}.hidden3_in", "hidden")
         passes.clear()
         (tree,) = ours.propose(context)
-        if number == 0:  # our first call reads the prompt in two pieces
+        if number == 0 and prompt.shape[1] > 1:  # our first call reads the prompt in two pieces
             passes[:2] = [tuple(torch.cat(both, dim=1) for both in zip(*passes[:2]))]
         for j, (tokens, hidden) in enumerate(passes):
             if f"{at}.pass{j}_input_ids" in case.tensors:

@@ -46,7 +46,8 @@ def speculative(
     generate does not hand its tokenizer on: instead of `stop_strings` give
     `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
     beams, encoder-decoder models, caches that cannot be rolled back, attention or hidden-state outputs, position_ids of
-    one's own, a prompt without the tokens that the cache holds. `draftdiff.llm.report(drafter)` tells what it did.
+    one's own, a prompt without the tokens that the cache holds, a cache that holds any where the drafter reads hidden
+    states of the whole prompt. `draftdiff.llm.report(drafter)` tells what it did.
     """
     if drafter is None or isinstance(drafter, type) or not hasattr(drafter, "propose"):
         got = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__

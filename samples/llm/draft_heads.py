@@ -6,7 +6,7 @@ takes half an hour on one core; the same command carries on where a killed one h
 
     python samples/llm/draft_heads.py --kind hydra --heads 3 --rank 48 -o my-heads
 
-The folder is for `draftdiff.llm.HydraDrafter.from_pretrained` or `MedusaDrafter.from_pretrained`.
+The folder, in half precision, is for `draftdiff.llm.HydraDrafter.from_pretrained` or `MedusaDrafter.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def arguments() -> Parser:
     parser.add_argument("--rank", type=whole(1), help="of what a Hydra head's first block learns (default: full)")
     parser.add_argument("--own-output", action="store_true", help="an output layer for each head, not the target's")
     parser.add_argument("--nodes", type=whole(1), default=16, help="nodes of the tree (default 16)")
-    parser.add_argument("--steps", type=whole(1), default=1500, help="training steps (default 1500)")
+    parser.add_argument("--steps", type=whole(1), default=1000, help="training steps (default 1000)")
     parser.add_argument("--batch", type=whole(1), default=16, help="rows of a step (default 16)")
     parser.add_argument("--prompts", type=whole(1), default=192, help="prompts the target continues (default 192)")
     parser.add_argument("--new-tokens", type=whole(1), default=160, help="tokens of a continuation (default 160)")
@@ -80,7 +80,7 @@ class Texts:
     text: DistillationSet
 
 
-def load_texts(target: Any, tokenizer: Any, options: argparse.Namespace) -> Texts:
+def load_texts(target: Any, tokenizer: Any, prompts: list[str], options: argparse.Namespace) -> Texts:
     """Those of the work folder, which are written once."""
     options.work.mkdir(parents=True, exist_ok=True)
 
@@ -100,7 +100,7 @@ def load_texts(target: Any, tokenizer: Any, options: argparse.Namespace) -> Text
     end = tokenizer.eos_token or ""
     rows = tokenizer([text + end for text in corpus_texts()], verbose=False).input_ids
     return Texts(
-        written("written", def_prompts(options.prompts, held_out=False), (0.0, 0.6, 1.0)),
+        written("written", prompts, (0.0, 0.6, 1.0)),
         written("judge", def_prompts(48), (0.0,)),
         packed_text(torch.tensor([i for row in rows for i in row]), WINDOW, distil=True),
     )
@@ -130,20 +130,20 @@ def train(drafter: Any, target: Any, texts: Texts, options: argparse.Namespace) 
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
 
 
-def score(drafter: Any, target: Any, texts: Texts, tokenizer: Any) -> dict[str, Any]:
+def score(drafter: Any, target: Any, texts: Texts, tokenizer: Any, tokens: int) -> dict[str, Any]:
     """How often each head is right on unseen text of the target's, and what its trees gain there; the text must be the
     target's own."""
     acceptance = rank_acceptance(drafter.heads, target, texts.judge, ranks=1)[:, 0]
-    tokens = forwards = 0
+    written = forwards = 0
     for prompt in def_prompts(8):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(target.device)
-        given = {**inputs, "max_new_tokens": 96, "do_sample": False}
+        given = {**inputs, "max_new_tokens": tokens, "do_sample": False}
         plain = target.generate(**given)
         if not torch.equal(target.generate(**given, custom_generate=speculative, drafter=drafter), plain):
             raise SystemExit(f"with these heads the target said something else after {prompt!r}")
         done = report(drafter)
-        tokens, forwards = tokens + done.tokens, forwards + done.target_forwards
-    return {"acceptance": rounded(acceptance), "tokens_per_forward": round(tokens / forwards, 4)}
+        written, forwards = written + done.tokens, forwards + done.target_forwards
+    return {"acceptance": rounded(acceptance), "tokens_per_forward": round(written / forwards, 4)}
 
 
 def rounded(numbers: Tensor) -> list[float]:
@@ -153,6 +153,7 @@ def rounded(numbers: Tensor) -> list[float]:
 def main(argv: list[str] | None = None) -> None:
     options = arguments().parse_args(argv)
     check_new_folder(options.output)
+    prompts = def_prompts(options.prompts, held_out=False)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.target is None:
@@ -165,13 +166,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.kind == "hydra":
         given |= {"prefix": options.prefix, "rank": options.rank}
     drafter = KINDS[options.kind].from_target(target, **given)
-    texts = load_texts(target, tokenizer, options)
+    texts = load_texts(target, tokenizer, prompts, options)
     train(drafter, target, texts, options)
-    heads = drafter.heads.eval()
+    heads = drafter.heads.eval().half().float()  # what is scored is what is stored
     drafter = KINDS[options.kind](
         heads, StaticTree.learned(rank_acceptance(heads, target, texts.written), options.nodes)
     )
-    scores = score(drafter, target, texts, tokenizer)
+    scores = score(drafter, target, texts, tokenizer, options.new_tokens)
+    heads.half()
     drafter.save_pretrained(options.output)
     parameters = sum(p.numel() for p in heads.parameters())
     print(

@@ -14,7 +14,7 @@ from draftdiff.llm.drafters.base import Context, Reads, suffixes
 from draftdiff.llm.drafters.shapes import Chain, Shape
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.reporting import Report
-from draftdiff.llm.tree import Tree
+from draftdiff.llm.tree import ROOT, Tree
 
 
 class ModelDrafter:
@@ -79,10 +79,11 @@ class _Session:
         real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]
         self._decoder = TreeDecoder.prefill(model, ids, real.long() if any(context.padding) else None)
         self._prompt_forwards = self._decoder.forwards
-        # Of what is pending in the draft: how many tokens were known when it was fed, and the place of each drafted
-        # token after the place of the one before it. Not by node: a shape may drop nodes of a tree that it has grown.
+        # Of what is pending in the draft: how many tokens were known when it was fed, and the places of tree nodes, in
+        # the trees as they were grown: what a shape proposes in the end may be a part of them.
         self._known = [0] * len(ids)
-        self._places: list[dict[tuple[int, int], int]] = [{} for _ in range(len(ids))]
+        self._places: list[dict[int, int]] = [{} for _ in range(len(ids))]
+        self._grown = [Tree() for _ in range(len(ids))]
         self._next = 0  # place of the token that is fed next
         self._held = [ids.shape[1] - 1] * len(ids)
 
@@ -103,7 +104,7 @@ class _Session:
         if context.paths:
             kept = []
             for row, path in enumerate(context.paths):
-                places = self._path(row, [context.trees[row].tokens[node] for node in path])
+                places = self._fed(row, [context.trees[row].tokens[node] for node in path])
                 kept.append([*range(self._known[row]), *places])
                 self._held[row] += len(kept[-1])
             self._decoder.keep(kept)
@@ -125,10 +126,11 @@ class _Session:
         tokens = [[tree.tokens[node] for node in some] for tree, some in zip(trees, nodes)]
         parents = []
         for row, (tree, some) in enumerate(zip(trees, nodes)):
-            paths = [[tree.tokens[n] for n in tree.path(tree.parents[node])] for node in some]
-            parents.append([[self._known[row] - 1, *self._path(row, path)][-1] for path in paths])
-            fed = zip(parents[row], tokens[row])
-            self._places[row].update({pair: self._next + i for i, pair in enumerate(fed)})
+            places = self._places[row]
+            above = [tree.parents[node] for node in some]
+            parents.append([self._known[row] - 1 if parent == ROOT else places[parent] for parent in above])
+            places.update({node: self._next + i for i, node in enumerate(some)})
+        self._grown = list(trees)
         self._next += max(map(len, nodes))
         logits = self._decoder.feed(tokens, parents).logits
         return [
@@ -138,15 +140,16 @@ class _Session:
             for row, some in enumerate(nodes)
         ]
 
-    def _path(self, row: int, tokens: list[int]) -> list[int]:
-        """The places of drafted tokens one after the other, as far as they were fed."""
+    def _fed(self, row: int, tokens: list[int]) -> list[int]:
+        """The places of the first of a path's tokens, as far as they were fed."""
         places: list[int] = []
-        before = self._known[row] - 1
+        node = ROOT
         for token in tokens:
-            place = self._places[row].get((before, token))
-            if place is None:
+            child = self._grown[row].child(node, token)
+            if child is None or child not in self._places[row]:
                 break
-            places.append(before := place)
+            node = child
+            places.append(self._places[row][node])
         return places
 
     def _distribution(self, context: Context, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:

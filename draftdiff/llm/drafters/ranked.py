@@ -20,8 +20,9 @@ from draftdiff.llm.tree import Tree
 
 
 class RankedDrafter:
-    """Proposes the same tree in each round, whose nodes are the guesses of heads by rank. Verified by `match`, so that
-    any choice of nodes is exact. A row of whose tokens no state is known yet, such as one of a single token, gets none.
+    """Proposes the same tree in each round, whose nodes are the guesses of heads by rank, whatever logits processors
+    say. Verified by `match`, so that any choice of nodes is exact. A row of whose tokens no state is known yet, such as
+    one of a single token, gets none.
     """
 
     reads = Reads((-1,))
@@ -42,7 +43,7 @@ class RankedDrafter:
         self.last_report: Report | None = None
 
     @classmethod
-    def from_target(cls, model: PreTrainedModel, tree: StaticTree | None = None, **options: Any) -> Self:
+    def from_target(cls, model: PreTrainedModel, *, tree: StaticTree | None = None, **options: Any) -> Self:
         """New heads to train, fp32. options: of the heads' own `from_target`, such as heads=4 and layers=1."""
         return cls(cls.module.from_target(model, **options), tree)
 

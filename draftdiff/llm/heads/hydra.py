@@ -170,19 +170,21 @@ class Prefix(nn.Module):
         return BaseModelOutput(last_hidden_state=self.norm(found))
 
 
-def prefix_fields(target: PreTrainedModel, **given: Any) -> dict[str, Any]:
-    """Fields of a LlamaConfig for a prefix layer of the target's sizes, or of those given."""
+def prefix_fields(target: PreTrainedModel) -> dict[str, Any]:
+    """Fields of a LlamaConfig for a prefix layer of the target's sizes."""
     text = target.config.get_text_config()
     heads = text.num_attention_heads
-    fields = {
+    return {
         "hidden_size": text.hidden_size,
         "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
         "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+        "num_hidden_layers": 1,
+        "rope_theta": 10000.0,
+        "attn_implementation": "sdpa",
     }
-    return fields | given | {"num_hidden_layers": 1, "rope_theta": 10000.0, "attn_implementation": "sdpa"}
 
 
 # The target's embedding, which must stay the target's, and what is not used.

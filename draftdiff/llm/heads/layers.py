@@ -33,7 +33,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, key_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: Any
+    ) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -41,7 +43,7 @@ class Attention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -88,7 +90,8 @@ class Stack(nn.ModuleList):
         [rows, 1, tokens, all], or of padding [rows, all], None for a plain chain.  positions: int64 [rows, tokens]."""
         rotary = self._rotary[0] = self._rotary[0].to(x.device)
         held = 0 if cache is None else cache.get_seq_length()
-        seen = (rotary(x, positions), _visible(mask, x.shape[1], held, x.device), cache)
+        causal = mask is None and held == 0  # a whole prompt, whose mask would be large
+        seen = (rotary(x, positions), None if causal else _visible(mask, x.shape[1], held, x.device), causal, cache)
         for layer in self:
             x = layer(x, embedded, *seen)
         return x

@@ -10,7 +10,7 @@ from draftdiff.llm.metrics import bytes_per_forward
 from tests.llm.generation import both
 from tests.llm.tabular import tabular_model
 from tests.llm.tiny_heads import eagle, eagle_head, hydra, medusa
-from tests.llm.tiny_models import FAMILIES, prompt, tiny_model
+from tests.llm.tiny_models import FAMILIES, prompt, tiny_hybrid, tiny_model
 
 MAKERS = {
     "Hydra": hydra,
@@ -70,6 +70,13 @@ def test_heads_draft_for_other_families_too(name, make):
     mask[0, :7] = 0
     plain, fast = both(target, make(target), ids * mask, attention_mask=mask, max_new_tokens=20)
     assert torch.equal(plain, fast)
+
+
+def test_chains_are_drafted_for_models_with_linear_attention():
+    target, chain = tiny_hybrid(), StaticTree.from_widths((1, 1, 1))
+    for drafter in (hydra(target, prefix=True, tree=chain), medusa(target, tree=chain), eagle(target, Chain(3))):
+        plain, fast = both(target, drafter, prompt(9), max_new_tokens=20)
+        assert torch.equal(plain, fast) and report(drafter).drafted > 20
 
 
 @pytest.mark.parametrize("shape", [Chain(3), KBest(3, 2, 6), Sampled((2, 1)), Chain(5, confidence=0.2)], ids=str)
@@ -136,9 +143,9 @@ def test_other_targets_and_trees_that_do_not_fit_are_refused(make):
 def test_trees_that_do_not_fit_the_heads_are_refused():
     target = tiny_model(layers=1, vocab_size=8)
     with pytest.raises(UserError, match="the tree must be at most 2 deep, one level a head, got 3"):
-        MedusaDrafter.from_target(target, StaticTree.from_widths((1, 1, 1)), heads=2)
+        MedusaDrafter.from_target(target, tree=StaticTree.from_widths((1, 1, 1)), heads=2)
     with pytest.raises(UserError, match="the tree has 9 children of a node, the vocabulary 8 tokens"):
-        HydraDrafter.from_target(target, StaticTree.from_widths((9,)), heads=2)
+        HydraDrafter.from_target(target, tree=StaticTree.from_widths((9,)), heads=2)
     assert MedusaDrafter.from_target(target, heads=1).tree.depth == 1
     with pytest.raises(UserError, match="heads must be a whole number from 1 on, got 0"):
         HydraDrafter.from_target(target, heads=0)
