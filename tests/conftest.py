@@ -1,6 +1,7 @@
 """Shared settings of the suite."""
 
 import os
+from pathlib import Path
 
 # Before triton is imported anywhere: on a machine without a GPU its kernels run in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 # Their assertions explain themselves like those of a test module.
-for name in ("cases", "infinity", "scale_kv", "var"):
-    pytest.register_assert_rewrite(f"tests.golden_{name}")
+for path in Path(__file__).parent.glob("golden_*.py"):
+    pytest.register_assert_rewrite(f"tests.{path.stem}")
 
 # Test workers share the cores; threads of their own would only get into each other's way.
 torch.set_num_threads(1)

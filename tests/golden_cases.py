@@ -1,4 +1,5 @@
-"""The golden data of DRAFTDIFF_GOLDEN (default tests/golden): cases by kind, their weights, and the comparison."""
+"""The golden data of DRAFTDIFF_GOLDEN (default tests/golden) and, of language models, DRAFTDIFF_GOLDEN_LLM (default
+tests/golden_llm): cases by kind, their weights, and the comparison."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 FOLDER = Path(os.environ.get("DRAFTDIFF_GOLDEN", Path(__file__).parent / "golden"))
+LLM_FOLDER = Path(os.environ.get("DRAFTDIFF_GOLDEN_LLM", Path(__file__).parent / "golden_llm"))
 INPUTS = ("text", "negative_text")  # tensors that a case gives, and not results
 
 
 @dataclass
 class Case:
-    """One JSON file and the tensors beside it."""
+    """One JSON file and the tensors beside it, none if it has no such file."""
 
     info: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -27,13 +29,27 @@ class Case:
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """Weights of a part by their original names, widened to fp32."""
-        return widened(load_file(self.folder / self.info["state_dicts"][part]))
+        return widened(load_file(self.folder / self.info.get("state_dicts", self.info.get("checkpoint_files"))[part]))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def has_pictures(self) -> bool:
         return any("image_" in name for name in self.tensors)
+
+    def same(self, ours: Tensor, expected: Tensor | str, kind: str) -> None:
+        """Hold one result to the case's, given or by its name, at the tolerance of a kind, one of the words of a key of
+        the table, such as "hidden" of "hidden, logits"; integers and booleans are exact."""
+        name, theirs = (expected, self[expected]) if isinstance(expected, str) else (kind, expected)
+        assert ours.shape == theirs.shape, f"{name}: {list(ours.shape)} against {list(theirs.shape)}"
+        if not theirs.is_floating_point():
+            assert torch.equal(ours.to(torch.int64), theirs.to(torch.int64)), name
+            return
+        (row,) = [row for key, row in self.info["tolerance"].items() if kind in key.split(", ")]
+        bound, way = row.split()
+        absolute = way == "abs"
+        allowed = {"atol": float(bound) if absolute else 0.0, "rtol": 0.0 if absolute else float(bound)}
+        torch.testing.assert_close(ours.float(), theirs, **allowed, msg=lambda text: f"{name}: {text}")
 
     def compare(self, ours: Mapping[str, Tensor], *needed: str, prefix: str = "") -> None:
         """Hold every result of the case to ours, by the tolerance of the longest name that it begins with; a case may
@@ -59,15 +75,17 @@ def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def kinds() -> dict[str, str]:
-    """The kind of every case, by name."""
-    cases = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
-    return {name: info["kind"] for name, info in cases.items() if "kind" in info}
+def kinds(folder: Path = FOLDER) -> dict[str, str]:
+    """The kind of every case, by name; of language models the method, of which formulas alone have none but a name."""
+    cases = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    found = {name: info.get("kind", info.get("method", info.get("case"))) for name, info in cases.items()}
+    return {name: kind for name, kind in found.items() if kind is not None}
 
 
 def load(name: str, folder: Path = FOLDER) -> Case:
     info = json.loads((folder / f"{name}.json").read_text())
-    return Case(info, load_file(folder / info["file"]), folder)
+    tensors = folder / info.get("file", f"{name}.safetensors")
+    return Case(info, load_file(tensors) if tensors.exists() else {}, folder)
 
 
 def tolerances(table: dict[str, str]) -> dict[str, float]:

@@ -35,9 +35,9 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
+def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
     """The forward's arguments for the logits of the last token alone, if it has one."""
-    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def is_recurrent(layer: Any) -> bool:

@@ -7,7 +7,7 @@ keep paths of different lengths: shorter ones leave masked slots, which are clos
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from draftdiff.core.importance import gather_kv
-from draftdiff.hosts.transformers import attention_name, cache_argument, is_recurrent, last_logits_only
+from draftdiff.hosts.transformers import attention_name, borrows_keys, cache_argument, is_recurrent, last_logits_only
 from draftdiff.hosts.transformers_quirks import layer_kinds
 from draftdiff.llm.checks import require
 from draftdiff.llm.kept_cache import WindowLayer
@@ -33,10 +33,13 @@ class TreeDecoder:
     forwards: of the model so far.  replays: those that brought recurrent states back to what was accepted.
     cache: the host's, in which a WindowLayer stands for each sliding layer.  next: position of each row's next token.
     valid, places: of the committed slots, [rows, slots]: a place counts padding too, as windows of attention do.
+    layers: whose hidden states are read: i is what layer i is fed, -1 what leaves the last one's norm.
+    states: those of the tokens that each row committed last, in order, [tokens, layers * width], layers side by side.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Any, rows: int, *, hidden: bool = False) -> None:
-        self.model, self.cache, self.rows, self.hidden = model, cache, rows, hidden
+    def __init__(self, model: PreTrainedModel, cache: Any, rows: int, *, layers: Sequence[int] = ()) -> None:
+        self.model, self.cache, self.rows, self.layers = model, cache, rows, tuple(layers)
+        self.states: list[Tensor] = [torch.empty(0, 0, device=model.device)] * rows
         self.forwards = self.replays = 0
         self.next = [0] * rows
         self.valid, self.places = np.ones((rows, 0), dtype=bool), np.zeros((rows, 0), dtype=np.int64)
@@ -54,6 +57,7 @@ class TreeDecoder:
         self._windows: list[WindowLayer] = []
         self._recurrent: dict[int, Any] = {}  # layers of the cache as they were when all they had seen was committed
         self._fed: list[int] = []  # pending tokens, to be fed again to recurrent layers
+        self._pending: list[Tensor] = []  # hidden states of what was fed, [rows, tokens, layers * width] for each feed
         # Of each row's pending tokens: their parents, what they see, and their depths.
         self._parents: list[list[int]] = [[] for _ in range(rows)]
         self._seen: list[list[int]] = [[] for _ in range(rows)]
@@ -69,28 +73,50 @@ class TreeDecoder:
         *,
         last_position: Tensor | None = None,
         chunk: int | None = None,
-        hidden: bool = False,
+        layers: Sequence[int] = (),
+        whole: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> TreeDecoder:
         """A decoder that has read all tokens but the last, which is the first to be fed.
 
         model: a decoder-only language model of transformers.  ids: int64 [batch, tokens], left-padded.  attention_mask:
         [batch, tokens], None without padding; a host that guesses it from the ids may hide the last token, too.  cache:
         may hold the first of these tokens already.  last_position: of the last tokens, int64 [batch], if the host has
-        counted them otherwise.  chunk: most tokens of a forward.  hidden: also return the last hidden states.
-        Raises ValueError for a model or a cache that cannot be rolled back.
+        counted them otherwise.  chunk: most tokens of a forward.  layers: whose hidden states are read, of all these
+        tokens if `whole`, else of the last that is fed here (of none if the cache holds it).  inputs: more that the
+        forward takes, [batch, tokens, ...] each.
+        Raises ValueError for a model or a cache that cannot be rolled back, a model without hidden states where they
+        are read, and a cache that holds tokens if those of all are.
         """
         cache = DynamicCache(config=model.config) if cache is None else cache
         check_cache(model, cache, len(ids), ids.shape[1])
-        decoder, tokens = cls(model, cache, len(ids), hidden=hidden), ids.shape[1] - 1
+        held = cache.get_seq_length()
+        require(
+            not (layers and whole and held),
+            f"the drafter reads the target's hidden states of the whole prompt, got a cache that holds {held} of its "
+            "tokens already",
+        )
+        decoder, tokens = cls(model, cache, len(ids), layers=layers), ids.shape[1] - 1
         if attention_mask is None:
             attention_mask = torch.ones_like(ids)
         real = attention_mask[:, :tokens].bool()
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        for start in range(cache.get_seq_length(), tokens, chunk or max(tokens, 1)):
+        for start in range(held, tokens, chunk or max(tokens, 1)):
             stop = min(start + (chunk or tokens), tokens)
             mask = None if bool(real.all()) else real[:, :stop].to(ids.dtype)
-            decoder._forward(ids[:, start:stop], mask, positions[:, start:stop], **decoder._last_only)
+            more = {name: x[:, start:stop] for name, x in (inputs or {}).items()}
+            read = bool(layers) and (whole or stop == tokens)
+            output = decoder._forward(
+                ids[:, start:stop], mask, positions[:, start:stop], read=read, **decoder._last_only, **more
+            )
+            if read:
+                decoder._collect(output, slice(None) if whole else slice(-1, None))
         decoder._commit_prompt(real, positions)
+        if decoder._pending:
+            states = torch.cat(decoder._pending, dim=1)
+            known = real[:, -states.shape[1] :].to(states.device)
+            decoder.states = [of_row[counted] for of_row, counted in zip(states, known)]
+            decoder._pending = []
         decoder._unseen = (attention_mask[:, -1] == 0).cpu().numpy()
         if last_position is not None:
             decoder.next = last_position.tolist()
@@ -128,9 +154,16 @@ class TreeDecoder:
             positions = self.next[0] + torch.arange(length, device=tokens.device)[None]
             self._forward(tokens, None, positions, **self._last_only)
 
-    def _forward(self, ids: Tensor, mask: Any, positions: Tensor, **kwargs: Any) -> Any:
+    def _collect(self, output: Any, which: slice = slice(None)) -> None:
+        """Remember hidden states of the tokens of a forward."""
+        found = getattr(output, "hidden_states", None)
+        require(found is not None, f"{type(self.model).__name__} returns no hidden states, which the drafter reads")
+        states = [found[layer][:, which].to(self._device) for layer in self.layers]  # type: ignore[index]
+        self._pending.append(torch.cat(states, dim=-1) if len(states) > 1 else states[0])
+
+    def _forward(self, ids: Tensor, mask: Any, positions: Tensor, *, read: bool = False, **kwargs: Any) -> Any:
         self.forwards += 1
-        if self.hidden:
+        if read:
             kwargs["output_hidden_states"] = True
         kwargs[self._argument] = self.cache
         held = self.cache.get_seq_length() if self.forwards == 1 else 0
@@ -144,11 +177,11 @@ class TreeDecoder:
             )
         return output
 
-    def feed(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Any:
+    def feed(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], **inputs: Tensor) -> Any:
         """The model's output for new pending tokens, logits [rows, most new tokens of a row, vocabulary].
 
         tokens, parents: for each row; a parent is an index of that row's pending tokens, in the order they were fed, or
-        ROOT after the committed ones. Rows with fewer tokens are padded behind.
+        ROOT after the committed ones. Rows with fewer tokens are padded behind.  inputs: more that the forward takes.
         """
         before = len(self._parents[0])
         width = max(map(len, tokens))
@@ -166,7 +199,10 @@ class TreeDecoder:
         if self._recurrent:
             self._fed += tokens[0]
         both = torch.tensor([ids, positions], dtype=torch.int64, device=self._device)
-        return self._forward(both[0], self._mask(before), both[1])
+        output = self._forward(both[0], self._mask(before), both[1], read=bool(self.layers), **inputs)
+        if self.layers:
+            self._collect(output)
+        return output
 
     def _is_plain_chain(self) -> bool:
         """Whether the host's own causal mask is the right one."""
@@ -225,8 +261,15 @@ class TreeDecoder:
         """Commit one path of pending tokens for each row, from below ROOT down, and forget the other pending ones."""
         pending = len(self._parents[0])
         width = max(map(len, paths))
+        padded = [[*path, *[0] * (width - len(path))] for path in paths]
+        if self.layers:
+            states = torch.cat(self._pending, dim=1)
+            which = torch.tensor(padded, dtype=torch.int64, device=self._device)
+            states = states.gather(1, which[..., None].expand(-1, -1, states.shape[-1]))
+            self.states = [states[row, : len(path)] for row, path in enumerate(paths)]
+            self._pending = []
         if not all(list(path) == list(range(len(path))) for path in paths):
-            index = torch.tensor([[*path, *[0] * (width - len(path))] for path in paths], device=self._device)
+            index = torch.tensor(padded, device=self._device)
             for layer in self.cache.layers:
                 if layer.is_initialized and layer.keys is not None:
                     _move(layer, index, pending)
@@ -253,6 +296,24 @@ class TreeDecoder:
             pending_of_rows[:] = [[] for _ in range(self.rows)]
         if self.rows > 1:
             self._close_gaps()
+
+    def committed(self, layer: int = -1) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What a layer holds of the committed tokens, of which it is one that keeps keys; None before the first token.
+
+        keys, values [rows, key heads, slots, head_dim], rotated as the model has left them: views, to be read between
+        `keep` and the next feed.  valid: bool [rows, slots], false for padding and gaps; a row's tokens stand in order.
+        A layer that slides over a window, or was evicted from, holds some of the last slots only.
+        """
+        held = self.cache.layers[layer]
+        require(
+            not is_recurrent(held) and not borrows_keys(held),
+            f"layer {layer} of {type(self.model).__name__} keeps no keys and values of its own",
+        )
+        assert not self._parents[0], "committed while tokens are pending"
+        if not held.is_initialized or held.keys is None:
+            return None
+        valid = torch.from_numpy(self.valid[:, self.valid.shape[1] - held.keys.shape[-2] :])
+        return held.keys, held.values, valid.to(held.keys.device)
 
     def _close_gaps(self) -> None:
         """Bring the rows of a batch to the right once there are many more slots than the longest row needs, or a window

@@ -46,7 +46,8 @@ def speculative(
     generate does not hand its tokenizer on: instead of `stop_strings` give
     `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
     beams, encoder-decoder models, caches that cannot be rolled back, attention or hidden-state outputs, position_ids of
-    one's own, a prompt without the tokens that the cache holds. `draftdiff.llm.report(drafter)` tells what it did.
+    one's own, a prompt without the tokens that the cache holds, a cache that holds any where the drafter reads hidden
+    states of the whole prompt. `draftdiff.llm.report(drafter)` tells what it did.
     """
     if drafter is None or isinstance(drafter, type) or not hasattr(drafter, "propose"):
         got = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
@@ -161,11 +162,20 @@ class _Generation:
         prompt, mask = self.buffer, kwargs.get("attention_mask")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         mask = None if mask is None else mask.to(prompt.device)
-        hidden = drafter.reads_hidden_states
+        reads = drafter.reads
         positions = kwargs.get("position_ids")
         last = positions[:, -1].expand(len(prompt)) if positions is not None and positions.ndim == 2 else None
         chunk = self.config.prefill_chunk_size
-        target = TreeDecoder.prefill(self.model, prompt, mask, cache, last_position=last, chunk=chunk, hidden=hidden)
+        target = TreeDecoder.prefill(
+            self.model,
+            prompt,
+            mask,
+            cache,
+            last_position=last,
+            chunk=chunk,
+            layers=reads.layers,
+            whole=reads.prompt,
+        )
         if mask is not None:  # of a row of padding tokens alone the last one counts
             self.padding = (mask == 0).sum(-1).clamp(max=prompt.shape[1] - 1).tolist()
         processors = [for_drafts(of_row) for of_row in self.processors]
@@ -214,15 +224,12 @@ class _Generation:
         ]
         fed = [[] if path is None else [0, *(node + 1 for node in path)] for path in paths]
         context.target.keep(fed)
-        hidden = None
-        if self.drafter.reads_hidden_states:
-            hidden = [output.hidden_states[-1][row, kept] for row, kept in enumerate(fed)]
         for row in live:
             self.report.rounds += 1
             self.report.drafted += len(trees[row].tokens)
         self.report.draft_seconds += drafted - start
         self.report.target_seconds += seen - drafted
-        return context.next_round(self._ids(), self._room(), trees, [path or [] for path in paths], hidden)
+        return context.next_round(self._ids(), self._room(), trees, [path or [] for path in paths])
 
     def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
         """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""

@@ -15,7 +15,9 @@ from draftdiff.llm import (
     ModelDrafter,
     NGramDrafter,
     NGramTable,
+    Reranked,
     Sampled,
+    StaticTree,
     assisted,
     report,
     speculative,
@@ -23,6 +25,7 @@ from draftdiff.llm import (
 )
 from draftdiff.llm.verify import VERIFIERS
 from tests.fuzz.engine import Case, Family
+from tests.llm.tiny_heads import eagle, hydra, medusa
 from tests.llm.tiny_models import tiny_model
 
 VOCABULARY = 32  # small, so that drafts are right now and then
@@ -77,9 +80,26 @@ def _ngrams(case: DecodingCase, search: str, depth: int, nodes: int, known: int)
     return NGramDrafter(table, search=search, depth=depth, nodes=nodes, iterations=20)
 
 
+def _heads(case: DecodingCase, kind: str, *widths: int):
+    target = _model(*case.model, case.seed)
+    if kind == "EAGLE-3":
+        drafter = eagle(target, Reranked(4, *widths), vocabulary=20)
+        drafter.head.double()
+        return drafter
+    given = {"heads": len(widths), "tree": StaticTree.from_widths(widths)}
+    if kind == "Medusa":
+        drafter = medusa(target, **given)
+    else:
+        drafter = hydra(target, prefix=kind == "Hydra++", layers=2, **given)
+    drafter.heads.double()
+    return drafter
+
+
 DRAFTERS = {
+    "heads": _heads,
     "chain": lambda case, *given: ModelDrafter(_draft(case), Chain(*given)),
     "best": lambda case, *given: ModelDrafter(_draft(case), KBest(*given)),
+    "best of all": lambda case, *given: ModelDrafter(_draft(case), Reranked(*given)),
     "tree": lambda case, *given: ModelDrafter(_draft(case), Sampled(*given)),
     "trimmed chain": lambda case, size, *given: _trimmed(case, Chain(*given), size),
     "trimmed tree": lambda case, size, *given: _trimmed(case, KBest(*given), size),
@@ -96,12 +116,20 @@ _table = st.tuples(
     st.sampled_from(["best_first", "puct"]), st.integers(1, 6), st.integers(1, 20), st.sampled_from([0, 40, 300])
 )
 _size = st.integers(4, VOCABULARY)
+_kinds = st.sampled_from(["Hydra", "Hydra++", "Medusa"])
+_widths = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+_heads_drawn = st.one_of(
+    st.tuples(_kinds, _widths).map(lambda given: ("heads", given[0], *given[1])),
+    st.tuples(st.integers(1, 4), st.integers(1, 12)).map(lambda given: ("heads", "EAGLE-3", *given)),
+)
 _drafters = st.one_of(
     _chain.map(lambda given: ("chain", *given)),
     _best.map(lambda given: ("best", *given)),
     _tree.map(lambda given: ("tree", *given)),
     st.tuples(_size, _chain).map(lambda given: ("trimmed chain", given[0], *given[1])),
     st.tuples(_size, _best).map(lambda given: ("trimmed tree", given[0], *given[1])),
+    _best.map(lambda given: ("best of all", given[0], given[1], given[2])),
+    _heads_drawn,
     _table.map(lambda given: ("n-grams", *given)),
     _table.map(lambda given: ("assisted", *given)),
 )

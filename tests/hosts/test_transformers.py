@@ -25,7 +25,6 @@ from tests.llm.tiny_models import VOCABULARY, prompt, tiny_hybrid, tiny_model
 GONE = f"transformers {transformers.__version__} has no"
 
 PRIVATE = {
-    "GenerationMixin._supports_logits_to_keep": lambda: GenerationMixin._supports_logits_to_keep,
     "GenerationMixin._assisted_decoding": lambda: GenerationMixin._assisted_decoding,
     "GenerationMixin._get_candidate_generator": lambda: GenerationMixin._get_candidate_generator,
     "PretrainedConfig._attn_implementation": lambda: AutoConfig.for_model("llama")._attn_implementation,

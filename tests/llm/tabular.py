@@ -15,7 +15,7 @@ class TabularConfig(PretrainedConfig):
     def __init__(self, vocab_size=8, **kwargs):
         self.vocab_size = vocab_size
         self.num_hidden_layers = self.num_attention_heads = 1
-        self.hidden_size = 1
+        self.hidden_size = 2 * vocab_size
         super().__init__(**kwargs)
 
 
@@ -27,7 +27,7 @@ class TabularModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         vocabulary = config.vocab_size
         self.table = torch.nn.Parameter(torch.zeros(vocabulary + 1, vocabulary, vocabulary))
-        self.embedding = torch.nn.Embedding(vocabulary, 1)
+        self.embedding = torch.nn.Embedding(vocabulary, 2 * vocabulary)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -39,7 +39,16 @@ class TabularModel(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         pass
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, cache=None, **kwargs):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        cache=None,
+        output_hidden_states=False,
+        **kwargs,
+    ):
         held = cache if cache is not None else past_key_values
         rows, new = input_ids.shape
         if position_ids is None:
@@ -57,7 +66,13 @@ class TabularModel(PreTrainedModel, GenerationMixin):
         assert (before.sum(-1) <= 1).all()
         vocabulary = self.config.vocab_size
         previous = torch.where(before.any(-1), tokens.gather(1, before.int().argmax(-1)), vocabulary)
-        return CausalLMOutputWithPast(logits=self.table[previous, input_ids], past_key_values=held)
+        states = None
+        if output_hidden_states:  # what the model knows of its text: the last two tokens
+            pair = [torch.nn.functional.one_hot(x, vocabulary + 1)[..., :vocabulary] for x in (previous, input_ids)]
+            states = (torch.cat(pair, dim=-1).float(),) * 2
+        return CausalLMOutputWithPast(
+            logits=self.table[previous, input_ids], past_key_values=held, hidden_states=states
+        )
 
 
 def tabular_model(seed=0, vocab_size=8, spread=1.5):

@@ -14,7 +14,6 @@ from transformers import (
 
 from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm import Chain, ModelDrafter, Sampled, report, speculative
-from draftdiff.llm.tree import ROOT, Tree
 from draftdiff.pipelines.mini.llm import load_mini_llm
 from tests.llm.generation import SHAPES, EndsWith, both, family, relative
 from tests.llm.rounding import assert_rounded
@@ -277,36 +276,6 @@ def test_an_unsure_draft_stops_early(pair):
     assert report(adaptive).draft_forwards < report(fixed).draft_forwards
     share = [report(d).tokens / report(d).drafted for d in (fixed, adaptive)]
     assert share[1] > share[0]
-
-
-class HiddenReader:
-    """Proposes nothing; keeps what it is shown."""
-
-    reads_hidden_states = True
-    forwards = 0
-
-    def begin(self, context):
-        self.seen = []
-
-    def end(self):
-        self.ended = True
-
-    def cost(self, target):
-        return 0.0
-
-    def propose(self, context):
-        if context.hidden is not None:
-            self.seen += context.hidden[0]
-        return [Tree([int(context.ids[0][0, -1])], [ROOT]) for _ in context.ids]
-
-
-def test_a_drafter_may_read_the_targets_hidden_states(pair):
-    target, _ = pair
-    drafter = HiddenReader()
-    _, fast = both(target, drafter, prompt(12), max_new_tokens=10)
-    whole = target(fast, output_hidden_states=True).hidden_states[-1][0, 11:]
-    assert_rounded(torch.stack(drafter.seen), whole[: len(drafter.seen)], target, fast)
-    assert len(drafter.seen) >= 8 and drafter.ended
 
 
 def test_allowed_tokens_are_asked_for_row_0_whatever_the_drafts(pair):

@@ -5,6 +5,7 @@ import torch
 
 from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, NGramTable, Sampled, speculative
 from tests.llm.tabular import next_pair_law, pair_law, tabular_pair
+from tests.llm.tiny_heads import eagle, hydra, medusa
 from tests.llm.tiny_models import prompt, tiny_model
 
 MODEL_SHAPES = {
@@ -43,6 +44,14 @@ def ngrams(search, vocabulary):
 DRAFTERS |= {
     f"n-grams, {search}": lambda t, d, search=search: ngrams(search, min(8, t.config.vocab_size))
     for search in ("best_first", "puct")
+}
+
+DRAFTERS |= {
+    "Hydra": lambda target, _: hydra(target),
+    "Hydra++": lambda target, _: hydra(target, layers=4, prefix=True),
+    "Medusa": lambda target, _: medusa(target),
+    "EAGLE-3": lambda target, _: eagle(target, vocabulary=target.config.vocab_size - 1),
+    "EAGLE-3, chain": lambda target, _: eagle(target, Chain(4)),
 }
 
 

@@ -118,3 +118,45 @@ def test_a_trimmed_draft_is_saved_with_its_token_maps(script, tmp_path):
     assert len(torch.load(tmp_path / "draft" / "token_map.pt")) == 100
     with pytest.raises(UserError, match=r"^size must be from 1, .* got 3000"):
         script("vocab_trim").main(["--save", "3000", *few])
+
+
+@pytest.fixture
+def heads_script(script, monkeypatch):
+    module, texts = script("draft_heads"), list(stdlib_corpus.corpus_texts(held_out=True))[-4:-1]
+    monkeypatch.setattr(module, "corpus_texts", lambda: iter(texts))
+    return module
+
+
+def test_heads_are_trained_carried_on_and_loaded_with_a_tree(heads_script, tmp_path, capsys):
+    from draftdiff.pipelines.mini.llm import load_mini_llm
+
+    few = ["--heads", "2", "--prompts", "3", "--new-tokens", "8", "--batch", "2", "--nodes", "5"]
+    few += ["--work", str(tmp_path / "work")]
+    hydra = [*few, "--rank", "4", "-o", str(tmp_path / "hydra")]
+    heads_script.main([*hydra[:-1], str(tmp_path / "first"), "--steps", "2"])
+    written = (tmp_path / "work" / "written.safetensors").stat().st_mtime_ns
+    heads_script.main([*hydra, "--steps", "3", "--json", str(tmp_path / "scores.json")])
+    assert (tmp_path / "work" / "written.safetensors").stat().st_mtime_ns == written
+    state = json.loads((tmp_path / "work" / "hydra" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert len(scores["acceptance"]) == 2 and scores["tokens_per_forward"] >= 1
+    heads_script.main([*few, "--kind", "medusa", "--steps", "1", "-o", str(tmp_path / "medusa")])
+    assert "tokens per target forward with trees of 5" in capsys.readouterr().out
+    target, _, _ = load_mini_llm()
+    for kind, make in heads_script.KINDS.items():
+        assert len(make.from_pretrained(tmp_path / kind, target).tree.paths) == 5
+
+
+def test_mistakes_in_training_heads_are_one_line(heads_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, message in (
+        (["--kind", "eagle"], "argument --kind: invalid choice: 'eagle'"),
+        (["--rank", "0"], "argument --rank: must be a whole number from 1 on, got '0'"),
+        (["-o", "."], r"\. exists: choose a new folder"),
+        (["--prompts", "100000"], "count must be from 1 to .* got 100000"),
+        (["--target", "no/such/folder"], "model 'no/such/folder' cannot be loaded"),
+    ):
+        with pytest.raises(UserError, match=message):
+            heads_script.main(given)
+    assert not list(tmp_path.iterdir())

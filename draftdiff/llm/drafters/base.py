@@ -15,17 +15,29 @@ from draftdiff.llm.tree import Tree
 
 
 @dataclass(frozen=True)
+class Reads:
+    """Which of the target's hidden states a drafter reads.
+
+    layers: i is what layer i of the target is fed, -1 what leaves the norm after the last one; none by default.
+    prompt: those of the whole prompt, which must then not be in a cache already; else the last one of it that is fed.
+    """
+
+    layers: tuple[int, ...] = ()
+    prompt: bool = False
+
+
+@dataclass(frozen=True)
 class Context:
     """The state of a generation before a round. Lists have one entry per row of the batch.
 
-    target: the target model with its cache; the last token of each row is not in it yet.
+    target: the target model with its cache; the last token of each row is not in it yet. Its `states` are the hidden
+    states that the drafter `reads` of what was committed last: first of the prompt without its last token, then of the
+    token that was fed first and of last round's accepted nodes; `committed` are keys and values of any layer.
     padding: how many tokens of a row are padding.
     processors, sampling: how logits become a row's next token, as far as drafts may know; see `processors.for_drafts`.
     ids: tokens so far with their padding, int64 [1, tokens], views that grow.
     room: most drafted tokens that may still be accepted, -1 for a finished row.
     trees, paths: last round's proposals and which of their nodes were accepted; empty in the first round.
-    hidden: if the drafter reads hidden states, the target's last ones [accepted + 1, width] of the token that was fed
-    first and the accepted nodes of last round; None in the first round.
     """
 
     target: TreeDecoder
@@ -36,18 +48,10 @@ class Context:
     room: list[int]
     trees: list[Tree] = field(default_factory=list)
     paths: list[list[int]] = field(default_factory=list)
-    hidden: list[Tensor] | None = None
 
-    def next_round(
-        self,
-        ids: list[Tensor],
-        room: list[int],
-        trees: list[Tree],
-        paths: list[list[int]],
-        hidden: list[Tensor] | None = None,
-    ) -> Context:
+    def next_round(self, ids: list[Tensor], room: list[int], trees: list[Tree], paths: list[list[int]]) -> Context:
         """The state after a round, in whose trees these paths were accepted."""
-        return replace(self, ids=ids, room=room, trees=trees, paths=paths, hidden=hidden)
+        return replace(self, ids=ids, room=room, trees=trees, paths=paths)
 
     def distribution(self, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
         """What the processors make of logits [n, vocabulary] after the row's tokens and n equally long suffixes.
@@ -65,11 +69,11 @@ class Context:
 class Drafter(Protocol):
     """Proposes tokens. A generation starts with `begin` and ends with `end`, also by an exception.
 
-    reads_hidden_states: the target then returns them (`Context.hidden`).  forwards: draft forwards of this generation.
-    last_report: what the last generation did, which sets it; None before the first.
+    reads: hidden states of the target, which then returns them (`Context.target.states`).  forwards: draft forwards of
+    this generation.  last_report: what the last generation did, which sets it; None before the first.
     """
 
-    reads_hidden_states: bool
+    reads: Reads
     forwards: int
     last_report: Report | None
 
@@ -84,3 +88,8 @@ class Drafter(Protocol):
 
     def cost(self, target: Any) -> float:
         """Bytes of weights that one draft forward reads over those of a target forward, 0 without a model."""
+
+
+def suffixes(context: Context, tree: Tree, nodes: list[int]) -> list[list[int]]:
+    """The drafted tokens down to each node, where somebody wants to know them."""
+    return [[tree.tokens[n] for n in tree.path(node)] for node in nodes] if any(context.processors) else []

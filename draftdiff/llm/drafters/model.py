@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from draftdiff.hosts.transformers_quirks import learned_positions
 from draftdiff.llm.checks import check_length, check_vocabularies, require, vocabulary_size
 from draftdiff.llm.decoder import TreeDecoder
-from draftdiff.llm.drafters.base import Context
+from draftdiff.llm.drafters.base import Context, Reads, suffixes
 from draftdiff.llm.drafters.shapes import Chain, Shape
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.reporting import Report
@@ -24,7 +24,7 @@ class ModelDrafter:
     `Sampled`.
     """
 
-    reads_hidden_states = False
+    reads = Reads()
 
     def __init__(self, model: PreTrainedModel, shape: Shape | None = None) -> None:
         self.model, self.shape = model, shape or Chain()
@@ -79,9 +79,11 @@ class _Session:
         real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]
         self._decoder = TreeDecoder.prefill(model, ids, real.long() if any(context.padding) else None)
         self._prompt_forwards = self._decoder.forwards
-        # Of what is pending in the draft: how many tokens were known when it was fed, and the places of tree nodes.
+        # Of what is pending in the draft: how many tokens were known when it was fed, and the places of tree nodes, in
+        # the trees as they were grown: what a shape proposes in the end may be a part of them.
         self._known = [0] * len(ids)
         self._places: list[dict[int, int]] = [{} for _ in range(len(ids))]
+        self._grown = [Tree() for _ in range(len(ids))]
         self._next = 0  # place of the token that is fed next
         self._held = [ids.shape[1] - 1] * len(ids)
 
@@ -102,7 +104,7 @@ class _Session:
         if context.paths:
             kept = []
             for row, path in enumerate(context.paths):
-                places = [self._places[row][node] for node in path if node in self._places[row]]
+                places = self._fed(row, [context.trees[row].tokens[node] for node in path])
                 kept.append([*range(self._known[row]), *places])
                 self._held[row] += len(kept[-1])
             self._decoder.keep(kept)
@@ -128,22 +130,30 @@ class _Session:
             above = [tree.parents[node] for node in some]
             parents.append([self._known[row] - 1 if parent == ROOT else places[parent] for parent in above])
             places.update({node: self._next + i for i, node in enumerate(some)})
+        self._grown = list(trees)
         self._next += max(map(len, nodes))
         logits = self._decoder.feed(tokens, parents).logits
         return [
-            self._distribution(context, row, _suffixes(context, trees[row], some), logits[row, : len(some)])
+            self._distribution(context, row, suffixes(context, trees[row], some), logits[row, : len(some)])
             if some
             else logits[row, :0]
             for row, some in enumerate(nodes)
         ]
+
+    def _fed(self, row: int, tokens: list[int]) -> list[int]:
+        """The places of the first of a path's tokens, as far as they were fed."""
+        places: list[int] = []
+        node = ROOT
+        for token in tokens:
+            child = self._grown[row].child(node, token)
+            if child is None or child not in self._places[row]:
+                break
+            node = child
+            places.append(self._places[row][node])
+        return places
 
     def _distribution(self, context: Context, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
         missing = self._vocabulary - logits.shape[-1]
         if missing > 0:
             logits = F.pad(logits, (0, missing), value=-torch.inf)
         return context.distribution(row, suffixes, logits[..., : self._vocabulary])
-
-
-def _suffixes(context: Context, tree: Tree, nodes: list[int]) -> list[list[int]]:
-    """The drafted tokens down to each node, where somebody wants to know them."""
-    return [[tree.tokens[n] for n in tree.path(node)] for node in nodes] if any(context.processors) else []

@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from draftdiff.llm.checks import require
-from draftdiff.llm.drafters.base import Context
+from draftdiff.llm.drafters.base import Context, Reads
 from draftdiff.llm.drafters.ngram_table import NGramTable, check_table
 from draftdiff.llm.drafters.puct import puct
 from draftdiff.llm.reporting import Report
@@ -30,7 +30,7 @@ class NGramDrafter:
     iterations, seed: of PUCT.
     """
 
-    reads_hidden_states = False
+    reads = Reads()
 
     def __init__(
         self,

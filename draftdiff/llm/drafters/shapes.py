@@ -125,3 +125,55 @@ class KBest:
             spare[row].sort(reverse=True)
             for _, node, token in spare[row][: self.nodes - len(tree.tokens)]:
                 tree.add(node, token)
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """A tree of the best of all that the draft has seen: each level expands the best `width` nodes, then the best
+    `nodes` are proposed, which may leave out some that were expanded (EAGLE-2 and EAGLE-3; their depth is one less).
+    """
+
+    depth: int = 8
+    width: int = 10
+    nodes: int = 59
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "nodes"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def grow(self, trees: list[Tree], roots: list[Tensor], room: list[int], sampling: bool, expand: Expand) -> None:
+        """Level by level; the trees in the list are replaced by those that are left."""
+        # Of each row all that was seen, (chance of its path, what it stands below, token), and what of it was expanded.
+        seen: list[list[tuple[float, int, int]]] = [[] for _ in trees]
+        grown = [{ROOT: ROOT} for _ in trees]
+        frontier = [[ROOT] if left > 0 else [] for left in room]
+        found = roots
+        for depth in range(self.depth):
+            if depth:
+                if not any(frontier):
+                    break
+                found = expand([[nodes[i] for i in some] for nodes, some in zip(grown, frontier)])
+            for row, tree in enumerate(trees):
+                if not frontier[row]:
+                    continue
+                known, start = seen[row], len(seen[row])
+                best = found[row].topk(min(self.width, found[row].shape[1]))
+                for above, some, tokens in zip(frontier[row], best.values.tolist(), best.indices.tolist()):
+                    chance = 1.0 if above == ROOT else known[above][0]
+                    known += [(chance * q, above, token) for q, token in zip(some, tokens) if q > 0]
+                last = depth + 1 == min(self.depth, room[row])
+                frontier[row] = [] if last else _best(known, start, self.width)
+                for i in frontier[row]:
+                    _, above, token = known[i]
+                    grown[row][i] = tree.add(grown[row][above], token)
+        for row, known in enumerate(seen):
+            trees[row], nodes = Tree(), {ROOT: ROOT}
+            # None is better than what it stands below, which was seen before it.
+            for i in sorted(_best(known, 0, self.nodes)):
+                _, above, token = known[i]
+                nodes[i] = trees[row].add(nodes[above], token)
+
+
+def _best(seen: list[tuple[float, int, int]], start: int, count: int) -> list[int]:
+    """The places from `start` on of the `count` likeliest, in that order, the first seen first among equals."""
+    return sorted(range(start, len(seen)), key=lambda i: -seen[i][0])[:count]
