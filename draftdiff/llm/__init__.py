@@ -39,6 +39,7 @@ _HOMES = {
     "NGramDrafter": "draftdiff.llm.drafters.ngram",
     "NGramTable": "draftdiff.llm.drafters.ngram_table",
     "observing": "draftdiff.llm.observe",
+    "Pace": "draftdiff.llm.pace",
     "packed_text": "draftdiff.llm.train.data",
     "rank_acceptance": "draftdiff.llm.train.heads",
     "report": "draftdiff.llm.reporting",

@@ -6,7 +6,9 @@ as long as they follow a branch. The output is the target's own: token by token 
 
 from __future__ import annotations
 
+import copy
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from draftdiff.hosts.transformers_quirks import QUIRKS, learned_positions, quirk
 from draftdiff.llm.checks import require
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Drafter
+from draftdiff.llm.pace import Pace, Pacer
 from draftdiff.llm.processors import for_drafts, usable
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree
@@ -36,9 +39,13 @@ def speculative(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     drafter: Drafter | None = None,
+    pace: Pace | None = Pace(),  # noqa: B008  # it is frozen
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Decode with drafts; called by `generate`, which takes `drafter=` and all of its own arguments as usual.
+
+    Drafts are as deep as pays, up to what the drafter proposes, and rounds go without where they do not pay: `pace`
+    says by what that is judged; None leaves all to the drafter. A drafter may serve several threads.
 
     Logits processors, stopping criteria, streamers, left-padded batches and caches that hold part of the prompt work as
     without drafts. The host's own processors see drafted tokens too; others once each token, in order, so that those of
@@ -69,7 +76,7 @@ def speculative(
     require(streamer is None or rows == 1, f"speculative streams one row only, got a streamer and a batch of {rows}")
     processors = usable(logits_processor, rows)
     ids = input_ids.to(model.device)  # generate takes them from the CPU too
-    generation = _Generation(model, ids, processors, stopping_criteria, generation_config, drafter, streamer)
+    generation = _Generation(model, ids, processors, stopping_criteria, generation_config, drafter, streamer, pace)
     with torch.no_grad():
         result = generation.run(model_kwargs)
     if isinstance(result, Tensor):
@@ -138,9 +145,12 @@ class _Generation:
         config: GenerationConfig,
         drafter: Drafter,
         streamer: Any,
+        pace: Pace | None,
     ) -> None:
         self.model, self.processors, self.config = model, processors, config
-        self.drafter, self.streamer = drafter, streamer
+        self.given, self.streamer = drafter, streamer
+        self.drafter = copy.copy(drafter)  # what it keeps of a generation is this one's alone
+        self.pace = pace
         self.sampling = bool(config.do_sample)
         self.limit = criteria.max_length or config.max_length
         # The two that nearly every generation has need no tensors.
@@ -181,18 +191,21 @@ class _Generation:
         processors = [for_drafts(of_row) for of_row in self.processors]
         context = Context(target, self.padding, processors, self.sampling, self._ids(), self._room())
         report.cost = drafter.cost(self.model)
+        pacer = None if self.pace is None else self._pacer(self.pace)
         drafter.begin(context)
         try:
             report.prompt_seconds = time.perf_counter() - start
             prompt_forwards = target.forwards
             while not all(self.done):
-                context = self._round(context)
+                context = self._round(context) if pacer is None else self._paced(context, pacer)
             report.target_forwards, report.replays = target.forwards - prompt_forwards, target.replays
             report.draft_forwards = drafter.forwards
+            if pacer is not None:
+                report.pauses, report.level_cost = pacer.pauses, pacer.level_cost
             report.seconds = time.perf_counter() - start
         finally:
             drafter.end()
-        drafter.last_report = report
+        self.given.last_report = report
         if self.streamer is not None:
             self.streamer.end()
         return self._result(target.cache)
@@ -208,31 +221,65 @@ class _Generation:
             room = [max(min(pair), 0) for pair in zip(room, left)]
         return [-1 if done else most for done, most in zip(self.done, room)]
 
+    def _pacer(self, pace: Pace) -> Pacer:
+        """The clock is not asked where other lengths would draw other random numbers, or round otherwise."""
+        drafter = self.drafter
+        chance = self.sampling and getattr(drafter, "samples", True)
+        exact = self.model.dtype in (torch.float32, torch.float64)
+        clock = pace.cost == "clock" or (pace.cost == "auto" and exact and not chance)
+        known = pace.cost if isinstance(pace.cost, float | int) else None if clock else self.report.cost
+        return Pacer(known, self.report.cost, whole=getattr(drafter, "whole", False))
+
+    def _paced(self, context: Context, pacer: Pacer) -> Context:
+        """A round whose drafts are as deep as pays."""
+        start, before, depth = time.perf_counter(), self.report.tokens, pacer.depth()
+        room = [int(min(most, depth)) for most in context.room]
+        after = self._round(replace(context, room=room))
+        live = [row for row, most in enumerate(room) if most >= 0]
+        accepted = [len(after.paths[row]) for row in live]
+        seconds = time.perf_counter() - start
+        pacer.saw([room[row] for row in live], accepted, self.report.tokens - before, seconds)
+        return after
+
     def _round(self, context: Context) -> Context:
         start = time.perf_counter()
         trees = self.drafter.propose(context)
+        sizes = [len(tree.tokens) for tree in trees]
         drafted = time.perf_counter()
         # Node n of a tree is pending token n + 1: the last accepted token is fed with it.
         live = [row for row, done in enumerate(self.done) if not done]
         last = {row: int(context.ids[row][0, -1]) for row in live}
         tokens = [[last[row], *tree.tokens] if row in last else [] for row, tree in enumerate(trees)]
         parents = [[ROOT, *(p + 1 for p in tree.parents)] if row in last else [] for row, tree in enumerate(trees)]
+        beside = getattr(self.drafter, "beside", None)
+        join = beside(context) if beside else None
         output = context.target.feed(tokens, parents)
+        if join:
+            join()
         seen = time.perf_counter()
         paths = [
-            self._follow(row, trees[row], output.logits[row]) if row in last else None for row in range(len(trees))
+            self._follow(row, trees[row], output.logits[row], sizes[row]) if row in last else None
+            for row in range(len(trees))
         ]
-        fed = [[] if path is None else [0, *(node + 1 for node in path)] for path in paths]
+        # A node that was drafted meanwhile is accepted as the last one at most, and has not been fed.
+        fed = [
+            [] if path is None else [0, *(node + 1 for node in path if node < size)] for path, size in zip(paths, sizes)
+        ]
         context.target.keep(fed)
+        logits = [output.logits[row, kept] for row, kept in enumerate(fed)] if self.drafter.reads.logits else None
         for row in live:
             self.report.rounds += 1
             self.report.drafted += len(trees[row].tokens)
         self.report.draft_seconds += drafted - start
         self.report.target_seconds += seen - drafted
-        return context.next_round(self._ids(), self._room(), trees, [path or [] for path in paths])
+        taken = [path or [] for path in paths]
+        return context.next_round(self._ids(), self._room(), trees, taken, logits)
 
-    def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
-        """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""
+    def _follow(self, row: int, tree: Tree, logits: Tensor, size: int) -> list[int]:
+        """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes.
+
+        size: nodes of the tree that the target was fed. What follows another one is not known yet.
+        """
         # Where nothing changes the logits: one transfer from a device, or just the nodes that are visited.
         plain = not (self.sampling or self.processors[row] or self.config.output_scores or self.config.output_logits)
         best = logits.argmax(-1).tolist() if plain and not logits.is_cpu else None
@@ -259,10 +306,14 @@ class _Generation:
                 break
             if node is not None:
                 path.append(node)
+                if node >= size:
+                    break
         if node is None:
             self.report.count(max(tree.depths(), default=0), len(path))
-        else:  # the last token of all was drafted too, but is on no path: nothing was to follow it
+        elif self.done[row]:  # the last token of all was drafted too, but is on no path: nothing was to follow it
             self.report.count(len(path) + 1, len(path) + 1)
+        else:
+            self.report.count(len(path), len(path))
         return path
 
     def _is_done(self, row: int, token: int) -> bool:

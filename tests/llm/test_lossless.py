@@ -65,7 +65,7 @@ def test_greedy_output_is_that_of_generate(make):
         ids = prompt(9, vocab_size=8)
         expected = target.generate(ids, do_sample=False, max_new_tokens=24)
         got = target.generate(
-            ids, do_sample=False, max_new_tokens=24, custom_generate=speculative, drafter=make(target, draft)
+            ids, do_sample=False, max_new_tokens=24, custom_generate=speculative, pace=None, drafter=make(target, draft)
         )
         assert torch.equal(got, expected)
 
@@ -78,7 +78,7 @@ def test_greedy_output_of_a_padded_batch_is_that_of_generate(make):
         ids[1, :5] = 0
         given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 17}
         expected = target.generate(ids, **given)
-        got = target.generate(ids, **given, custom_generate=speculative, drafter=make(target, draft))
+        got = target.generate(ids, **given, custom_generate=speculative, pace=None, drafter=make(target, draft))
         assert torch.equal(got, expected)
 
 
@@ -110,6 +110,7 @@ def test_sampled_output_has_the_targets_exact_law(make):
             top_k=0,
             max_new_tokens=4,
             custom_generate=speculative,
+            pace=None,
             drafter=make(target, draft),
         )
         for _ in range(4)
@@ -131,6 +132,7 @@ def test_sampled_output_follows_the_logits_processors(make):
         top_k=4,
         max_new_tokens=3,
         custom_generate=speculative,
+        pace=None,
         drafter=make(target, draft),
     )[:, 2:]
 
@@ -147,7 +149,9 @@ def test_one_row_sampled_alone_has_the_exact_law(make):
     ids = torch.tensor([[3, 1]])
     drafter = make(target, draft)
     rows = [
-        target.generate(ids, do_sample=True, top_k=0, max_new_tokens=3, custom_generate=speculative, drafter=drafter)
+        target.generate(
+            ids, do_sample=True, top_k=0, max_new_tokens=3, custom_generate=speculative, pace=None, drafter=drafter
+        )
         for _ in range(300)
     ]
     tokens = torch.cat(rows)[:, 2:]

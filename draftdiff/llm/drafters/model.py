@@ -11,7 +11,7 @@ from draftdiff.hosts.transformers_quirks import learned_positions
 from draftdiff.llm.checks import check_length, check_vocabularies, require, vocabulary_size
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Reads, suffixes
-from draftdiff.llm.drafters.shapes import Chain, Shape
+from draftdiff.llm.drafters.shapes import Chain, Sampled, Shape
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree
@@ -31,6 +31,11 @@ class ModelDrafter:
         self.forwards = 0
         self.last_report: Report | None = None
         self._session: _Session | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether drafts are drawn at random when the target samples."""
+        return isinstance(self.shape, Sampled)
 
     def cost(self, target: PreTrainedModel) -> float:
         """Bytes of weights that one draft forward reads over those of a target forward."""
