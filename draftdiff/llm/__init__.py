@@ -41,6 +41,7 @@ _HOMES = {
     "observing": "draftdiff.llm.observe",
     "Pace": "draftdiff.llm.pace",
     "packed_text": "draftdiff.llm.train.data",
+    "PearlDrafter": "draftdiff.llm.drafters.pearl",
     "rank_acceptance": "draftdiff.llm.train.heads",
     "report": "draftdiff.llm.reporting",
     "Reranked": "draftdiff.llm.drafters.shapes",

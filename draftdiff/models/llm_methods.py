@@ -17,6 +17,7 @@ from draftdiff.errors import UserError
 from draftdiff.hosts.transformers import cache_argument
 from draftdiff.llm.drafters.model import ModelDrafter
 from draftdiff.llm.drafters.ngram import NGramDrafter
+from draftdiff.llm.drafters.pearl import PearlDrafter
 from draftdiff.llm.drafters.shapes import Chain, KBest, Sampled
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.spec_kv import SpecKVConfig, speckv
@@ -152,6 +153,7 @@ METHODS: dict[str, Method] = {
     "tree": Method("tree of best paths", True, _speculation(_best_paths)),
     "sampled": Method("sampled tree, RRS", True, _speculation(_sampled)),
     "trimmed": Method("chain, VocabTrim 1/4", True, _speculation(_trimmed)),
+    "pearl": Method("PEARL", True, _speculation(lambda m: PearlDrafter(m.draft))),
     "ngram": Method("n-grams, best first", True, _speculation(lambda m: NGramDrafter(nodes=m.nodes))),
     "ngram-puct": Method("n-grams, PUCT", True, _speculation(lambda m: NGramDrafter(search="puct", nodes=m.nodes))),
     "speckv": Method("SpecKV", False, partial(_cut, compress=False, evict=True)),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, NGramTable, Sampled, speculative
+from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, NGramTable, PearlDrafter, Sampled, speculative
 from tests.llm.tabular import next_pair_law, pair_law, tabular_pair
 from tests.llm.tiny_heads import eagle, hydra, medusa
 from tests.llm.tiny_models import prompt, tiny_model
@@ -53,6 +53,7 @@ DRAFTERS |= {
     "EAGLE-3": lambda target, _: eagle(target, vocabulary=target.config.vocab_size - 1),
     "EAGLE-3, chain": lambda target, _: eagle(target, Chain(4)),
 }
+DRAFTERS |= {f"PEARL, {gamma}": lambda t, d, gamma=gamma: PearlDrafter(d, gamma) for gamma in (1, 3)}
 
 
 @pytest.fixture(params=DRAFTERS, name="make")

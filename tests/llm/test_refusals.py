@@ -58,7 +58,6 @@ BAD = {
         lambda t, d: {"attention_mask": torch.ones(1, 9, dtype=torch.long)},
         "got 6 tokens and a mask of 9",
     ),
-    "other device": (lambda t, d: {"drafter": ModelDrafter(tiny_model().to("meta"))}, "the draft is on meta"),
 }
 
 

@@ -66,9 +66,10 @@ class Context:
     def distribution(self, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
         """What the processors make of logits [n, vocabulary] after the row's tokens and n equally long suffixes.
 
-        Probabilities, fp32 [n, vocabulary].
+        Probabilities, fp32 [n, vocabulary], where the logits are; with processors where the target is.
         """
         if self.processors[row]:
+            logits = logits.to(self.ids[row].device)
             ids = self.ids[row].expand(len(suffixes), -1)
             if suffixes[0]:
                 ids = torch.cat([ids, torch.tensor(suffixes, device=ids.device)], dim=1)
