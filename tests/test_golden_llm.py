@@ -8,6 +8,7 @@ import pytest
 from tests import golden_cases
 from tests.golden_eagle import check_eagle
 from tests.golden_hydra import check_hydra
+from tests.golden_omnidraft import check_omnidraft
 from tests.golden_pearl import check_pearl
 
 KINDS = golden_cases.kinds(golden_cases.LLM_FOLDER)
@@ -16,8 +17,9 @@ CHECKS: dict[str, Callable[[golden_cases.Case], None]] = {
     "hydra": check_hydra,
     "eagle": check_eagle,
     "pearl": check_pearl,
+    "omnidraft": check_omnidraft,
 }
-UNBUILT = ("longspec", "falcon", "omnidraft")
+UNBUILT = ("longspec", "falcon")
 
 
 def method(name):
