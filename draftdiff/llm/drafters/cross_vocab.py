@@ -241,7 +241,7 @@ class _Session:
             going = []
             for row in live:
                 chain = chains[row]
-                token = int(logits[row][0].argmax())
+                token = int(logits[row][0, : len(known.direct)].argmax())
                 chain.append(token)
                 if self.drafter.head is not None:
                     state = self._states[row]
