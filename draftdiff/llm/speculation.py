@@ -234,7 +234,11 @@ class _Generation:
         """A round whose drafts are as deep as pays."""
         start, before, depth = time.perf_counter(), self.report.tokens, pacer.depth()
         room = [int(min(most, depth)) for most in context.room]
+        states = context.target.states
         after = self._round(replace(context, room=room))
+        if self.drafter.reads.layers and max(room) < 1:  # states that were not looked at wait for the next drafts
+            pairs = zip(states, context.target.states)
+            context.target.states = [torch.cat(pair) if len(pair[0]) else pair[1] for pair in pairs]
         live = [row for row, most in enumerate(room) if most >= 0]
         accepted = [len(after.paths[row]) for row in live]
         seconds = time.perf_counter() - start
