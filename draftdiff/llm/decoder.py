@@ -138,7 +138,7 @@ class TreeDecoder:
 
     def _remember(self) -> None:
         """Copy recurrent states, which cannot forget a token once they have seen it."""
-        self._recurrent = {index: copy.deepcopy(self.cache.layers[index]) for index in self._recurrent}
+        self._recurrent = {index: _snapshot(self.cache.layers[index]) for index in self._recurrent}
         self._fed = []
 
     def _replay(self, length: int) -> None:
@@ -338,6 +338,12 @@ class TreeDecoder:
         order = _to_the_right(self.valid, needed)
         self.valid = np.take_along_axis(self.valid, order, axis=1)
         self.places = np.take_along_axis(self.places, order, axis=1)
+
+
+def _snapshot(layer: Any) -> Any:
+    """A copy of a layer. Keys and values, which some have beside their states, are only added to and so shared."""
+    shared = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+    return copy.deepcopy(layer, {id(x): x for x in shared})
 
 
 def _to_the_right(valid: np.ndarray, length: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from draftdiff.bench.runner import write_json
 from draftdiff.cli import run
 from draftdiff.cli.options import Parser, new_file, whole
+from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm import acceptance_upper_bound, expected_acceptance
 from draftdiff.llm.train.stdlib_corpus import PYTHON
@@ -104,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     model = load(options.model, options.draft)
+    if model.draft is None:
+        raise UserError(f"--model and --draft come together and share a tokenizer, got {options.model!r} alone")
     places = logits_at(model, options.places)
     wanted = [(t, options.n, s) for t in options.temperatures for s in VERIFIERS]
     wanted += [(options.temperature, n, s) for n in options.drafts for s in VERIFIERS]

@@ -20,13 +20,14 @@ from draftdiff.llm.tree import ROOT, Tree
 class ModelDrafter:
     """Drafts from a smaller language model of transformers that shares the target's tokenizer.
 
-    model: on any device; its vocabulary may be padded to another multiple of 64.  shape: `Chain`, `KBest` or `Sampled`.
+    model: on any device; its vocabulary may be padded or have tokens added, fewer than 1,024 together.  shape: `Chain`,
+    `KBest` or `Sampled`.  same_tokenizer: whether to take it for the target's whatever its size.
     """
 
     reads = Reads()
 
-    def __init__(self, model: PreTrainedModel, shape: Shape | None = None) -> None:
-        self.model, self.shape = model, shape or Chain()
+    def __init__(self, model: PreTrainedModel, shape: Shape | None = None, *, same_tokenizer: bool = False) -> None:
+        self.model, self.shape, self.same_tokenizer = model, shape or Chain(), same_tokenizer
         self.forwards = 0
         self.last_report: Report | None = None
         self._session: _Session | None = None
@@ -46,7 +47,7 @@ class ModelDrafter:
         Raises ValueError for another vocabulary than the target's and for an encoder-decoder model.
         """
         check_draft(self.model)
-        self._session, self.forwards = _Session(self.model, context), 0
+        self._session, self.forwards = _Session(self.model, context, self.same_tokenizer), 0
 
     def end(self) -> None:
         """Let the draft's cache go."""
@@ -76,9 +77,9 @@ class DraftSide:
     held: tokens of each row that are committed in its cache.
     """
 
-    def __init__(self, model: PreTrainedModel, context: Context) -> None:
+    def __init__(self, model: PreTrainedModel, context: Context, same_tokenizer: bool = False) -> None:
         self._positions = learned_positions(model)
-        self._vocabulary = check_vocabulary_sizes(context.target.model, model)
+        self._vocabulary = check_vocabulary_sizes(context.target.model, model, same_tokenizer=same_tokenizer)
         # The target may have padding tokens that the draft lacks; any other token in their place will do.
         self.last_token = vocabulary_size(model) - 1
         ids = torch.cat(context.ids).to(model.device).clamp(max=self.last_token)
@@ -114,8 +115,8 @@ class DraftSide:
 class _Session(DraftSide):
     """With the places of the rows' tokens and tree nodes in the cache."""
 
-    def __init__(self, model: PreTrainedModel, context: Context) -> None:
-        super().__init__(model, context)
+    def __init__(self, model: PreTrainedModel, context: Context, same_tokenizer: bool) -> None:
+        super().__init__(model, context, same_tokenizer)
         # Of what is pending in the draft: how many tokens were known when it was fed, and the places of tree nodes, in
         # the trees as they were grown: what a shape proposes in the end may be a part of them.
         self._known = [0] * len(context.ids)

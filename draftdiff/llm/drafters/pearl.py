@@ -38,16 +38,25 @@ class PearlDrafter:
     model: on any device.  gamma: tokens drafted in a step; "auto" is how many draft forwards fit into one of the
     target, by the clock where that cannot change the text (greedy, fp32 or fp64) and by the bytes of weights elsewhere.
     executor: runs the draft; None is a thread of its own where the two models are on different devices or both on CUDA,
-    where the draft has a stream of its own, and no thread elsewhere. Tokens are the same either way.
+    where the draft has a stream of its own, and no thread elsewhere. Tokens are the same either way.  same_tokenizer:
+    as for a ModelDrafter.
     """
 
     reads = Reads()
     whole = True
 
-    def __init__(self, model: PreTrainedModel, gamma: int | str = "auto", *, executor: Executor | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gamma: int | str = "auto",
+        *,
+        executor: Executor | None = None,
+        same_tokenizer: bool = False,
+    ) -> None:
         known = gamma == "auto" if isinstance(gamma, str) else gamma >= 1
         require(known, f"gamma must be a number from 1 on or 'auto', got {gamma!r}")
         self.model, self.gamma, self.executor = model, gamma, executor
+        self.same_tokenizer = same_tokenizer
         self.last_report: Report | None = None
         self._session: _Session | None = None
         self._own: Executor | None = None
@@ -68,7 +77,8 @@ class PearlDrafter:
         if self.executor is None and (there != here or here.type == "cuda"):
             self._own = ThreadPoolExecutor(1, "draftdiff-pearl")
         guess = 1 / max(self.cost(context.target.model), 1e-9)
-        self._session = _Session(self.model, context, self.gamma, guess, self.executor or self._own)
+        executor = self.executor or self._own
+        self._session = _Session(self.model, context, self.same_tokenizer, self.gamma, guess, executor)
 
     def propose(self, context: Context) -> list[Tree]:
         """What waits to be verified, as a chain for each row."""
@@ -97,9 +107,15 @@ class _Session(DraftSide):
     """
 
     def __init__(
-        self, model: PreTrainedModel, context: Context, gamma: int | str, guess: float, executor: Executor | None
+        self,
+        model: PreTrainedModel,
+        context: Context,
+        same_tokenizer: bool,
+        gamma: int | str,
+        guess: float,
+        executor: Executor | None,
     ) -> None:
-        super().__init__(model, context)
+        super().__init__(model, context, same_tokenizer)
         rows = len(context.ids)
         self._executor, self._running = executor, None
         exact = context.target.model.dtype in (torch.float32, torch.float64)
