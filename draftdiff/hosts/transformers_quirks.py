@@ -108,9 +108,10 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(getattr(config, "layer_types", None) or (alone,)))
 
 
-def unknown_arguments(model: PreTrainedModel, given: dict[str, Any]) -> list[str]:
-    """Names of what generate handed to a callable and decoding from token ids alone cannot honour."""
-    several_media = model.config.get_text_config() is not model.config
+def other_arguments(model: PreTrainedModel, given: dict[str, Any]) -> list[str]:
+    """Names of what generate handed to a callable beside token ids, where it says anything: other media, and what
+    decoding from token ids alone cannot honour."""
+    several_media = takes_media(model)
 
     def says_nothing(name: str, value: Any) -> bool:
         row = quirk("argument", name)
@@ -121,6 +122,18 @@ def unknown_arguments(model: PreTrainedModel, given: dict[str, Any]) -> list[str
         return row.effect == "ignored" or len(value) == 0
 
     return sorted(name for name, value in given.items() if not says_nothing(name, value))
+
+
+def takes_media(model: PreTrainedModel) -> bool:
+    """Whether the model reads pictures, videos or sounds too."""
+    return model.config.get_text_config() is not model.config
+
+
+def media_tokens(model: PreTrainedModel) -> list[int]:
+    """The tokens that stand for pictures, videos and sounds in a prompt; none for a model of text alone."""
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    found = [getattr(model.config, name, None) for name in names] if takes_media(model) else []
+    return [id for id in found if id is not None]
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:

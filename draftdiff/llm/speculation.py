@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +20,15 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from draftdiff.errors import UserError
-from draftdiff.hosts.transformers import generate_output, given_to_generate, padding_token
-from draftdiff.hosts.transformers_quirks import QUIRKS, learned_positions, quirk, unknown_arguments
+from draftdiff.hosts.transformers import device_of, generate_output, given_to_generate, padding_token
+from draftdiff.hosts.transformers_quirks import (
+    QUIRKS,
+    learned_positions,
+    media_tokens,
+    other_arguments,
+    quirk,
+    takes_media,
+)
 from draftdiff.llm.checks import require
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Drafter
@@ -47,14 +56,15 @@ def speculative(
     Drafts are as deep as pays, up to what the drafter proposes, and rounds go without where they do not pay: `pace`
     says by what that is judged; None leaves all to the drafter. A drafter may serve several threads.
 
-    Logits processors, stopping criteria, streamers, left-padded batches and caches that hold part of the prompt work as
-    without drafts. The host's own processors see drafted tokens too; others once each token, in order, so that those of
-    one row may keep state. Rows of a batch are padded once they end, and its cache, which has gaps, is not returned.
-    generate does not hand its tokenizer on: instead of `stop_strings` give
-    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
+    Logits processors, stopping criteria, streamers, left-padded batches, caches that hold part of the prompt, and
+    pictures, videos and sounds in it, of which drafts see the text alone, work as without drafts. The host's own
+    processors see drafted tokens too; others once each token, in order, so that those of one row may keep state. Rows
+    of a batch are padded once they end, and its cache, which has gaps, is not returned. In half precision the two best
+    tokens may round to the same number, and then the text may differ from plain decoding's, as it may between two batch
+    sizes. generate does not hand its tokenizer on, nor does it find it then: instead of `stop_strings` and `tokenizer`
+    give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
     beams, encoder-decoder models, caches that cannot be rolled back, attention or hidden-state outputs, position_ids of
-    one's own, a prompt without the tokens that the cache holds, a cache that holds any where the drafter reads hidden
-    states of the whole prompt. `draftdiff.llm.report(drafter)` tells what it did.
+    one's own, a prompt without the tokens that the cache holds. `draftdiff.llm.report(drafter)` tells what it did.
     """
     if drafter is None or isinstance(drafter, type) or not hasattr(drafter, "propose"):
         got = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
@@ -62,8 +72,9 @@ def speculative(
     rows = len(input_ids)
     _check_model(model)
     _check_config(generation_config, rows)
-    unknown = unknown_arguments(model, model_kwargs)
-    require(not unknown, f"speculative takes token ids only, got {', '.join(unknown)}")
+    others = other_arguments(model, model_kwargs)
+    media = {name: model_kwargs[name] for name in others}
+    _check_media(model, input_ids, media)
     require(input_ids.shape[1] > 0, "the prompt is empty: speculative needs at least one token")
     require(model_kwargs.get("use_cache", True), "speculative needs a cache, got use_cache=False")
     guessed = (given_to_generate(model, "kwargs") or {}).get("attention_mask") is None
@@ -75,14 +86,37 @@ def speculative(
     streamer = given_to_generate(model, "streamer")
     require(streamer is None or rows == 1, f"speculative streams one row only, got a streamer and a batch of {rows}")
     processors = usable(logits_processor, rows)
-    ids = input_ids.to(model.device)  # generate takes them from the CPU too
-    generation = _Generation(model, ids, processors, stopping_criteria, generation_config, drafter, streamer, pace)
-    with torch.no_grad():
-        result = generation.run(model_kwargs)
+    ids = input_ids.to(device_of(model))  # generate takes them from the CPU too
+    with torch.no_grad(), _claimed(drafter) as own:
+        generation = _Generation(model, ids, processors, stopping_criteria, generation_config, own, streamer, pace)
+        result = generation.run(model_kwargs, media)
+    drafter.last_report = generation.report
     if isinstance(result, Tensor):
         return result.to(input_ids.device)
     result.sequences = result.sequences.to(input_ids.device)  # type: ignore[union-attr]
     return result
+
+
+@contextmanager
+def _claimed(drafter: Drafter) -> Iterator[Drafter]:
+    """The drafter, or a copy of it while another generation uses it."""
+    claim = object()
+    if vars(drafter).setdefault("_claim", claim) is not claim:
+        yield copy.copy(drafter)
+        return
+    try:
+        yield drafter
+    finally:
+        del vars(drafter)["_claim"]
+
+
+def _check_media(model: PreTrainedModel, ids: Tensor, media: dict[str, Any]) -> None:
+    """Media of the prompt, for models that read them."""
+    for name in media:
+        require(takes_media(model), f"speculative takes token ids only, got {', '.join(media)}")
+        require(name != "inputs_embeds", "speculative takes token ids, got inputs_embeds")
+    ends = torch.isin(ids[:, -1], torch.tensor(media_tokens(model), device=ids.device))
+    require(not media or not bool(ends.any()), "a prompt with media must end with text")
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -148,8 +182,7 @@ class _Generation:
         pace: Pace | None,
     ) -> None:
         self.model, self.processors, self.config = model, processors, config
-        self.given, self.streamer = drafter, streamer
-        self.drafter = copy.copy(drafter)  # what it keeps of a generation is this one's alone
+        self.drafter, self.streamer = drafter, streamer
         self.pace = pace
         self.sampling = bool(config.do_sample)
         self.limit = criteria.max_length or config.max_length
@@ -166,7 +199,7 @@ class _Generation:
         self.logits: tuple[Tensor, ...] = ()
         self.report = Report()
 
-    def run(self, kwargs: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
+    def run(self, kwargs: dict[str, Any], media: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
         start = time.perf_counter()
         report, drafter = self.report, self.drafter
         prompt, mask = self.buffer, kwargs.get("attention_mask")
@@ -174,7 +207,11 @@ class _Generation:
         mask = None if mask is None else mask.to(prompt.device)
         reads = drafter.reads
         positions = kwargs.get("position_ids")
-        last = positions[:, -1].expand(len(prompt)) if positions is not None and positions.ndim == 2 else None
+        # Models of several media count in several ways, which are one in text; the last one is that of their keys.
+        several = positions if media and positions is not None and positions.ndim == 3 else None
+        flat = positions if several is None else several[-1]
+        last = flat[:, -1].expand(len(prompt)) if flat is not None and flat.ndim == 2 else None
+        by_token = {n: x for n, x in media.items() if isinstance(x, Tensor) and x.shape == prompt.shape}
         chunk = self.config.prefill_chunk_size
         target = TreeDecoder.prefill(
             self.model,
@@ -185,6 +222,9 @@ class _Generation:
             chunk=chunk,
             layers=reads.layers,
             whole=reads.prompt,
+            inputs=by_token,
+            media={name: x for name, x in media.items() if name not in by_token},
+            positions=several,
         )
         if mask is not None:  # of a row of padding tokens alone the last one counts
             self.padding = (mask == 0).sum(-1).clamp(max=prompt.shape[1] - 1).tolist()
@@ -205,7 +245,6 @@ class _Generation:
             report.seconds = time.perf_counter() - start
         finally:
             drafter.end()
-        self.given.last_report = report
         if self.streamer is not None:
             self.streamer.end()
         return self._result(target.cache)

@@ -104,9 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=new_file(".png"), help="file for the curves (.png)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    if (options.model is None) != (options.draft is None):
+        raise UserError(f"--model and --draft come together, got {options.model or options.draft!r} alone")
     model = load(options.model, options.draft)
     if model.draft is None:
-        raise UserError(f"--model and --draft come together and share a tokenizer, got {options.model!r} alone")
+        raise UserError(
+            f"draft {options.draft!r} has another tokenizer than model {options.model!r}: they must share one"
+        )
     places = logits_at(model, options.places)
     wanted = [(t, options.n, s) for t in options.temperatures for s in VERIFIERS]
     wanted += [(options.temperature, n, s) for n in options.drafts for s in VERIFIERS]

@@ -288,13 +288,14 @@ def test_models_whose_single_steps_differ_are_refused():
     target = other_kind("zamba2", **LAYERS, **ZAMBA2)
     with pytest.raises(ValueError, match="Zamba2ForCausalLM cannot take drafts: it says something else to one token"):
         both(target, ModelDrafter(tiny_model()), prompt(12))
-    ids = prompt(30)
+    ids, far = prompt(36), 0.0
     with torch.no_grad():
         whole, cache = target(ids, use_cache=False).logits, DynamicCache(config=target.config)
-        target(ids[:, :-2], **{cache_argument(target): cache}, use_cache=True)
-        for place in (28, 29):
+        target(ids[:, :12], **{cache_argument(target): cache}, use_cache=True)
+        for place in range(12, 36):
             one = target(ids[:, place : place + 1], **{cache_argument(target): cache}, use_cache=True).logits
-    assert float((one[0, -1] - whole[0, -1]).abs().max()) > 1e-3 * float(whole.abs().max())
+            far = max(far, float((one - whole[:, place]).abs().max()))
+    assert far > 1e-2 * float(whole.abs().max())
 
 
 @can_be_made

@@ -78,8 +78,9 @@ class Context:
 
 
 class Drafter(Protocol):
-    """Proposes tokens. A generation starts with `begin` and ends with `end`, also by an exception, on a shallow copy of
-    the drafter: what these set belongs to one generation, what they change in place to all.
+    """Proposes tokens. A generation starts with `begin` and ends with `end`, also by an exception. Where it serves
+    another generation meanwhile, it is a shallow copy that does: what `begin` sets belongs to one generation, what is
+    changed in place to all.
 
     reads: hidden states of the target, which then returns them (`Context.target.states`), or its logits.  forwards:
     draft forwards of this generation.  last_report: what the last generation did, which sets it; None before the first.

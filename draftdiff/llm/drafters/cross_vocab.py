@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from draftdiff.hosts.transformers import device_of
 from draftdiff.hosts.transformers_quirks import learned_positions
 from draftdiff.llm.checks import require, vocabulary_size
 from draftdiff.llm.decoder import TreeDecoder
@@ -198,7 +199,7 @@ class _Session:
         self._committed = [[] if text is None else text[: max(len(text) - _UNSETTLED, 0)] for text in texts]
         rows = [torch.tensor([*done, 0]) for done in self._committed]  # the last one is not read
         ids, mask = left_padded(rows, 0)
-        device = self.drafter.model.device
+        device = device_of(self.drafter.model)
         layers = (-1,) if self.drafter.head is not None else ()
         forwards = self.forwards
         self._decoder = TreeDecoder.prefill(

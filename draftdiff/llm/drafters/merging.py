@@ -8,7 +8,6 @@ loses the mass of the shortest of them: longer ones are among those already.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm.checks import require
+from draftdiff.llm.drafters.locked import Locked
 from draftdiff.stored import read_tensors
 
 NGram = tuple[int, ...]
@@ -34,7 +34,7 @@ class Merged(NamedTuple):
     stop: int
 
 
-class NGramCache:
+class NGramCache(Locked):
     """Target tokens by the draft tokens that they consist of, two or more. Those seen longest ago are forgotten first.
 
     max_items: most n-grams that are kept; one takes about 300 bytes.  longest: most draft tokens of one. May be shared
@@ -43,10 +43,10 @@ class NGramCache:
 
     def __init__(self, max_items: int = 20_000, longest: int = 8) -> None:
         require(max_items >= 1 and longest >= 2, f"max_items must be at least 1, longest 2, got {max_items}, {longest}")
+        super().__init__()
         self.max_items, self.longest = max_items, longest
         self._targets: OrderedDict[NGram, int] = OrderedDict()
         self._by_first: dict[int, dict[NGram, int]] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._targets)

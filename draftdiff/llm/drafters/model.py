@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.hosts.transformers_quirks import learned_positions
+from draftdiff.hosts.transformers import device_of
+from draftdiff.hosts.transformers_quirks import learned_positions, media_tokens
 from draftdiff.llm.checks import check_vocabulary_sizes, require, vocabulary_size
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Reads, suffixes
@@ -82,11 +83,14 @@ class DraftSide:
         self._vocabulary = check_vocabulary_sizes(context.target.model, model, same_tokenizer=same_tokenizer)
         # The target may have padding tokens that the draft lacks; any other token in their place will do.
         self.last_token = vocabulary_size(model) - 1
-        ids = torch.cat(context.ids).to(model.device).clamp(max=self.last_token)
+        there = context.ids[0].device
+        ids = torch.cat(context.ids).to(device_of(model)).clamp(max=self.last_token)
         padding = torch.tensor(context.padding, device=ids.device)
         real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]
+        media = torch.isin(torch.cat(context.ids), torch.tensor(media_tokens(context.target.model), device=there))
+        real &= ~media.to(ids.device)
         if self._positions is None or ids.shape[1] <= self._positions:
-            self.decoder = TreeDecoder.prefill(model, ids, real.long() if any(context.padding) else None)
+            self.decoder = TreeDecoder.prefill(model, ids, None if bool(real.all()) else real.long())
         else:  # it has no room for a draft, ever
             self.decoder = TreeDecoder(model, None, len(ids))
         self._prompt_forwards = self.decoder.forwards

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from draftdiff.hosts.transformers import device_of
 from draftdiff.llm.checks import require
 from draftdiff.llm.drafters.base import Context, Reads
 from draftdiff.llm.drafters.model import DraftSide, check_draft
@@ -73,9 +74,9 @@ class PearlDrafter:
     def begin(self, context: Context) -> None:
         """Prefill the draft. Raises ValueError for another vocabulary than the target's or an encoder-decoder model."""
         check_draft(self.model)
-        there, here = context.target.model.device, self.model.device
-        if self.executor is None and (there != here or here.type == "cuda"):
-            self._own = ThreadPoolExecutor(1, "draftdiff-pearl")
+        there, here = context.ids[0].device, device_of(self.model)
+        beside = self.executor is None and (there != here or here.type == "cuda")
+        self._own = ThreadPoolExecutor(1, "draftdiff-pearl") if beside else None
         guess = 1 / max(self.cost(context.target.model), 1e-9)
         executor = self.executor or self._own
         self._session = _Session(self.model, context, self.same_tokenizer, self.gamma, guess, executor)
@@ -132,8 +133,8 @@ class _Session(DraftSide):
         # Places of a row's tokens after those held, in the decoder, and of the token that is fed next.
         self._places: list[list[int]] = [[] for _ in range(rows)]
         self._next = 0
-        on_cuda = executor is not None and model.device.type == "cuda"
-        self._stream = torch.cuda.Stream(model.device) if on_cuda else None
+        device = device_of(model)
+        self._stream = torch.cuda.Stream(device) if executor is not None and device.type == "cuda" else None
 
     _running: Future[None] | None
 
@@ -233,8 +234,8 @@ class _Session(DraftSide):
 
     def _join(self, context: Context, began: float) -> None:
         if self._clock:
-            if context.target.model.device.type == "cuda":
-                torch.cuda.current_stream(context.target.model.device).synchronize()
+            if self._there.type == "cuda":
+                torch.cuda.current_stream(self._there).synchronize()
             self._target_seconds.append(time.perf_counter() - began)
         self.wait()
         for row, tree in enumerate(self._trees):

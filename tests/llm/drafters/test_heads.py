@@ -36,8 +36,6 @@ class Watched:
         self.drafter, self.proposals = drafter, {}
 
     def __getattr__(self, name):
-        if name == "drafter":  # while it is copied
-            raise AttributeError(name)
         return getattr(self.drafter, name)
 
     def propose(self, context):
