@@ -26,6 +26,7 @@ class Case:
     info: dict[str, Any]
     tensors: dict[str, Tensor]
     folder: Path
+    name: str = ""
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """Weights of a part by their original names, widened to fp32."""
@@ -85,7 +86,7 @@ def kinds(folder: Path = FOLDER) -> dict[str, str]:
 def load(name: str, folder: Path = FOLDER) -> Case:
     info = json.loads((folder / f"{name}.json").read_text())
     tensors = folder / info.get("file", f"{name}.safetensors")
-    return Case(info, load_file(tensors) if tensors.exists() else {}, folder)
+    return Case(info, load_file(tensors) if tensors.exists() else {}, folder, name)
 
 
 def tolerances(table: dict[str, str]) -> dict[str, float]:

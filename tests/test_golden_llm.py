@@ -8,11 +8,18 @@ import pytest
 from tests import golden_cases
 from tests.golden_eagle import check_eagle
 from tests.golden_hydra import check_hydra
+from tests.golden_omnidraft import check_omnidraft
+from tests.golden_pearl import check_pearl
 
 KINDS = golden_cases.kinds(golden_cases.LLM_FOLDER)
 # By the letters with which a case's method begins.
-CHECKS: dict[str, Callable[[golden_cases.Case], None]] = {"hydra": check_hydra, "eagle": check_eagle}
-UNBUILT = ("longspec", "falcon", "pearl", "omnidraft")
+CHECKS: dict[str, Callable[[golden_cases.Case], None]] = {
+    "hydra": check_hydra,
+    "eagle": check_eagle,
+    "pearl": check_pearl,
+    "omnidraft": check_omnidraft,
+}
+UNBUILT = ("longspec", "falcon")
 
 
 def method(name):

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # torch and transformers take seconds to import: only inside the commands that need them.
 
 _METHODS = (
-    "plain, chain, adaptive, tree, sampled, trimmed, ngram, ngram-puct (all lossless), speckv, specpc, speckv-pc, "
-    "speckv-chain"
+    "plain, chain, adaptive, tree, sampled, trimmed, pearl, omnidraft, universal, ngram, ngram-puct (all "
+    "lossless), speckv, specpc, speckv-pc, speckv-chain"
 )
 
 
@@ -66,7 +66,12 @@ def _add_common(parser: Parser, tokens: int) -> None:
     parser.add_argument("--capacity", type=int, default=128, help="tokens that SpecKV and SpecPC keep (default: 128)")
     add_seed(parser)
     parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded mini pair)")
-    parser.add_argument("--draft", help="folder or Hub id of a smaller model with the same tokenizer")
+    parser.add_argument("--draft", help="folder or Hub id of a smaller model; most methods need the same tokenizer")
+    parser.add_argument(
+        "--same-tokenizer",
+        action="store_true",
+        help="take the draft's tokenizer for the target's, whatever they say",
+    )
     add_place(parser)
 
 
@@ -81,7 +86,13 @@ def _load(options: Namespace) -> LanguageModel:
     from draftdiff.models.llm import load
 
     transformers.utils.logging.set_verbosity_error()
-    return load(options.model, options.draft, dtype=options.dtype, device=options.device)
+    return load(
+        options.model,
+        options.draft,
+        dtype=options.dtype,
+        device=options.device,
+        same_tokenizer=options.same_tokenizer,
+    )
 
 
 def _read(file: Path) -> str:
@@ -149,11 +160,11 @@ def _compare(options: Namespace) -> int:
     check_folder(options.output, LlmComparison.made_by)
     from draftdiff.compare import llm_page
     from draftdiff.models.devices import about
-    from draftdiff.models.llm_methods import METHODS, generate_options
+    from draftdiff.models.llm_methods import generate_options, methods_of
 
     arguments = generate_options(options.tokens, options.temperature)
     model = _load(options)
-    methods = options.methods or [name for name in METHODS if name != "trimmed" or model.counts is not None]
+    methods = options.methods or methods_of(model)
     comparison = compare_methods(
         model,
         _prompts(options, model),

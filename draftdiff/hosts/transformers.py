@@ -11,12 +11,27 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
 from transformers.generation import CandidateGenerator, PrefixConstrainedLogitsProcessor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 Attention = Callable[..., tuple[Tensor, "Tensor | None"]]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: not the "meta" of weights that accelerate loads when they are needed."""
+    device = model.device
+    if device.type != "meta":  # type: ignore[union-attr, operator]
+        return device  # type: ignore[return-value]
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    return device  # type: ignore[return-value]
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -41,9 +41,14 @@ QUIRKS = (
     Quirk("model", "bloom", "chains", BY_PLACE),
     Quirk("model", "gpt_neo", "chains", BY_PLACE),
     Quirk("model", "mpt", "chains", BY_PLACE),
+    Quirk(
+        "model", "falcon_h1", "refused", "older versions are not known to go on rightly from its states", before="5.24"
+    ),
     Quirk("model", "jamba", "refused", FORGETS),
+    Quirk("model", "minimax", "refused", "it has a cache of its own, which cannot be rolled back"),
     Quirk("model", "recurrent_gemma", "refused", FORGETS),
     Quirk("model", "zamba", "refused", FORGETS),
+    Quirk("model", "zamba2", "refused", "it says something else to one token than to several"),
     Quirk("model", "gpt_neox", "reads one way"),
     Quirk("model", "gpt_neox_japanese", "reads one way"),
     Quirk("config", "alibi", "chains", BY_PLACE),
@@ -103,9 +108,10 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(getattr(config, "layer_types", None) or (alone,)))
 
 
-def unknown_arguments(model: PreTrainedModel, given: dict[str, Any]) -> list[str]:
-    """Names of what generate handed to a callable and decoding from token ids alone cannot honour."""
-    several_media = model.config.get_text_config() is not model.config
+def other_arguments(model: PreTrainedModel, given: dict[str, Any]) -> list[str]:
+    """Names of what generate handed to a callable beside token ids, where it says anything: other media, and what
+    decoding from token ids alone cannot honour."""
+    several_media = takes_media(model)
 
     def says_nothing(name: str, value: Any) -> bool:
         row = quirk("argument", name)
@@ -116,6 +122,18 @@ def unknown_arguments(model: PreTrainedModel, given: dict[str, Any]) -> list[str
         return row.effect == "ignored" or len(value) == 0
 
     return sorted(name for name, value in given.items() if not says_nothing(name, value))
+
+
+def takes_media(model: PreTrainedModel) -> bool:
+    """Whether the model reads pictures, videos or sounds too."""
+    return model.config.get_text_config() is not model.config
+
+
+def media_tokens(model: PreTrainedModel) -> list[int]:
+    """The tokens that stand for pictures, videos and sounds in a prompt; none for a model of text alone."""
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    found = [getattr(model.config, name, None) for name in names] if takes_media(model) else []
+    return [id for id in found if id is not None]
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:

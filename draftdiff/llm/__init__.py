@@ -14,8 +14,12 @@ OLDEST_TRANSFORMERS = "5.8"
 
 _HOMES = {
     "acceptance_upper_bound": "draftdiff.llm.bounds",
+    "AcceptanceHead": "draftdiff.llm.drafters.length_head",
     "assisted": "draftdiff.llm.drafters.assisted",
     "Chain": "draftdiff.llm.drafters.shapes",
+    "CrossVocabDistiller": "draftdiff.llm.train.cross_vocab",
+    "CrossVocabDrafter": "draftdiff.llm.drafters.cross_vocab",
+    "distil_cross_vocab": "draftdiff.llm.train.cross_vocab",
     "DistillationSet": "draftdiff.llm.train.data",
     "draft_config": "draftdiff.llm.train.config",
     "DraftScores": "draftdiff.llm.train.evaluate",
@@ -35,11 +39,14 @@ _HOMES = {
     "MedusaDrafter": "draftdiff.llm.drafters.medusa",
     "mix_in_text": "draftdiff.llm.train.data",
     "ModelDrafter": "draftdiff.llm.drafters.model",
+    "NGramCache": "draftdiff.llm.drafters.merging",
     "NGramCandidates": "draftdiff.llm.drafters.assisted",
     "NGramDrafter": "draftdiff.llm.drafters.ngram",
     "NGramTable": "draftdiff.llm.drafters.ngram_table",
     "observing": "draftdiff.llm.observe",
+    "Pace": "draftdiff.llm.pace",
     "packed_text": "draftdiff.llm.train.data",
+    "PearlDrafter": "draftdiff.llm.drafters.pearl",
     "rank_acceptance": "draftdiff.llm.train.heads",
     "report": "draftdiff.llm.reporting",
     "Reranked": "draftdiff.llm.drafters.shapes",
@@ -55,6 +62,7 @@ _HOMES = {
     "speculative": "draftdiff.llm.speculation",
     "StaticTree": "draftdiff.llm.static_tree",
     "trim": "draftdiff.llm.train.trim",
+    "Vocabularies": "draftdiff.llm.retokenize",
 }
 
 __all__ = sorted(_HOMES)

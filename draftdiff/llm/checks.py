@@ -23,17 +23,25 @@ def vocabulary_size(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def check_vocabulary_sizes(target: PreTrainedModel, draft: PreTrainedModel) -> int:
-    """The target's vocabulary size. Raises ValueError unless draft and target share a vocabulary.
+def check_vocabulary_sizes(target: PreTrainedModel, draft: PreTrainedModel, *, same_tokenizer: bool = False) -> int:
+    """The target's vocabulary size. Raises ValueError unless draft and target may share a vocabulary.
 
-    Sizes may differ by padding: both multiples of 64 less than 1,024 apart, as among the sizes of one family.
+    Sizes may differ by padding and added tokens, together fewer than 1,024. same_tokenizer: whether to take it for
+    granted, whatever the sizes.
     """
     a, b = vocabulary_size(target), vocabulary_size(draft)
     require(
-        a == b or not (a % 64 or b % 64 or abs(a - b) >= 1024),
-        f"the draft's vocabulary of {b} tokens is not the target's of {a}: they need the same tokenizer",
+        same_tokenizer or abs(a - b) < 1024,
+        f"the draft's vocabulary of {b} tokens is not the target's of {a}: they need the same tokenizer "
+        "(CrossVocabDrafter takes others; same_tokenizer=True if it is the same)",
     )
     return a
+
+
+def share_tokens(a: Any, b: Any) -> bool:
+    """Whether two tokenizers have the same tokens but for fewer than 1,024 that one of them has added."""
+    small, large = sorted((a.get_vocab(), b.get_vocab()), key=len)
+    return len(large) - len(small) < 1024 and all(large.get(token) == id for token, id in small.items())
 
 
 def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> int:

@@ -17,7 +17,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from draftdiff.core.importance import gather_kv
-from draftdiff.hosts.transformers import attention_name, borrows_keys, cache_argument, is_recurrent, last_logits_only
+from draftdiff.hosts.transformers import (
+    attention_name,
+    borrows_keys,
+    cache_argument,
+    device_of,
+    is_recurrent,
+    last_logits_only,
+)
 from draftdiff.hosts.transformers_quirks import layer_kinds
 from draftdiff.llm.checks import require
 from draftdiff.llm.kept_cache import WindowLayer
@@ -39,7 +46,7 @@ class TreeDecoder:
 
     def __init__(self, model: PreTrainedModel, cache: Any, rows: int, *, layers: Sequence[int] = ()) -> None:
         self.model, self.cache, self.rows, self.layers = model, cache, rows, tuple(layers)
-        self.states: list[Tensor] = [torch.empty(0, 0, device=model.device)] * rows
+        self.states: list[Tensor] = [torch.empty(0, 0, device=device_of(model))] * rows
         self.forwards = self.replays = 0
         self.next = [0] * rows
         self.valid, self.places = np.ones((rows, 0), dtype=bool), np.zeros((rows, 0), dtype=np.int64)
@@ -47,7 +54,7 @@ class TreeDecoder:
         self._unseen = np.zeros(rows, dtype=bool)  # rows whose first pending token none may see, not even itself
         # What a model finds out anew each time it is asked.
         self._device, self._attention, self._argument = (
-            model.device,
+            device_of(model),
             attention_name(model.config),
             cache_argument(model),
         )
@@ -76,6 +83,8 @@ class TreeDecoder:
         layers: Sequence[int] = (),
         whole: bool = False,
         inputs: Mapping[str, Tensor] | None = None,
+        media: Mapping[str, Any] | None = None,
+        positions: Tensor | None = None,
     ) -> TreeDecoder:
         """A decoder that has read all tokens but the last, which is the first to be fed.
 
@@ -84,7 +93,8 @@ class TreeDecoder:
         may hold the first of these tokens already.  last_position: of the last tokens, int64 [batch], if the host has
         counted them otherwise.  chunk: most tokens of a forward.  layers: whose hidden states are read, of all these
         tokens if `whole`, else of the last that is fed here (of none if the cache holds it).  inputs: more that the
-        forward takes, [batch, tokens, ...] each.
+        forward takes, [batch, tokens, ...] each.  media: what else it takes for these tokens, in one piece, such as the
+        pictures of a prompt.  positions: [..., batch, tokens] of the prompt, where a model of several media has others.
         Raises ValueError for a model or a cache that cannot be rolled back, a model without hidden states where they
         are read, and a cache that holds tokens if those of all are.
         """
@@ -100,22 +110,25 @@ class TreeDecoder:
         if attention_mask is None:
             attention_mask = torch.ones_like(ids)
         real = attention_mask[:, :tokens].bool()
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        counted = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        fed_positions = counted if positions is None else positions
+        require(not (media and held), f"the prompt has media: the cache must be empty, it holds {held} tokens")
+        chunk = None if media else chunk
         for start in range(held, tokens, chunk or max(tokens, 1)):
             stop = min(start + (chunk or tokens), tokens)
             mask = None if bool(real.all()) else real[:, :stop].to(ids.dtype)
-            more = {name: x[:, start:stop] for name, x in (inputs or {}).items()}
+            more = {name: x[:, start:stop] for name, x in (inputs or {}).items()} | dict(media or {})
             read = bool(layers) and (whole or stop == tokens)
             output = decoder._forward(
-                ids[:, start:stop], mask, positions[:, start:stop], read=read, **decoder._last_only, **more
+                ids[:, start:stop], mask, fed_positions[..., start:stop], read=read, **decoder._last_only, **more
             )
             if read:
                 decoder._collect(output, slice(None) if whole else slice(-1, None))
-        decoder._commit_prompt(real, positions)
+        decoder._commit_prompt(real, counted)
         if decoder._pending:
             states = torch.cat(decoder._pending, dim=1)
             known = real[:, -states.shape[1] :].to(states.device)
-            decoder.states = [of_row[counted] for of_row, counted in zip(states, known)]
+            decoder.states = [of_row[those] for of_row, those in zip(states, known)]
             decoder._pending = []
         decoder._unseen = (attention_mask[:, -1] == 0).cpu().numpy()
         if last_position is not None:
@@ -138,7 +151,7 @@ class TreeDecoder:
 
     def _remember(self) -> None:
         """Copy recurrent states, which cannot forget a token once they have seen it."""
-        self._recurrent = {index: copy.deepcopy(self.cache.layers[index]) for index in self._recurrent}
+        self._recurrent = {index: _snapshot(self.cache.layers[index]) for index in self._recurrent}
         self._fed = []
 
     def _replay(self, length: int) -> None:
@@ -338,6 +351,12 @@ class TreeDecoder:
         order = _to_the_right(self.valid, needed)
         self.valid = np.take_along_axis(self.valid, order, axis=1)
         self.places = np.take_along_axis(self.places, order, axis=1)
+
+
+def _snapshot(layer: Any) -> Any:
+    """A copy of a layer. Keys and values, which some have beside their states, are only added to and so shared."""
+    shared = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+    return copy.deepcopy(layer, {id(x): x for x in shared})
 
 
 def _to_the_right(valid: np.ndarray, length: int) -> np.ndarray:

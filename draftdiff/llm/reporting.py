@@ -18,9 +18,10 @@ class Report:
 
     rounds: rounds of each row, added.  tokens: emitted.  drafted: nodes proposed.  tried, accepted: how often a node at
     depth 1, 2, ... was there to be accepted, and how often one was.  target_forwards: with `replays` among them, which
-    bring models with recurrent states back to what was accepted.  seconds: of the whole call, its drafting and its
-    target forwards; prompt: those of the prompt in both models, part of the whole. A GPU's work counts where
-    its result is waited for.
+    bring models with recurrent states back to what was accepted.  pauses: rounds without drafts, as they would not have
+    paid.  level_cost: what one more level of drafts took, in rounds without any; None if not measured.  seconds: of the
+    whole call, its drafting and its target forwards; prompt: those of the prompt in both models, part of the whole. A
+    GPU's work counts where its result is waited for.
     """
 
     rounds: int = 0
@@ -30,6 +31,8 @@ class Report:
     replays: int = 0
     draft_forwards: int = 0
     cost: float = 0.0
+    pauses: int = 0
+    level_cost: float | None = None
     tried: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -75,10 +78,11 @@ class Report:
 
     def __str__(self) -> str:
         each = "each" if self.rounds <= self.target_forwards else "each and row"
+        paused = f", {self.pauses} rounds without" if self.pauses else ""
         by_depth = " ".join(f"{share:.2f}" for share in self.acceptance) or "none drafted"
         return (
             f"{self.tokens} tokens in {self.target_forwards} target forwards: {self.tokens_per_forward:.2f} {each}; "
-            f"{self.draft_forwards} draft forwards, {self.drafted} drafted\n"
+            f"{self.draft_forwards} draft forwards, {self.drafted} drafted{paused}\n"
             f"accepted by depth: {by_depth}\n"
             f"{self.seconds:.2f} s: prompt {self.prompt_seconds:.2f}, drafts {self.draft_seconds:.2f}, target "
             f"{self.target_seconds:.2f}; {1e3 * self.overhead:.2f} ms a round for the rest; "

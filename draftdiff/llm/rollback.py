@@ -24,7 +24,7 @@ def check_cache(model: PreTrainedModel, cache: Any, rows: int, tokens: int) -> N
         raise UserError(f"{name} cannot take drafts: {quirk.why}{until}")
     layers = getattr(cache, "layers", None)
     require(
-        not layers or not all(is_recurrent(layer) for layer in layers),
+        not layers or not all(is_recurrent(layer) and not hasattr(layer, "keys") for layer in layers),
         f"{name} cannot take drafts: it has no attention, and its states cannot be rolled back",
     )
     allowed = layers is not None and all(

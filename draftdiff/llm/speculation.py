@@ -6,7 +6,11 @@ as long as they follow a branch. The output is the target's own: token by token 
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +20,19 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from draftdiff.errors import UserError
-from draftdiff.hosts.transformers import generate_output, given_to_generate, padding_token
-from draftdiff.hosts.transformers_quirks import QUIRKS, learned_positions, quirk, unknown_arguments
+from draftdiff.hosts.transformers import device_of, generate_output, given_to_generate, padding_token
+from draftdiff.hosts.transformers_quirks import (
+    QUIRKS,
+    learned_positions,
+    media_tokens,
+    other_arguments,
+    quirk,
+    takes_media,
+)
 from draftdiff.llm.checks import require
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Drafter
+from draftdiff.llm.pace import Pace, Pacer
 from draftdiff.llm.processors import for_drafts, usable
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree
@@ -36,18 +48,23 @@ def speculative(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     drafter: Drafter | None = None,
+    pace: Pace | None = Pace(),  # noqa: B008  # it is frozen
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Decode with drafts; called by `generate`, which takes `drafter=` and all of its own arguments as usual.
 
-    Logits processors, stopping criteria, streamers, left-padded batches and caches that hold part of the prompt work as
-    without drafts. The host's own processors see drafted tokens too; others once each token, in order, so that those of
-    one row may keep state. Rows of a batch are padded once they end, and its cache, which has gaps, is not returned.
-    generate does not hand its tokenizer on: instead of `stop_strings` give
-    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
+    Drafts are as deep as pays, up to what the drafter proposes, and rounds go without where they do not pay: `pace`
+    says by what that is judged; None leaves all to the drafter. A drafter may serve several threads.
+
+    Logits processors, stopping criteria, streamers, left-padded batches, caches that hold part of the prompt, and
+    pictures, videos and sounds in it, of which drafts see the text alone, work as without drafts. The host's own
+    processors see drafted tokens too; others once each token, in order, so that those of one row may keep state. Rows
+    of a batch are padded once they end, and its cache, which has gaps, is not returned. In half precision the two best
+    tokens may round to the same number, and then the text may differ from plain decoding's, as it may between two batch
+    sizes. generate does not hand its tokenizer on, nor does it find it then: instead of `stop_strings` and `tokenizer`
+    give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`. Raises ValueError in one line for what cannot be:
     beams, encoder-decoder models, caches that cannot be rolled back, attention or hidden-state outputs, position_ids of
-    one's own, a prompt without the tokens that the cache holds, a cache that holds any where the drafter reads hidden
-    states of the whole prompt. `draftdiff.llm.report(drafter)` tells what it did.
+    one's own, a prompt without the tokens that the cache holds. `draftdiff.llm.report(drafter)` tells what it did.
     """
     if drafter is None or isinstance(drafter, type) or not hasattr(drafter, "propose"):
         got = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
@@ -55,8 +72,9 @@ def speculative(
     rows = len(input_ids)
     _check_model(model)
     _check_config(generation_config, rows)
-    unknown = unknown_arguments(model, model_kwargs)
-    require(not unknown, f"speculative takes token ids only, got {', '.join(unknown)}")
+    others = other_arguments(model, model_kwargs)
+    media = {name: model_kwargs[name] for name in others}
+    _check_media(model, input_ids, media)
     require(input_ids.shape[1] > 0, "the prompt is empty: speculative needs at least one token")
     require(model_kwargs.get("use_cache", True), "speculative needs a cache, got use_cache=False")
     guessed = (given_to_generate(model, "kwargs") or {}).get("attention_mask") is None
@@ -68,14 +86,37 @@ def speculative(
     streamer = given_to_generate(model, "streamer")
     require(streamer is None or rows == 1, f"speculative streams one row only, got a streamer and a batch of {rows}")
     processors = usable(logits_processor, rows)
-    ids = input_ids.to(model.device)  # generate takes them from the CPU too
-    generation = _Generation(model, ids, processors, stopping_criteria, generation_config, drafter, streamer)
-    with torch.no_grad():
-        result = generation.run(model_kwargs)
+    ids = input_ids.to(device_of(model))  # generate takes them from the CPU too
+    with torch.no_grad(), _claimed(drafter) as own:
+        generation = _Generation(model, ids, processors, stopping_criteria, generation_config, own, streamer, pace)
+        result = generation.run(model_kwargs, media)
+    drafter.last_report = generation.report
     if isinstance(result, Tensor):
         return result.to(input_ids.device)
     result.sequences = result.sequences.to(input_ids.device)  # type: ignore[union-attr]
     return result
+
+
+@contextmanager
+def _claimed(drafter: Drafter) -> Iterator[Drafter]:
+    """The drafter, or a copy of it while another generation uses it."""
+    claim = object()
+    if vars(drafter).setdefault("_claim", claim) is not claim:
+        yield copy.copy(drafter)
+        return
+    try:
+        yield drafter
+    finally:
+        del vars(drafter)["_claim"]
+
+
+def _check_media(model: PreTrainedModel, ids: Tensor, media: dict[str, Any]) -> None:
+    """Media of the prompt, for models that read them."""
+    for name in media:
+        require(takes_media(model), f"speculative takes token ids only, got {', '.join(media)}")
+        require(name != "inputs_embeds", "speculative takes token ids, got inputs_embeds")
+    ends = torch.isin(ids[:, -1], torch.tensor(media_tokens(model), device=ids.device))
+    require(not media or not bool(ends.any()), "a prompt with media must end with text")
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -138,9 +179,11 @@ class _Generation:
         config: GenerationConfig,
         drafter: Drafter,
         streamer: Any,
+        pace: Pace | None,
     ) -> None:
         self.model, self.processors, self.config = model, processors, config
         self.drafter, self.streamer = drafter, streamer
+        self.pace = pace
         self.sampling = bool(config.do_sample)
         self.limit = criteria.max_length or config.max_length
         # The two that nearly every generation has need no tensors.
@@ -156,7 +199,7 @@ class _Generation:
         self.logits: tuple[Tensor, ...] = ()
         self.report = Report()
 
-    def run(self, kwargs: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
+    def run(self, kwargs: dict[str, Any], media: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
         start = time.perf_counter()
         report, drafter = self.report, self.drafter
         prompt, mask = self.buffer, kwargs.get("attention_mask")
@@ -164,7 +207,11 @@ class _Generation:
         mask = None if mask is None else mask.to(prompt.device)
         reads = drafter.reads
         positions = kwargs.get("position_ids")
-        last = positions[:, -1].expand(len(prompt)) if positions is not None and positions.ndim == 2 else None
+        # Models of several media count in several ways, which are one in text; the last one is that of their keys.
+        several = positions if media and positions is not None and positions.ndim == 3 else None
+        flat = positions if several is None else several[-1]
+        last = flat[:, -1].expand(len(prompt)) if flat is not None and flat.ndim == 2 else None
+        by_token = {n: x for n, x in media.items() if isinstance(x, Tensor) and x.shape == prompt.shape}
         chunk = self.config.prefill_chunk_size
         target = TreeDecoder.prefill(
             self.model,
@@ -175,24 +222,29 @@ class _Generation:
             chunk=chunk,
             layers=reads.layers,
             whole=reads.prompt,
+            inputs=by_token,
+            media={name: x for name, x in media.items() if name not in by_token},
+            positions=several,
         )
         if mask is not None:  # of a row of padding tokens alone the last one counts
             self.padding = (mask == 0).sum(-1).clamp(max=prompt.shape[1] - 1).tolist()
         processors = [for_drafts(of_row) for of_row in self.processors]
         context = Context(target, self.padding, processors, self.sampling, self._ids(), self._room())
         report.cost = drafter.cost(self.model)
+        pacer = None if self.pace is None else self._pacer(self.pace)
         drafter.begin(context)
         try:
             report.prompt_seconds = time.perf_counter() - start
             prompt_forwards = target.forwards
             while not all(self.done):
-                context = self._round(context)
+                context = self._round(context) if pacer is None else self._paced(context, pacer)
             report.target_forwards, report.replays = target.forwards - prompt_forwards, target.replays
             report.draft_forwards = drafter.forwards
+            if pacer is not None:
+                report.pauses, report.level_cost = pacer.pauses, pacer.level_cost
             report.seconds = time.perf_counter() - start
         finally:
             drafter.end()
-        drafter.last_report = report
         if self.streamer is not None:
             self.streamer.end()
         return self._result(target.cache)
@@ -208,31 +260,69 @@ class _Generation:
             room = [max(min(pair), 0) for pair in zip(room, left)]
         return [-1 if done else most for done, most in zip(self.done, room)]
 
+    def _pacer(self, pace: Pace) -> Pacer:
+        """The clock is not asked where other lengths would draw other random numbers, or round otherwise."""
+        drafter = self.drafter
+        chance = self.sampling and getattr(drafter, "samples", True)
+        exact = self.model.dtype in (torch.float32, torch.float64)
+        clock = pace.cost == "clock" or (pace.cost == "auto" and exact and not chance)
+        known = pace.cost if isinstance(pace.cost, float | int) else None if clock else self.report.cost
+        return Pacer(known, self.report.cost, whole=getattr(drafter, "whole", False))
+
+    def _paced(self, context: Context, pacer: Pacer) -> Context:
+        """A round whose drafts are as deep as pays."""
+        start, before, depth = time.perf_counter(), self.report.tokens, pacer.depth()
+        room = [int(min(most, depth)) for most in context.room]
+        states = context.target.states
+        after = self._round(replace(context, room=room))
+        if self.drafter.reads.layers and max(room) < 1:  # states that were not looked at wait for the next drafts
+            pairs = zip(states, context.target.states)
+            context.target.states = [torch.cat(pair) if len(pair[0]) else pair[1] for pair in pairs]
+        live = [row for row, most in enumerate(room) if most >= 0]
+        accepted = [len(after.paths[row]) for row in live]
+        seconds = time.perf_counter() - start
+        pacer.saw([room[row] for row in live], accepted, self.report.tokens - before, seconds)
+        return after
+
     def _round(self, context: Context) -> Context:
         start = time.perf_counter()
         trees = self.drafter.propose(context)
+        sizes = [len(tree.tokens) for tree in trees]
         drafted = time.perf_counter()
         # Node n of a tree is pending token n + 1: the last accepted token is fed with it.
         live = [row for row, done in enumerate(self.done) if not done]
         last = {row: int(context.ids[row][0, -1]) for row in live}
         tokens = [[last[row], *tree.tokens] if row in last else [] for row, tree in enumerate(trees)]
         parents = [[ROOT, *(p + 1 for p in tree.parents)] if row in last else [] for row, tree in enumerate(trees)]
+        beside = getattr(self.drafter, "beside", None)
+        join = beside(context) if beside else None
         output = context.target.feed(tokens, parents)
+        if join:
+            join()
         seen = time.perf_counter()
         paths = [
-            self._follow(row, trees[row], output.logits[row]) if row in last else None for row in range(len(trees))
+            self._follow(row, trees[row], output.logits[row], sizes[row]) if row in last else None
+            for row in range(len(trees))
         ]
-        fed = [[] if path is None else [0, *(node + 1 for node in path)] for path in paths]
+        # A node that was drafted meanwhile is accepted as the last one at most, and has not been fed.
+        fed = [
+            [] if path is None else [0, *(node + 1 for node in path if node < size)] for path, size in zip(paths, sizes)
+        ]
         context.target.keep(fed)
+        logits = [output.logits[row, kept] for row, kept in enumerate(fed)] if self.drafter.reads.logits else None
         for row in live:
             self.report.rounds += 1
             self.report.drafted += len(trees[row].tokens)
         self.report.draft_seconds += drafted - start
         self.report.target_seconds += seen - drafted
-        return context.next_round(self._ids(), self._room(), trees, [path or [] for path in paths])
+        taken = [path or [] for path in paths]
+        return context.next_round(self._ids(), self._room(), trees, taken, logits)
 
-    def _follow(self, row: int, tree: Tree, logits: Tensor) -> list[int]:
-        """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes."""
+    def _follow(self, row: int, tree: Tree, logits: Tensor, size: int) -> list[int]:
+        """Take tokens of one row from the root down until none was proposed or all is done; the accepted nodes.
+
+        size: nodes of the tree that the target was fed. What follows another one is not known yet.
+        """
         # Where nothing changes the logits: one transfer from a device, or just the nodes that are visited.
         plain = not (self.sampling or self.processors[row] or self.config.output_scores or self.config.output_logits)
         best = logits.argmax(-1).tolist() if plain and not logits.is_cpu else None
@@ -259,10 +349,14 @@ class _Generation:
                 break
             if node is not None:
                 path.append(node)
+                if node >= size:
+                    break
         if node is None:
             self.report.count(max(tree.depths(), default=0), len(path))
-        else:  # the last token of all was drafted too, but is on no path: nothing was to follow it
+        elif self.done[row]:  # the last token of all was drafted too, but is on no path: nothing was to follow it
             self.report.count(len(path) + 1, len(path) + 1)
+        else:
+            self.report.count(len(path), len(path))
         return path
 
     def _is_done(self, row: int, token: int) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draftdiff.errors import UserError
@@ -78,10 +79,11 @@ def match(p: Tensor) -> int:
 def reject(p: Tensor, q: Tensor, tokens: Sequence[int], sampler: str, verifier: str) -> int:
     """A token distributed as p that is one of `tokens` as often as the rule can make it.
 
-    p, q: distributions of target and draft, fp32 [vocabulary].  tokens: what `sample(q, ..., sampler)` gave.
-    Raises ValueError for a verifier that is not exact for this sampler.
+    p, q: distributions of target and draft, fp32 [vocabulary]; q may have more tokens, which p never says.  tokens:
+    what `sample(q, ..., sampler)` gave. Raises ValueError for a verifier that is not exact for this sampler.
     """
     check_verifier(sampler, verifier)
+    p = F.pad(p, (0, max(len(q) - len(p), 0)))
     if verifier == "match" or not tokens:
         return match(p)
     if verifier == "k_seq":
@@ -91,7 +93,7 @@ def reject(p: Tensor, q: Tensor, tokens: Sequence[int], sampler: str, verifier: 
     for token in tokens:
         if _accepts(p, q, token):
             return token
-        p = _residual(p, q)
+        p = residual(p, q)
         if sampler == "without_replacement":
             q = _rest(q, [token])
     return draw(p)
@@ -104,7 +106,7 @@ def _rest(q: Tensor, taken: Sequence[int]) -> Tensor:
     return rest / rest.sum()
 
 
-def _residual(p: Tensor, taken: Tensor) -> Tensor:
+def residual(p: Tensor, taken: Tensor) -> Tensor:
     """What of p is left when `taken` was given away, normalised; p where nothing is left but rounding."""
     rest = (p - taken).clamp_(min=0)
     total = rest.sum()
@@ -143,4 +145,4 @@ def _k_seq(p: Tensor, q: Tensor, tokens: Sequence[int]) -> int:
         if _accepts(p, rho * q, token):
             return token
     taken = torch.minimum(q, p / rho) * ((1 - (1 - beta) ** len(tokens)) / max(beta, 1e-30))
-    return draw(_residual(p, taken))
+    return draw(residual(p, taken))

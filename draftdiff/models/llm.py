@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from draftdiff.errors import UserError
+from draftdiff.llm.checks import share_tokens
+from draftdiff.llm.drafters.cross_vocab import CrossVocabDrafter
 from draftdiff.models.devices import find_device, find_dtype
 from draftdiff.models.loading import loading
 
@@ -19,8 +23,13 @@ EMBEDDED = "mini-llm"
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A target and its draft. length, nodes: of a chain and of a tree that suit them and the device.  counts: how often
-    the target writes each token, [vocabulary], None if unknown."""
+    """A target and its draft.
+
+    draft: None without one that has the target's tokenizer.  length, nodes: of a chain and of a tree that suit them and
+    the device.  counts: how often the target writes each token, [vocabulary], None if unknown.  cross: a drafter whose
+    draft has another tokenizer, if there is one.  same_tokenizer: if the draft's is taken for the target's whatever its
+    size.
+    """
 
     name: str
     target: Any
@@ -29,6 +38,8 @@ class LanguageModel:
     length: int = 5
     nodes: int = 48
     counts: Tensor | None = None
+    cross: CrossVocabDrafter | None = None
+    same_tokenizer: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -36,25 +47,38 @@ class LanguageModel:
 
 
 def load(
-    target: str | None, draft: str | None, *, dtype: str | None = None, device: str | None = None
+    target: str | None,
+    draft: str | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    same_tokenizer: bool = False,
 ) -> LanguageModel:
     """Load a pair and put it on its device.
 
-    target, draft: folders or Hugging Face Hub ids; both None is the embedded pair.  dtype: float32, float16 or
-    bfloat16; None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pair.  device: as in torch; None is
-    CUDA if there is. Raises UserError, in one line, for what cannot be loaded or does not belong together.
+    target, draft: folders or Hugging Face Hub ids; both None is the embedded pair, no draft leaves methods that need
+    none.  same_tokenizer: take the draft's for the target's, whatever they say.  dtype: float32, float16 or bfloat16;
+    None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pair.  device: as in torch; None is CUDA if
+    there is. Raises UserError, in one line, for what cannot be loaded or does not belong together.
     """
     place = find_device(device)
     wanted = find_dtype(dtype, place, embedded=target is None)
-    if (target is None) != (draft is None):
-        raise UserError(f"--model and --draft come together, got {target or draft!r} alone")
-    if target is None or draft is None:
+    if target is None:
+        if draft is not None:
+            raise UserError(f"--draft comes with --model, got {draft!r} alone")
         return _embedded(wanted, place)
-    tokenizers = [pretrained("AutoTokenizer", name) for name in (target, draft)]
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise UserError(f"draft {draft!r} has another tokenizer than model {target!r}: they must share one")
-    models = [pretrained("AutoModelForCausalLM", name, dtype=wanted).to(place).eval() for name in (target, draft)]
-    return LanguageModel(target, models[0], models[1], tokenizers[0])
+    tokenizer = pretrained("AutoTokenizer", target)
+    model = LanguageModel(target, _model(target, wanted, place), None, tokenizer, same_tokenizer=same_tokenizer)
+    if draft is None:
+        return model
+    small, its_own = _model(draft, wanted, place), pretrained("AutoTokenizer", draft)
+    if same_tokenizer or share_tokens(tokenizer, its_own):
+        return replace(model, draft=small)
+    return replace(model, cross=CrossVocabDrafter(small, its_own, tokenizer))
+
+
+def _model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    return pretrained("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
 
 
 def pretrained(kind: str, name: str, **options: Any) -> Any:
@@ -74,7 +98,27 @@ def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
         target, draft, tokenizer = load_mini_llm(dtype)
         known = mini_llm_defaults()
     counts = torch.tensor(known["token_counts"]) if "token_counts" in known else None
-    return LanguageModel(EMBEDDED, target.to(device), draft.to(device), tokenizer, known["length"], 12, counts)
+    target, draft = target.to(device), draft.to(device)
+    cross = _coarser(draft, tokenizer)
+    return LanguageModel(EMBEDDED, target, draft, tokenizer, known["length"], 12, counts, cross)
+
+
+def _coarser(draft: Any, tokenizer: Any, share: float = 0.5) -> CrossVocabDrafter:
+    """The draft with another tokenizer, of the first merges alone: its tokens are shorter than the target's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, size = made["model"], int(share * len(tokenizer))
+    merges = len(model["merges"]) - (len(model["vocab"]) - size)
+    model["merges"] = model["merges"][:merges]
+    model["vocab"] = {token: id for token, id in model["vocab"].items() if id < size}
+    shorter = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), eos_token=tokenizer.eos_token
+    )
+    small = copy.deepcopy(draft)
+    small.resize_token_embeddings(size)
+    return CrossVocabDrafter(small, shorter, tokenizer)
 
 
 # Modules of the standard library that the embedded pair has not seen, nor any file much like them.

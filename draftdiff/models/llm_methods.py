@@ -15,8 +15,11 @@ from torch import Tensor
 
 from draftdiff.errors import UserError
 from draftdiff.hosts.transformers import cache_argument
+from draftdiff.llm.drafters.cross_vocab import CrossVocabDrafter
+from draftdiff.llm.drafters.merging import NGramCache
 from draftdiff.llm.drafters.model import ModelDrafter
 from draftdiff.llm.drafters.ngram import NGramDrafter
+from draftdiff.llm.drafters.pearl import PearlDrafter
 from draftdiff.llm.drafters.shapes import Chain, KBest, Sampled
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.spec_kv import SpecKVConfig, speckv
@@ -124,34 +127,76 @@ def _logits(model: LanguageModel, ids: Tensor, cache: Any, tokens: Tensor) -> Te
     return model.target(fed, use_cache=cache is not None, **given).logits[0, -len(tokens) :]
 
 
+def _from_draft(model: LanguageModel, shape: Any, draft: Any = None) -> ModelDrafter:
+    return ModelDrafter(model.draft if draft is None else draft, shape, same_tokenizer=model.same_tokenizer)
+
+
 def _chain(model: LanguageModel) -> ModelDrafter:
-    return ModelDrafter(model.draft, Chain(model.length))
+    return _from_draft(model, Chain(model.length))
 
 
 def _best_paths(model: LanguageModel) -> ModelDrafter:
     width = max(2, model.nodes // (2 * model.length))
-    return ModelDrafter(model.draft, KBest(model.length, width, max(model.nodes, width * (model.length - 1))))
+    return _from_draft(model, KBest(model.length, width, max(model.nodes, width * (model.length - 1))))
 
 
 def _sampled(model: LanguageModel) -> ModelDrafter:
-    return ModelDrafter(model.draft, Sampled((2, 2, 1) if model.nodes < 24 else (4, 2, 2, 1)))
+    return _from_draft(model, Sampled((2, 2, 1) if model.nodes < 24 else (4, 2, 2, 1)))
 
 
 def _trimmed(model: LanguageModel) -> ModelDrafter:
-    if model.counts is None:
-        raise UserError("method 'trimmed' needs to know how often the target writes each token")
-    return ModelDrafter(trim(model.draft, model.counts, len(model.counts) // 4), Chain(model.length))
+    assert model.counts is not None, "checked by check_method"
+    return _from_draft(model, Chain(model.length), trim(model.draft, model.counts, len(model.counts) // 4))
+
+
+def _omnidraft(model: LanguageModel) -> CrossVocabDrafter:
+    assert model.cross is not None, "checked by check_method"
+    drafter = copy.copy(model.cross)  # what it knows of the tokenizers stays, what it learned does not
+    drafter.cache = NGramCache()
+    return drafter
+
+
+def _universal(model: LanguageModel, ids: Tensor, options: dict[str, Any], capacity: int) -> Run:
+    """The host's own way with another tokenizer."""
+    assert model.cross is not None, "checked by check_method"
+    draft, own = model.cross.model, model.cross.vocabularies.tokenizer
+    given = {"assistant_model": draft, "assistant_tokenizer": own, "tokenizer": model.tokenizer}
+    forwards = {"target": 0, "draft": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def counted(*_: Any) -> None:
+            forwards[name] += 1
+
+        return counted
+
+    hooks = [one.register_forward_pre_hook(count(name)) for name, one in (("target", model.target), ("draft", draft))]
+    try:
+        run = _generate(model, ids, options | given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    run.report = Report(
+        rounds=forwards["target"],
+        tokens=len(run.tokens),
+        target_forwards=forwards["target"],
+        draft_forwards=forwards["draft"],
+        cost=model.cross.cost(model.target),
+    )
+    return run
 
 
 METHODS: dict[str, Method] = {
     "plain": Method("plain decoding", True, _plain),
     "chain": Method("chain", True, _speculation(_chain)),
     "adaptive": Method(
-        "chain, adaptive", True, _speculation(lambda m: ModelDrafter(m.draft, Chain(2 * m.length, confidence=0.3)))
+        "chain, adaptive", True, _speculation(lambda m: _from_draft(m, Chain(2 * m.length, confidence=0.3)))
     ),
     "tree": Method("tree of best paths", True, _speculation(_best_paths)),
     "sampled": Method("sampled tree, RRS", True, _speculation(_sampled)),
     "trimmed": Method("chain, VocabTrim 1/4", True, _speculation(_trimmed)),
+    "pearl": Method("PEARL", True, _speculation(lambda m: PearlDrafter(m.draft, same_tokenizer=m.same_tokenizer))),
+    "omnidraft": Method("OmniDraft, another tokenizer", True, _speculation(_omnidraft)),
+    "universal": Method("transformers' own for another tokenizer", True, _universal),
     "ngram": Method("n-grams, best first", True, _speculation(lambda m: NGramDrafter(nodes=m.nodes))),
     "ngram-puct": Method("n-grams, PUCT", True, _speculation(lambda m: NGramDrafter(search="puct", nodes=m.nodes))),
     "speckv": Method("SpecKV", False, partial(_cut, compress=False, evict=True)),
@@ -161,13 +206,33 @@ METHODS: dict[str, Method] = {
 }
 
 
+_ALONE = ("plain", "ngram", "ngram-puct")  # that need no draft
+
+
 def check_method(model: LanguageModel, name: str) -> Method:
     """The method of that name. Raises UserError for another name, or one that this model cannot have."""
     if name not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    if name == "trimmed":
-        _trimmed(model)
+    lacking = _lacking(model, name)
+    if lacking is not None:
+        raise UserError(f"method {name!r} needs {lacking}")
     return METHODS[name]
+
+
+def methods_of(model: LanguageModel) -> list[str]:
+    """The names of all methods that a model can have."""
+    return [name for name in METHODS if _lacking(model, name) is None]
+
+
+def _lacking(model: LanguageModel, name: str) -> str | None:
+    """What a method needs and a model has not; None where it can have it."""
+    if name in ("omnidraft", "universal"):
+        return None if model.cross is not None else "a draft with another tokenizer, by --draft"
+    if name not in _ALONE and model.draft is None:
+        return "a draft with the target's tokenizer, by --draft; omnidraft and universal take others"
+    if name == "trimmed" and model.counts is None:
+        return "to know how often the target writes each token"
+    return None
 
 
 def generate_options(tokens: int, temperature: float) -> dict[str, Any]:

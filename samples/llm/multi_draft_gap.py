@@ -22,6 +22,7 @@ from tqdm import tqdm
 from draftdiff.bench.runner import write_json
 from draftdiff.cli import run
 from draftdiff.cli.options import Parser, new_file, whole
+from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm import acceptance_upper_bound, expected_acceptance
 from draftdiff.llm.train.stdlib_corpus import PYTHON
@@ -103,7 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=new_file(".png"), help="file for the curves (.png)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    if (options.model is None) != (options.draft is None):
+        raise UserError(f"--model and --draft come together, got {options.model or options.draft!r} alone")
     model = load(options.model, options.draft)
+    if model.draft is None:
+        raise UserError(
+            f"draft {options.draft!r} has another tokenizer than model {options.model!r}: they must share one"
+        )
     places = logits_at(model, options.places)
     wanted = [(t, options.n, s) for t in options.temperatures for s in VERIFIERS]
     wanted += [(options.temperature, n, s) for n in options.drafts for s in VERIFIERS]

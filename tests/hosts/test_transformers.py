@@ -19,7 +19,7 @@ from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.generation import PrefixConstrainedLogitsProcessor, logits_process
 
 from draftdiff.hosts import transformers as host
-from draftdiff.hosts.transformers_quirks import QUIRKS, learned_positions, quirk, quirks_of_model, unknown_arguments
+from draftdiff.hosts.transformers_quirks import QUIRKS, learned_positions, other_arguments, quirk, quirks_of_model
 from tests.llm.tiny_models import VOCABULARY, prompt, tiny_hybrid, tiny_model
 
 GONE = f"transformers {transformers.__version__} has no"
@@ -142,7 +142,7 @@ def test_a_callable_learns_of_streamer_and_assistant_by_the_walk_alone():
 def test_end_and_padding_tokens_are_those_of_the_call():
     config, given, _ = handed_over(tiny_model(), prompt(6), eos_token_id=[5, 7], pad_token_id=3)
     assert host.end_tokens(config) == [5, 7] and int(host.padding_token(config)) == 3
-    assert unknown_arguments(tiny_model(), given) == []
+    assert other_arguments(tiny_model(), given) == []
     assert host.end_tokens(handed_over(tiny_model(), prompt(6))[0]) == []
 
 

@@ -27,10 +27,11 @@ def family(name, **options):
 
 
 def both(target, drafter, ids, **options):
-    """(plain, speculative) output of generate."""
+    """(plain, speculative) output of generate, drafts as long as the drafter makes them unless there is a pace."""
+    pace = options.pop("pace", None)
     options = {"do_sample": False, "max_new_tokens": 24} | options
     plain = target.generate(ids, **options)
-    return plain, target.generate(ids, custom_generate=speculative, drafter=drafter, **options)
+    return plain, target.generate(ids, custom_generate=speculative, drafter=drafter, pace=pace, **options)
 
 
 class EndsWith(StoppingCriteria):

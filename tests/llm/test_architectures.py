@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from draftdiff.hosts.transformers import cache_argument
+from draftdiff.hosts.transformers_quirks import quirks_of_model
 from draftdiff.llm import Chain, ModelDrafter, NGramDrafter, NGramTable, report, speculative
 from tests.llm.generation import SHAPES, both, family, relative
 from tests.llm.tiny_models import FAMILIES, VOCABULARY, prompt, tiny_hybrid, tiny_model
@@ -247,3 +248,58 @@ def test_drafts_do_not_outrun_the_targets_table_of_positions(kind):
             assert torch.equal(expected, fast)
             expected, fast = both(target, drafter, rows, max_new_tokens=500, eos_token_id=ends, **given)
             assert torch.equal(expected, fast)
+
+
+FALCON_H1 = {"mamba_d_state": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+ZAMBA2 = {
+    "mamba_d_state": 16,
+    "mamba_ngroups": 1,
+    "n_mamba_heads": 4,
+    "mamba_headdim": 32,
+    "attention_head_dim": 32,
+    "attention_hidden_size": 128,
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "num_mem_blocks": 1,
+    "adapter_rank": 8,
+}
+
+
+@can_be_made
+def test_layers_with_states_and_attention_at_once_take_chains():
+    target = other_kind("falcon_h1", **LAYERS, **FALCON_H1)
+    if quirks_of_model(target, "refused"):
+        with pytest.raises(ValueError, match="it takes drafts from transformers"):
+            both(target, ModelDrafter(target), prompt(12))
+        return
+    plain = target.generate(prompt(12), do_sample=False, max_new_tokens=24)
+    assert len(set(plain[0, 12:].tolist())) > 6
+    known = NGramDrafter(NGramTable([plain[0].tolist()]), nodes=3, depth=3)
+    replays = []
+    for drafter in (ModelDrafter(tiny_model(), Chain(3)), known):
+        plain, fast = both(target, drafter, prompt(12))
+        assert torch.equal(plain, fast)
+        replays.append(report(drafter).replays)
+    assert replays[0] > 0 and report(known).tokens_per_forward > 1.5
+
+
+@can_be_made
+def test_models_whose_single_steps_differ_are_refused():
+    """When this fails the host has been mended, and the quirk is to be bounded."""
+    target = other_kind("zamba2", **LAYERS, **ZAMBA2)
+    with pytest.raises(ValueError, match="Zamba2ForCausalLM cannot take drafts: it says something else to one token"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))
+    ids, far = prompt(36), 0.0
+    with torch.no_grad():
+        whole, cache = target(ids, use_cache=False).logits, DynamicCache(config=target.config)
+        target(ids[:, :12], **{cache_argument(target): cache}, use_cache=True)
+        for place in range(12, 36):
+            one = target(ids[:, place : place + 1], **{cache_argument(target): cache}, use_cache=True).logits
+            far = max(far, float((one - whole[:, place]).abs().max()))
+    assert far > 1e-2 * float(whole.abs().max())
+
+
+@can_be_made
+def test_models_with_a_cache_of_their_own_kind_are_refused():
+    target = other_kind("minimax", **LAYERS, num_local_experts=2)
+    with pytest.raises(ValueError, match="MiniMaxForCausalLM cannot take drafts: it has a cache of its own"):
+        both(target, ModelDrafter(tiny_model()), prompt(12))

@@ -101,7 +101,7 @@ def test_what_a_cache_holds_already_is_refused_to_who_reads_the_prompt_and_not_t
     for held in (4, 11):
         cache = DynamicCache()
         target(ids[:, :held], **{cache_argument(target): cache})
-        given = {"custom_generate": speculative, "max_new_tokens": 6, cache_argument(target): cache}
+        given = {"custom_generate": speculative, "pace": None, "max_new_tokens": 6, cache_argument(target): cache}
         with pytest.raises(UserError, match=f"states of the whole prompt, got a cache that holds {held}"):
             target.generate(ids, drafter=Reader(Reads((-1,), prompt=True)), **given)
         drafter = Reader(Reads((-1,)))

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from draftdiff.hosts.transformers import cache_argument
-from draftdiff.llm import Chain, ModelDrafter, Sampled, report, speculative
+from draftdiff.llm import Chain, ModelDrafter, PearlDrafter, Sampled, report, speculative
 from draftdiff.pipelines.mini.llm import load_mini_llm
 from tests.llm.generation import SHAPES, EndsWith, both, family, relative
 from tests.llm.rounding import assert_rounded
@@ -78,14 +78,16 @@ def test_rows_that_end_early_leave_an_output_of_its_own(pair):
     assert fast.shape[1] <= 18 and fast.is_contiguous()
 
 
-def test_a_draft_whose_positions_end_proposes_nothing_from_there_on(pair):
+@pytest.mark.parametrize("make", [lambda draft: ModelDrafter(draft, SHAPES["best"]), PearlDrafter])
+def test_a_draft_whose_positions_end_proposes_nothing_from_there_on(pair, make):
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
     config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, max_position_embeddings=24, **sizes)
-    drafter = ModelDrafter(AutoModelForCausalLM.from_config(config).eval(), SHAPES["best"])
+    drafter = make(AutoModelForCausalLM.from_config(config).eval())
     plain, fast = both(pair[0], drafter, prompt(12), max_new_tokens=40)
     assert torch.equal(plain, fast) and report(drafter).draft_forwards > 4
-    with pytest.raises(ValueError, match="has learned 24 positions, prompt and continuation take 30"):
-        both(pair[0], drafter, prompt(30))
+    for length in (24, 25, 30):
+        plain, fast = both(pair[0], drafter, prompt(length))
+        assert torch.equal(plain, fast) and report(drafter).draft_forwards == 0
 
 
 def test_the_drafts_cache_is_let_go_at_the_end(pair):

@@ -1,12 +1,26 @@
 """The gate that every drafter passes: greedy output equals `generate`, sampled output has the target's exact law."""
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 
-from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, NGramTable, Sampled, speculative
-from tests.llm.tabular import next_pair_law, pair_law, tabular_pair
+from draftdiff.llm import (
+    Chain,
+    CrossVocabDrafter,
+    KBest,
+    ModelDrafter,
+    NGramDrafter,
+    NGramTable,
+    PearlDrafter,
+    Sampled,
+    speculative,
+)
+from tests.llm.tabular import next_pair_law, pair_law, tabular_model, tabular_pair
 from tests.llm.tiny_heads import eagle, hydra, medusa
 from tests.llm.tiny_models import prompt, tiny_model
+from tests.llm.toy_tokenizers import greedy_tokenizer
 
 MODEL_SHAPES = {
     "chain": Chain(4),
@@ -53,6 +67,29 @@ DRAFTERS |= {
     "EAGLE-3": lambda target, _: eagle(target, vocabulary=target.config.vocab_size - 1),
     "EAGLE-3, chain": lambda target, _: eagle(target, Chain(4)),
 }
+DRAFTERS |= {f"PEARL, {gamma}": lambda t, d, gamma=gamma: PearlDrafter(d, gamma) for gamma in (1, 3)}
+
+
+def cross_vocab(target, draft, verifier):
+    """Tokens of the target are one or several of the draft's, which has one that the target lacks."""
+    size, letters = target.config.vocab_size, ["a", "b", "c", "ba", "cc"]
+    words = ["a", "b", "ab", "ba", "c", "bc", "abc", "aab"]
+    words += [word for n in (1, 2, 3, 4) for word in map("".join, product("abc", repeat=n)) if word not in words]
+    if size <= 8:
+        small = tabular_model(3, len(letters) + 1)
+    else:
+        small = tiny_model(seed=5, layers=1, vocab_size=len(letters) + 1)
+    tokenizers = greedy_tokenizer(letters), greedy_tokenizer(words[: size - 1])
+    drafter = CrossVocabDrafter(small, *tokenizers, length=4, verifier=verifier)
+    for token, word in enumerate(words[: min(8, size - 1)]):
+        drafter.cache.learn(token, tokenizers[0](word).input_ids)
+    return drafter
+
+
+OTHER_TOKENIZER = {
+    f"another tokenizer, {verifier}": partial(cross_vocab, verifier=verifier) for verifier in ("match", "reject")
+}
+DRAFTERS |= OTHER_TOKENIZER
 
 
 @pytest.fixture(params=DRAFTERS, name="make")
@@ -60,12 +97,18 @@ def _make(request):
     return DRAFTERS[request.param]
 
 
+@pytest.fixture(name="rows")
+def _rows(make):
+    """Of a batch that is sampled: those with another tokenizer each encode their text."""
+    return 700 if make in OTHER_TOKENIZER.values() else 2500
+
+
 def test_greedy_output_is_that_of_generate(make):
     for target, draft in (tabular_pair(), (tiny_model(seed=0), tiny_model(seed=5, layers=1))):
         ids = prompt(9, vocab_size=8)
         expected = target.generate(ids, do_sample=False, max_new_tokens=24)
         got = target.generate(
-            ids, do_sample=False, max_new_tokens=24, custom_generate=speculative, drafter=make(target, draft)
+            ids, do_sample=False, max_new_tokens=24, custom_generate=speculative, pace=None, drafter=make(target, draft)
         )
         assert torch.equal(got, expected)
 
@@ -78,7 +121,7 @@ def test_greedy_output_of_a_padded_batch_is_that_of_generate(make):
         ids[1, :5] = 0
         given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 17}
         expected = target.generate(ids, **given)
-        got = target.generate(ids, **given, custom_generate=speculative, drafter=make(target, draft))
+        got = target.generate(ids, **given, custom_generate=speculative, pace=None, drafter=make(target, draft))
         assert torch.equal(got, expected)
 
 
@@ -98,10 +141,10 @@ def pairs_of(tokens, vocabulary):
     return torch.bincount(tokens[:, 0] * vocabulary + tokens[:, 1], minlength=vocabulary**2)
 
 
-def test_sampled_output_has_the_targets_exact_law(make):
+def test_sampled_output_has_the_targets_exact_law(make, rows):
     torch.manual_seed(1)
     target, draft = tabular_pair()
-    ids = torch.tensor([[3, 5]]).expand(2500, -1)
+    ids = torch.tensor([[3, 5]]).expand(rows, -1)
     rounds = [
         target.generate(
             ids,
@@ -110,6 +153,7 @@ def test_sampled_output_has_the_targets_exact_law(make):
             top_k=0,
             max_new_tokens=4,
             custom_generate=speculative,
+            pace=None,
             drafter=make(target, draft),
         )
         for _ in range(4)
@@ -119,10 +163,10 @@ def test_sampled_output_has_the_targets_exact_law(make):
     assert p_value(pairs_of(tokens[:, 2:], 8), next_pair_law(target, 3, 5)) > 1e-4
 
 
-def test_sampled_output_follows_the_logits_processors(make):
+def test_sampled_output_follows_the_logits_processors(make, rows):
     torch.manual_seed(2)
     target, draft = tabular_pair()
-    ids = torch.tensor([[3, 5]]).expand(3000, -1)
+    ids = torch.tensor([[3, 5]]).expand(rows, -1)
     tokens = target.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -131,6 +175,7 @@ def test_sampled_output_follows_the_logits_processors(make):
         top_k=4,
         max_new_tokens=3,
         custom_generate=speculative,
+        pace=None,
         drafter=make(target, draft),
     )[:, 2:]
 
@@ -147,7 +192,9 @@ def test_one_row_sampled_alone_has_the_exact_law(make):
     ids = torch.tensor([[3, 1]])
     drafter = make(target, draft)
     rows = [
-        target.generate(ids, do_sample=True, top_k=0, max_new_tokens=3, custom_generate=speculative, drafter=drafter)
+        target.generate(
+            ids, do_sample=True, top_k=0, max_new_tokens=3, custom_generate=speculative, pace=None, drafter=drafter
+        )
         for _ in range(300)
     ]
     tokens = torch.cat(rows)[:, 2:]

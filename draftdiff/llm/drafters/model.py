@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from draftdiff.hosts.transformers_quirks import learned_positions
-from draftdiff.llm.checks import check_length, check_vocabularies, require, vocabulary_size
+from draftdiff.hosts.transformers import device_of
+from draftdiff.hosts.transformers_quirks import learned_positions, media_tokens
+from draftdiff.llm.checks import check_vocabulary_sizes, require, vocabulary_size
 from draftdiff.llm.decoder import TreeDecoder
 from draftdiff.llm.drafters.base import Context, Reads, suffixes
-from draftdiff.llm.drafters.shapes import Chain, Shape
+from draftdiff.llm.drafters.shapes import Chain, Sampled, Shape
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree
@@ -20,34 +21,34 @@ from draftdiff.llm.tree import ROOT, Tree
 class ModelDrafter:
     """Drafts from a smaller language model of transformers that shares the target's tokenizer.
 
-    model: on the target's device; its vocabulary may be padded to another multiple of 64.  shape: `Chain`, `KBest` or
-    `Sampled`.
+    model: on any device; its vocabulary may be padded or have tokens added, fewer than 1,024 together.  shape: `Chain`,
+    `KBest` or `Sampled`.  same_tokenizer: whether to take it for the target's whatever its size.
     """
 
     reads = Reads()
 
-    def __init__(self, model: PreTrainedModel, shape: Shape | None = None) -> None:
-        self.model, self.shape = model, shape or Chain()
+    def __init__(self, model: PreTrainedModel, shape: Shape | None = None, *, same_tokenizer: bool = False) -> None:
+        self.model, self.shape, self.same_tokenizer = model, shape or Chain(), same_tokenizer
         self.forwards = 0
         self.last_report: Report | None = None
         self._session: _Session | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether drafts are drawn at random when the target samples."""
+        return isinstance(self.shape, Sampled)
 
     def cost(self, target: PreTrainedModel) -> float:
         """Bytes of weights that one draft forward reads over those of a target forward."""
         return bytes_per_forward(self.model) / bytes_per_forward(target)
 
     def begin(self, context: Context) -> None:
-        """Prefill the draft.
+        """Prefill the draft, which proposes nothing where its learned positions have ended.
 
-        Raises ValueError for another vocabulary or device than the target's, an encoder-decoder model, and a prompt
-        beyond the draft's learned positions. Where those end in the middle, it proposes nothing any more.
+        Raises ValueError for another vocabulary than the target's and for an encoder-decoder model.
         """
-        require(
-            not self.model.config.is_encoder_decoder,
-            f"a draft must be a decoder-only model, got {type(self.model).__name__}",
-        )
-        check_length(self.model, context.ids[0].shape[1])
-        self._session, self.forwards = _Session(self.model, context), 0
+        check_draft(self.model)
+        self._session, self.forwards = _Session(self.model, context, self.same_tokenizer), 0
 
     def end(self) -> None:
         """Let the draft's cache go."""
@@ -66,31 +67,39 @@ class ModelDrafter:
         return trees
 
 
-class _Session:
-    """The draft's side of one generation: its cache, and what of the rows' tokens and trees is in it."""
+def check_draft(model: PreTrainedModel) -> None:
+    """Raise ValueError for what is no draft model."""
+    require(not model.config.is_encoder_decoder, f"a draft must be a decoder-only model, got {type(model).__name__}")
 
-    def __init__(self, model: PreTrainedModel, context: Context) -> None:
+
+class DraftSide:
+    """A draft model in one generation: its cache after the prompt, and what it says in the target's vocabulary.
+
+    held: tokens of each row that are committed in its cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: Context, same_tokenizer: bool = False) -> None:
         self._positions = learned_positions(model)
-        self._vocabulary = check_vocabularies(context.target.model, model)
+        self._vocabulary = check_vocabulary_sizes(context.target.model, model, same_tokenizer=same_tokenizer)
         # The target may have padding tokens that the draft lacks; any other token in their place will do.
-        self._last_token = vocabulary_size(model) - 1
-        ids = torch.cat(context.ids).to(model.device).clamp(max=self._last_token)
+        self.last_token = vocabulary_size(model) - 1
+        there = context.ids[0].device
+        ids = torch.cat(context.ids).to(device_of(model)).clamp(max=self.last_token)
         padding = torch.tensor(context.padding, device=ids.device)
         real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]
-        self._decoder = TreeDecoder.prefill(model, ids, real.long() if any(context.padding) else None)
-        self._prompt_forwards = self._decoder.forwards
-        # Of what is pending in the draft: how many tokens were known when it was fed, and the places of tree nodes, in
-        # the trees as they were grown: what a shape proposes in the end may be a part of them.
-        self._known = [0] * len(ids)
-        self._places: list[dict[int, int]] = [{} for _ in range(len(ids))]
-        self._grown = [Tree() for _ in range(len(ids))]
-        self._next = 0  # place of the token that is fed next
-        self._held = [ids.shape[1] - 1] * len(ids)
+        media = torch.isin(torch.cat(context.ids), torch.tensor(media_tokens(context.target.model), device=there))
+        real &= ~media.to(ids.device)
+        if self._positions is None or ids.shape[1] <= self._positions:
+            self.decoder = TreeDecoder.prefill(model, ids, None if bool(real.all()) else real.long())
+        else:  # it has no room for a draft, ever
+            self.decoder = TreeDecoder(model, None, len(ids))
+        self._prompt_forwards = self.decoder.forwards
+        self.held = [ids.shape[1] - 1] * len(ids)
 
     @property
     def forwards(self) -> int:
         """Of the draft, those of the prompt aside."""
-        return self._decoder.forwards - self._prompt_forwards
+        return self.decoder.forwards - self._prompt_forwards
 
     def room(self, context: Context) -> list[int]:
         """The rows' room as far as the draft has positions."""
@@ -99,6 +108,26 @@ class _Session:
         left = self._positions - max(ids.shape[1] for ids in context.ids)
         return [min(one, left) for one in context.room]
 
+    def law(self, context: Context, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
+        """Distributions after the row's tokens and suffixes, fp32 [suffixes, the target's vocabulary]."""
+        missing = self._vocabulary - logits.shape[-1]
+        if missing > 0:
+            logits = F.pad(logits, (0, missing), value=-torch.inf)
+        return context.distribution(row, suffixes, logits[..., : self._vocabulary])
+
+
+class _Session(DraftSide):
+    """With the places of the rows' tokens and tree nodes in the cache."""
+
+    def __init__(self, model: PreTrainedModel, context: Context, same_tokenizer: bool) -> None:
+        super().__init__(model, context, same_tokenizer)
+        # Of what is pending in the draft: how many tokens were known when it was fed, and the places of tree nodes, in
+        # the trees as they were grown: what a shape proposes in the end may be a part of them.
+        self._known = [0] * len(context.ids)
+        self._places: list[dict[int, int]] = [{} for _ in context.ids]
+        self._grown = [Tree() for _ in context.ids]
+        self._next = 0  # place of the token that is fed next
+
     def catch_up(self, context: Context) -> list[Tensor]:
         """Commit what the draft has seen of the accepted tokens and feed the others: what follows, [1, vocabulary]."""
         if context.paths:
@@ -106,16 +135,16 @@ class _Session:
             for row, path in enumerate(context.paths):
                 places = self._fed(row, [context.trees[row].tokens[node] for node in path])
                 kept.append([*range(self._known[row]), *places])
-                self._held[row] += len(kept[-1])
-            self._decoder.keep(kept)
+                self.held[row] += len(kept[-1])
+            self.decoder.keep(kept)
         tokens = [
-            ids[0, held:].clamp(max=self._last_token).tolist() if left >= 0 else []
-            for ids, held, left in zip(context.ids, self._held, context.room)
+            ids[0, held:].clamp(max=self.last_token).tolist() if left >= 0 else []
+            for ids, held, left in zip(context.ids, self.held, context.room)
         ]
         self._known = [len(new) for new in tokens]
         self._places = [{} for _ in tokens]
         self._next = max(self._known)
-        logits = self._decoder.feed(tokens, [list(range(-1, len(new) - 1)) for new in tokens]).logits
+        logits = self.decoder.feed(tokens, [list(range(-1, len(new) - 1)) for new in tokens]).logits
         return [
             self._distribution(context, row, [[]], logits[row, known - 1 : known]) if known else logits[row, :0]
             for row, known in enumerate(self._known)
@@ -132,7 +161,7 @@ class _Session:
             places.update({node: self._next + i for i, node in enumerate(some)})
         self._grown = list(trees)
         self._next += max(map(len, nodes))
-        logits = self._decoder.feed(tokens, parents).logits
+        logits = self.decoder.feed(tokens, parents).logits
         return [
             self._distribution(context, row, suffixes(context, trees[row], some), logits[row, : len(some)])
             if some
@@ -153,7 +182,4 @@ class _Session:
         return places
 
     def _distribution(self, context: Context, row: int, suffixes: list[list[int]], logits: Tensor) -> Tensor:
-        missing = self._vocabulary - logits.shape[-1]
-        if missing > 0:
-            logits = F.pad(logits, (0, missing), value=-torch.inf)
-        return context.distribution(row, suffixes, logits[..., : self._vocabulary])
+        return self.law(context, row, suffixes, logits).to(context.ids[row].device)

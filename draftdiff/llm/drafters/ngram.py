@@ -31,6 +31,7 @@ class NGramDrafter:
     """
 
     reads = Reads()
+    samples = False
 
     def __init__(
         self,

@@ -15,13 +15,14 @@ from torch import Tensor
 from draftdiff.errors import UserError
 from draftdiff.files import replacing
 from draftdiff.llm.checks import require, vocabulary_size
+from draftdiff.llm.drafters.locked import Locked
 from draftdiff.stored import read_tensors
 
 _SHIFT = 32
 _MASK = (1 << _SHIFT) - 1
 
 
-class NGramTable:
+class NGramTable(Locked):
     """Weights M[(a, b)][c]: of a corpus the share of c among what followed (a, b), plus what decoding added.
 
     corpus: sequences of token ids.  successors: most tokens kept for a pair, the heaviest.  max_pairs: pairs kept,
@@ -45,6 +46,7 @@ class NGramTable:
             successors >= 1 and max_pairs >= 1 and window >= 3,
             f"successors and max_pairs must be at least 1 and window 3, got {successors}, {max_pairs}, {window}",
         )
+        super().__init__()
         self.successors, self.max_pairs = successors, max_pairs
         self.rate, self.window, self.ceiling = rate, window, ceiling
         frequent = _most_frequent(corpus, max_pairs, successors)
@@ -63,16 +65,19 @@ class NGramTable:
 
     def follow(self, a: int, b: int) -> list[tuple[float, int]]:
         """(weight, token) of what may follow, the heaviest first."""
-        found = self._pairs.get(a << _SHIFT | b)
-        return sorted(((weight, token) for token, weight in found.items()), reverse=True) if found else []
+        with self._lock:
+            found = list(self._pairs.get(a << _SHIFT | b, {}).items())
+        return sorted(((weight, token) for token, weight in found), reverse=True)
 
     def learn_prompt(self, tokens: Sequence[int]) -> None:
         """Add all trigrams of a text, each as much as if it had been decoded token by token."""
-        self._add(tokens, self.rate * (self.window - 2))
+        with self._lock:
+            self._add(tokens, self.rate * (self.window - 2))
 
     def learn_step(self, tokens: Sequence[int]) -> None:
         """Add the trigrams among the last tokens, once a decoding step."""
-        self._add(tokens[-self.window :], self.rate)
+        with self._lock:
+            self._add(tokens[-self.window :], self.rate)
 
     def _add(self, tokens: Sequence[int], amount: float) -> None:
         for a, b, c in zip(tokens, tokens[1:], tokens[2:]):
@@ -89,8 +94,10 @@ class NGramTable:
 
     def save(self, file: Path) -> None:
         """Write the table as safetensors, whole or not at all."""
-        rows = [(key >> _SHIFT, key & _MASK, c) for key, found in self._pairs.items() for c in found]
-        weights = [weight for found in self._pairs.values() for weight in found.values()]
+        with self._lock:
+            pairs = [(key, found.copy()) for key, found in self._pairs.items()]
+        rows = [(key >> _SHIFT, key & _MASK, c) for key, found in pairs for c in found]
+        weights = [weight for _, found in pairs for weight in found.values()]
         tensors = {
             "trigrams": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
             "weights": torch.tensor(weights, dtype=torch.float64),

@@ -1,12 +1,16 @@
 """Drafters that read hidden states, in generations: batches, short prompts, acceptance, cost, and other targets."""
 
+import math
+from itertools import cycle
+
 import pytest
 import torch
 
 from draftdiff.errors import UserError
-from draftdiff.llm import Chain, EagleDrafter, HydraDrafter, KBest, MedusaDrafter, Sampled, StaticTree, report
+from draftdiff.llm import Chain, EagleDrafter, HydraDrafter, KBest, MedusaDrafter, Pace, Sampled, StaticTree, report
 from draftdiff.llm.heads.hydra import HydraHeads
 from draftdiff.llm.metrics import bytes_per_forward
+from draftdiff.llm.pace import Pacer
 from tests.llm.generation import both
 from tests.llm.tabular import tabular_model
 from tests.llm.tiny_heads import eagle, eagle_head, hydra, medusa
@@ -59,6 +63,23 @@ def test_a_row_of_a_padded_batch_gets_the_drafts_that_it_gets_alone(make):
             assert (tree.tokens, tree.parents) == (other.tokens, other.parents)
         found += len(alone.proposals)
     assert found > 12
+
+
+def test_rounds_without_drafts_are_read_when_drafts_go_on(make, monkeypatch):
+    target = tiny_model(layers=4)
+    ids = prompt(12, batch=2)
+    always, sometimes = Watched(make(target)), Watched(make(target))
+    both(target, always, ids, max_new_tokens=40)
+    turns = cycle([0, 0, math.inf, 0, math.inf, 2, 0, 0, 0])
+    monkeypatch.setattr(Pacer, "depth", lambda self: next(turns))
+    monkeypatch.setattr(Pacer, "saw", lambda *_: None)
+    plain, fast = both(target, sometimes, ids, max_new_tokens=40, pace=Pace(cost=0.1))
+    assert torch.equal(plain, fast)
+    same = [text for text in sometimes.proposals if text in always.proposals]
+    for text in same:
+        tree, other = sometimes.proposals[text], always.proposals[text]
+        assert tree.tokens[0] == other.tokens[0]  # others differ as the first rounds had more room
+    assert len(same) > 5
 
 
 @pytest.mark.parametrize("name", ["mistral sliding", "gemma3_text", "qwen3"])
