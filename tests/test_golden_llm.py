@@ -8,6 +8,7 @@ import pytest
 from tests import golden_cases
 from tests.golden_eagle import check_eagle
 from tests.golden_hydra import check_hydra
+from tests.golden_longspec import check_longspec
 from tests.golden_omnidraft import check_omnidraft
 from tests.golden_pearl import check_pearl
 
@@ -18,8 +19,9 @@ CHECKS: dict[str, Callable[[golden_cases.Case], None]] = {
     "eagle": check_eagle,
     "pearl": check_pearl,
     "omnidraft": check_omnidraft,
+    "longspec": check_longspec,
 }
-UNBUILT = ("longspec", "falcon")
+UNBUILT = ("falcon",)
 
 
 def method(name):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from draftdiff.llm import (
+    Beams,
     Chain,
     KBest,
     ModelDrafter,
@@ -25,7 +26,7 @@ from draftdiff.llm import (
 )
 from draftdiff.llm.verify import VERIFIERS
 from tests.fuzz.engine import Case, Family
-from tests.llm.tiny_heads import eagle, hydra, medusa
+from tests.llm.tiny_heads import eagle, hydra, longspec, medusa
 from tests.llm.tiny_models import tiny_model
 
 VOCABULARY = 32  # small, so that drafts are right now and then
@@ -86,6 +87,10 @@ def _heads(case: DecodingCase, kind: str, *widths: int):
         drafter = eagle(target, Reranked(4, *widths), vocabulary=20)
         drafter.head.double()
         return drafter
+    if kind == "LongSpec":
+        drafter = longspec(target, Beams(widths))
+        drafter.head.double()
+        return drafter
     given = {"heads": len(widths), "tree": StaticTree.from_widths(widths)}
     if kind == "Medusa":
         drafter = medusa(target, **given)
@@ -116,7 +121,7 @@ _table = st.tuples(
     st.sampled_from(["best_first", "puct"]), st.integers(1, 6), st.integers(1, 20), st.sampled_from([0, 40, 300])
 )
 _size = st.integers(4, VOCABULARY)
-_kinds = st.sampled_from(["Hydra", "Hydra++", "Medusa"])
+_kinds = st.sampled_from(["Hydra", "Hydra++", "Medusa", "LongSpec"])
 _widths = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 _heads_drawn = st.one_of(
     st.tuples(_kinds, _widths).map(lambda given: ("heads", given[0], *given[1])),

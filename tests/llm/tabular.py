@@ -28,13 +28,14 @@ class TabularModel(PreTrainedModel, GenerationMixin):
         vocabulary = config.vocab_size
         self.table = torch.nn.Parameter(torch.zeros(vocabulary + 1, vocabulary, vocabulary))
         self.embedding = torch.nn.Embedding(vocabulary, 2 * vocabulary)
+        self.output = torch.nn.Linear(2 * vocabulary, vocabulary, bias=False)  # for heads; the model does without
         self.post_init()
 
     def get_input_embeddings(self):
         return self.embedding
 
     def get_output_embeddings(self):
-        return None
+        return self.output
 
     def _init_weights(self, module):
         pass
@@ -53,7 +54,11 @@ class TabularModel(PreTrainedModel, GenerationMixin):
         rows, new = input_ids.shape
         if position_ids is None:
             position_ids = torch.arange(new)[None].expand(rows, -1)
-        tokens, positions = held.update(input_ids[:, None, :, None].float(), position_ids[:, None, :, None].float(), 0)
+        # As wide as keys of one head, for drafters that read them.
+        pair = (
+            x[:, None, :, None].float().expand(-1, -1, -1, self.config.hidden_size) for x in (input_ids, position_ids)
+        )
+        tokens, positions = held.update(*pair, 0)
         tokens, positions = tokens[:, 0, :, 0].long(), positions[:, 0, :, 0].long()
         keys = tokens.shape[1]
         if attention_mask is None or attention_mask.ndim == 2:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from draftdiff.llm import (
+    Beams,
     Chain,
     CrossVocabDrafter,
     KBest,
@@ -18,7 +19,7 @@ from draftdiff.llm import (
     speculative,
 )
 from tests.llm.tabular import next_pair_law, pair_law, tabular_model, tabular_pair
-from tests.llm.tiny_heads import eagle, hydra, medusa
+from tests.llm.tiny_heads import eagle, hydra, longspec, medusa
 from tests.llm.tiny_models import prompt, tiny_model
 from tests.llm.toy_tokenizers import greedy_tokenizer
 
@@ -66,6 +67,8 @@ DRAFTERS |= {
     "Medusa": lambda target, _: medusa(target),
     "EAGLE-3": lambda target, _: eagle(target, vocabulary=target.config.vocab_size - 1),
     "EAGLE-3, chain": lambda target, _: eagle(target, Chain(4)),
+    "LongSpec": lambda target, _: longspec(target),
+    "LongSpec, chain": lambda target, _: longspec(target, Beams((1, 1, 1, 1))),
 }
 DRAFTERS |= {f"PEARL, {gamma}": lambda t, d, gamma=gamma: PearlDrafter(d, gamma) for gamma in (1, 3)}
 

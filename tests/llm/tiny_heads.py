@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig
 
-from draftdiff.llm import EagleDrafter, HydraDrafter, MedusaDrafter, Reranked, StaticTree
+from draftdiff.llm import Beams, EagleDrafter, HydraDrafter, LongSpecDrafter, MedusaDrafter, Reranked, StaticTree
 from draftdiff.llm.heads.eagle import EagleConfig, EagleHead
 from draftdiff.llm.heads.hydra import HydraConfig, HydraHeads, prefix_fields
 from draftdiff.llm.heads.medusa import MedusaConfig, MedusaHeads
@@ -47,3 +47,9 @@ def eagle_head(target, *, vocabulary=None, layers=None, **options):
 
 def eagle(target, shape=None, **options):
     return EagleDrafter(eagle_head(target, **options), shape or Reranked(4, 3, 8))
+
+
+def longspec(target, shape=None, *, window=6):
+    drafter = LongSpecDrafter.from_target(target, shape or Beams((2, 3)), window)
+    randomised(drafter.head)
+    return drafter

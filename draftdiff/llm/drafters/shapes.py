@@ -128,6 +128,40 @@ class KBest:
 
 
 @dataclass(frozen=True)
+class Beams:
+    """A tree of beams: at each depth the `widths[depth]` likeliest paths, all of which are proposed (LongSpec, arXiv
+    2502.17421). (1, 1, 1) is a chain of likeliest tokens, drawn from nothing and so verified by `match`."""
+
+    widths: tuple[int, ...] = (4, 16, 16, 16, 16)
+
+    def __post_init__(self) -> None:
+        require(min(self.widths, default=0) >= 1, f"widths must be positive numbers, got {self.widths}")
+
+    def grow(self, trees: list[Tree], roots: list[Tensor], room: list[int], sampling: bool, expand: Expand) -> None:
+        """Level by level."""
+        frontier = [[(ROOT, 1.0)] if left > 0 else [] for left in room]
+        found = roots
+        for depth, width in enumerate(self.widths):
+            if depth:
+                if not any(frontier):
+                    break
+                found = expand([[node for node, _ in nodes] for nodes in frontier])
+            for row, tree in enumerate(trees):
+                if not frontier[row]:
+                    continue
+                best = found[row].topk(min(width, found[row].shape[1]))
+                seen = [
+                    (chance * q, node, token)
+                    for (node, chance), some, tokens in zip(frontier[row], best.values.tolist(), best.indices.tolist())
+                    for q, token in zip(some, tokens)
+                    if q > 0
+                ]
+                chosen = [seen[i] for i in _best(seen, 0, width)]
+                grown = [(tree.add(node, token), chance) for chance, node, token in chosen]
+                frontier[row] = grown if depth + 1 < room[row] else []
+
+
+@dataclass(frozen=True)
 class Reranked:
     """A tree of the best of all that the draft has seen: each level expands the best `width` nodes, then the best
     `nodes` are proposed, which may leave out some that were expanded (EAGLE-2 and EAGLE-3; their depth is one less).

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from draftdiff.llm.checks import require
 from draftdiff.llm.heads import files
-from draftdiff.llm.heads.layers import Stack
+from draftdiff.llm.heads.layers import LAYER_FIELDS, Stack
 from draftdiff.llm.heads.target import TargetParts
 
 
@@ -141,18 +141,6 @@ class EagleHead(nn.Module):
         return CausalLMOutputWithPast(logits=logits, hidden_states=(x,))  # type: ignore[arg-type]
 
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-_OTHERS = ("hidden_act", "rms_norm_eps", "mlp_bias", "max_position_embeddings")
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
-
-
 def _config(stored: dict[str, Any], weights: dict[str, Tensor], target: PreTrainedModel) -> EagleConfig:
     """What a stored config, SafeAILab's or of speculators, says of a head."""
     kind = stored.get("speculators_model_type")
@@ -161,7 +149,7 @@ def _config(stored: dict[str, Any], weights: dict[str, Tensor], target: PreTrain
     require(layer.get("model_type", "llama") == "llama", f"layers must be of a llama, got {layer.get('model_type')!r}")
     text = target.config.get_text_config()
     read = stored.get("eagle_aux_hidden_state_layer_ids") or default_layers(text.num_hidden_layers)
-    fields = {name: layer[name] for name in (*_SIZES, *_OTHERS, *_ROPE) if layer.get(name) is not None}
+    fields = {name: layer[name] for name in LAYER_FIELDS if layer.get(name) is not None}
     return EagleConfig(
         layer=fields | {"attention_bias": "layers.0.self_attn.q_proj.bias" in weights},
         draft_vocab_size=stored.get("draft_vocab_size") or text.vocab_size,

@@ -1,7 +1,8 @@
-"""Head files: those that draftdiff writes, and published ones of Hydra, Medusa and EAGLE-3, read without trust.
+"""Head files: those that draftdiff writes, and published ones, read without trust.
 
 Hydra (zankner/Hydra) has `hydra_lm_head.pt`, Medusa (FasterDecoding/Medusa) `medusa_lm_head.pt`, EAGLE-3 (SafeAILab)
-`pytorch_model.bin` or `model.safetensors`, speculators (vllm-project) `model.safetensors`; each beside a `config.json`.
+`pytorch_model.bin` or `model.safetensors`, speculators (vllm-project) and
+LongSpec (sail-sg) `model.safetensors`; each beside a `config.json`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ KIND = "draftdiff_heads"  # field of config.json that says which heads a folder 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def save(heads: Any, folder: str | Path, kind: str, paths: Sequence[Sequence[int]]) -> None:
-    """Write heads, with the nodes of their tree, to a new folder, whole or not at all. Raises FileExistsError."""
+def save(heads: Any, folder: str | Path, kind: str, paths: Sequence[Sequence[int]] | None = None) -> None:
+    """Write heads to a new folder, whole or not at all. paths: nodes of their tree, if it is a static one.
+
+    Raises FileExistsError.
+    """
     with new_folder(Path(folder)) as partial:
-        config = {KIND: kind, **asdict(heads.settings), "tree": [list(path) for path in paths]}
+        config = {KIND: kind, **asdict(heads.settings)}
+        if paths is not None:
+            config["tree"] = [list(path) for path in paths]
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file({name: x.contiguous() for name, x in heads.state_dict().items()}, partial / WEIGHTS[0])
 

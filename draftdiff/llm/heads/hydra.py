@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from draftdiff.llm.checks import require
 from draftdiff.llm.heads import files
 from draftdiff.llm.heads.blocks import ResidualBlock
-from draftdiff.llm.heads.layers import Stack
+from draftdiff.llm.heads.layers import Stack, layer_fields
 from draftdiff.llm.heads.target import TargetParts
 
 
@@ -100,13 +100,14 @@ class HydraHeads(nn.Module):
         files.fill(heads, weights, folder)
         return heads.to(device=target.device, dtype=target.dtype).eval()
 
-    def states(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    def states(self, hidden: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """What the heads read of the target's last hidden states [rows, tokens, width]: themselves, or what the prefix
-        layer makes of them. mask: of padding, [rows, tokens]."""
+        layer makes of them. mask: of padding, [rows, tokens].  positions: if not those that follow from it."""
         if self.prefix is None:
             return hidden
-        count = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        positions = count if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+        if positions is None:
+            count = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            positions = count if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
         return self.prefix(None, mask, positions, states=hidden).last_hidden_state
 
     def body(self, head: int, read: Tensor) -> Tensor:
@@ -122,13 +123,15 @@ class HydraHeads(nn.Module):
         x = self.body(head, read)
         return self.outputs[head](x) if self.settings.own_output else self.target.output(x)
 
-    def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> list[Tensor]:
         """Logits of each head at the positions for which all tokens that it reads are known: of head i, [rows, tokens -
         i - 1, vocabulary], a guess of the token i + 2 further on.
 
         hidden: the target's last hidden states of a text, [rows, tokens, width].  ids: its tokens int64 [rows, tokens].
         """
-        states = self.states(hidden, mask)
+        states = self.states(hidden, mask, positions)
         embedded = self.target.embed(ids).to(states.dtype)
         found = []
         for head in range(self.settings.heads):
@@ -172,19 +175,8 @@ class Prefix(nn.Module):
 
 def prefix_fields(target: PreTrainedModel) -> dict[str, Any]:
     """Fields of a LlamaConfig for a prefix layer of the target's sizes."""
-    text = target.config.get_text_config()
-    heads = text.num_attention_heads
-    return {
-        "hidden_size": text.hidden_size,
-        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-        "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
-        "num_hidden_layers": 1,
-        "rope_theta": 10000.0,
-        "attn_implementation": "sdpa",
-    }
+    base = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    return layer_fields(target) | base | {"attn_implementation": "sdpa"}
 
 
 # The target's embedding, which must stay the target's, and what is not used.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -19,11 +19,48 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+# Fields of a stored LlamaConfig that say how a layer computes.
+LAYER_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "mlp_bias",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+
+
+def layer_fields(target: PreTrainedModel) -> dict[str, Any]:
+    """Fields of a LlamaConfig for one layer of the sizes and rotary positions of a target's last one."""
+    text = target.config.get_text_config()
+    heads = text.num_attention_heads
+    rope, kinds = getattr(text, "rope_parameters", None) or {}, getattr(text, "layer_types", None)
+    if kinds and kinds[-1] in rope:  # some turn each kind of layer in its own way
+        rope = rope[kinds[-1]]
+    fields = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,
+        "max_position_embeddings": getattr(text, "max_position_embeddings", None) or 2048,
+        "num_hidden_layers": 1,
+    }
+    return fields | ({"rope_parameters": dict(rope)} if rope else {})
+
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; `width` is that of its input."""
+    """Grouped-query attention with rotary positions; `width`: of its input.  output_bias: None for the config's."""
 
-    def __init__(self, config: LlamaConfig, index: int, width: int) -> None:
+    def __init__(self, config: LlamaConfig, index: int, width: int, output_bias: bool | None = None) -> None:
         super().__init__()
         self.index, self.head_dim, bias = index, config.head_dim, config.attention_bias
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
@@ -31,34 +68,52 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, key_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, key_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias)
+        output_bias = bias if output_bias is None else output_bias
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=output_bias)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: Any
-    ) -> Tensor:
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values [rows, heads, tokens, head_dim]."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary_pos_emb(q, k, *rotation)
+        return (*apply_rotary_pos_emb(q, k, *rotation), v)
+
+    def join(self, out: Tensor) -> Tensor:
+        """States of what the queries have found, [rows, heads, tokens, head_dim]."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: Any
+    ) -> Tensor:
+        q, k, v = self.project(x, rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.join(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        )
 
 
 class Layer(nn.Module):
     """A decoder layer. reads_tokens: it attends over an embedding beside each state, both with norms of their own.
-    norm_first: what is added to the attention's output is the state after its norm."""
+    norm_first: what is added to the attention's output is the state after its norm.  input_norm: whether it has one
+    before the attention."""
 
     def __init__(
-        self, config: LlamaConfig, index: int, *, reads_tokens: bool = False, norm_first: bool = False
+        self,
+        config: LlamaConfig,
+        index: int,
+        *,
+        reads_tokens: bool = False,
+        norm_first: bool = False,
+        input_norm: bool = True,
     ) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.norm_first = norm_first
         self.hidden_norm = LlamaRMSNorm(width, eps) if reads_tokens else None
-        self.input_layernorm, self.post_attention_layernorm = LlamaRMSNorm(width, eps), LlamaRMSNorm(width, eps)
+        self.input_layernorm = LlamaRMSNorm(width, eps) if input_norm else nn.Identity()
+        self.post_attention_layernorm = LlamaRMSNorm(width, eps)
         self.self_attn = Attention(config, index, 2 * width if reads_tokens else width)
         self.mlp = LlamaMLP(config)
 
@@ -74,10 +129,9 @@ class Layer(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Layers one after the other, with the rotary positions that they share."""
+    """Layers one after the other, with the rotary positions that they share. first: what `Layer` takes, of the first."""
 
-    def __init__(self, config: LlamaConfig, *, reads_tokens: bool = False, norm_first: bool = False) -> None:
-        first = {"reads_tokens": reads_tokens, "norm_first": norm_first}
+    def __init__(self, config: LlamaConfig, **first: bool) -> None:
         super().__init__(
             Layer(config, index, **first if index == 0 else {}) for index in range(config.num_hidden_layers)
         )

@@ -91,7 +91,9 @@ class MedusaHeads(nn.Module):
             state = self.blocks[head](state)
         return self.outputs[head](state) if self.settings.own_output else self.target.output(state)
 
-    def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """As `HydraHeads.forward`, without a look at ids or mask."""
+    def forward(
+        self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> list[Tensor]:
+        """As `HydraHeads.forward`, without a look at ids, mask or positions."""
         lengths = (max(ids.shape[1] - head - 1, 0) for head in range(self.settings.heads))
         return [self.guess(head, hidden[:, :length]) for head, length in enumerate(lengths)]

@@ -45,16 +45,21 @@ class HeadsTrainer(DraftTrainer):
     def run(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[int, Tensor]], Any]:
         """The target's forward, then the heads on its last hidden states."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        hidden, logits = read_target(self.target, ids, mask)
-        found = model(hidden, ids, mask)
+        positions = inputs.get("position_ids")
+        hidden, logits = read_target(self.target, ids, mask, positions)
+        found = model(hidden, ids, mask, positions)
         return found, list(zip(self.ahead(self.model), found)), lambda rows: logits[rows]
 
 
 @torch.no_grad()
-def read_target(target: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden states and logits of a batch, [rows, tokens, ...], on its device."""
+def read_target(target: Any, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Last hidden states and logits of a batch, [rows, tokens, ...], on its device. positions: other than those that
+    follow from the mask, int64 [rows, tokens]."""
     there = target.device
-    output = target(input_ids=ids.to(there), attention_mask=mask.to(there), use_cache=False, output_hidden_states=True)
+    given = {"input_ids": ids.to(there), "attention_mask": mask.to(there)}
+    if positions is not None:
+        given["position_ids"] = positions.to(there)
+    output = target(**given, use_cache=False, output_hidden_states=True)
     return output.hidden_states[-1].to(ids.device), output.logits.to(ids.device)
 
 

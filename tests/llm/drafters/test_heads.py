@@ -13,7 +13,7 @@ from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.pace import Pacer
 from tests.llm.generation import both
 from tests.llm.tabular import tabular_model
-from tests.llm.tiny_heads import eagle, eagle_head, hydra, medusa
+from tests.llm.tiny_heads import eagle, eagle_head, hydra, longspec, medusa
 from tests.llm.tiny_models import FAMILIES, prompt, tiny_hybrid, tiny_model
 
 MAKERS = {
@@ -21,6 +21,7 @@ MAKERS = {
     "Hydra++": lambda target: hydra(target, layers=4, prefix=True),
     "Medusa": medusa,
     "EAGLE-3": eagle,
+    "LongSpec": longspec,
 }
 
 
