@@ -7,6 +7,7 @@ import pytest
 
 from tests import golden_cases
 from tests.golden_eagle import check_eagle
+from tests.golden_falcon import check_falcon
 from tests.golden_hydra import check_hydra
 from tests.golden_longspec import check_longspec
 from tests.golden_omnidraft import check_omnidraft
@@ -20,8 +21,9 @@ CHECKS: dict[str, Callable[[golden_cases.Case], None]] = {
     "pearl": check_pearl,
     "omnidraft": check_omnidraft,
     "longspec": check_longspec,
+    "falcon": check_falcon,
 }
-UNBUILT = ("falcon",)
+UNBUILT: tuple[str, ...] = ()
 
 
 def method(name):

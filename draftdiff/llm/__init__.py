@@ -31,6 +31,8 @@ _HOMES = {
     "evaluate_draft": "draftdiff.llm.train.evaluate",
     "expected_acceptance": "draftdiff.llm.bounds",
     "export_token_map": "draftdiff.llm.train.trim",
+    "FalconDrafter": "draftdiff.llm.drafters.falcon",
+    "FalconTrainer": "draftdiff.llm.train.falcon",
     "future_attention": "draftdiff.llm.future_attention",
     "generate_distillation_set": "draftdiff.llm.train.data",
     "HeadsTrainer": "draftdiff.llm.train.heads",

@@ -190,11 +190,14 @@ class TreeDecoder:
             )
         return output
 
-    def feed(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], **inputs: Tensor) -> Any:
+    def feed(
+        self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], *, block: int = 1, **inputs: Tensor
+    ) -> Any:
         """The model's output for new pending tokens, logits [rows, most new tokens of a row, vocabulary].
 
         tokens, parents: for each row; a parent is an index of that row's pending tokens, in the order they were fed, or
-        ROOT after the committed ones. Rows with fewer tokens are padded behind.  inputs: more that the forward takes.
+        ROOT after the committed ones. Rows with fewer tokens are padded behind.  block: each row's new tokens come in
+        chains of so many, all of whose tokens see what the last one sees.  inputs: more that the forward takes.
         """
         before = len(self._parents[0])
         width = max(map(len, tokens))
@@ -208,7 +211,10 @@ class TreeDecoder:
             ids.append([*new, *padding])
             positions.append([start + depth for depth in depths[before:]])
             self._parents[row] += [*above, *[ROOT] * len(padding)]
-            self._seen[row] = ancestors(self._parents[row], self._seen[row])
+            seen = self._seen[row] = ancestors(self._parents[row], self._seen[row])
+            for start in range(before, before + len(new), block) if block > 1 else ():
+                stop = min(start + block, before + len(new))
+                seen[start:stop] = [seen[stop - 1]] * (stop - start)
         if self._recurrent:
             self._fed += tokens[0]
         both = torch.tensor([ids, positions], dtype=torch.int64, device=self._device)

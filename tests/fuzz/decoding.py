@@ -26,7 +26,7 @@ from draftdiff.llm import (
 )
 from draftdiff.llm.verify import VERIFIERS
 from tests.fuzz.engine import Case, Family
-from tests.llm.tiny_heads import eagle, hydra, longspec, medusa
+from tests.llm.tiny_heads import eagle, falcon, hydra, longspec, medusa
 from tests.llm.tiny_models import tiny_model
 
 VOCABULARY = 32  # small, so that drafts are right now and then
@@ -91,6 +91,12 @@ def _heads(case: DecodingCase, kind: str, *widths: int):
         drafter = longspec(target, Beams(widths))
         drafter.head.double()
         return drafter
+    if kind.startswith("Falcon"):
+        drafter = falcon(
+            target, k=2 + len(widths) % 2, recurrent=kind.endswith("recurrent"), tree=StaticTree.from_widths(widths)
+        )
+        drafter.head.double()
+        return drafter
     given = {"heads": len(widths), "tree": StaticTree.from_widths(widths)}
     if kind == "Medusa":
         drafter = medusa(target, **given)
@@ -121,7 +127,7 @@ _table = st.tuples(
     st.sampled_from(["best_first", "puct"]), st.integers(1, 6), st.integers(1, 20), st.sampled_from([0, 40, 300])
 )
 _size = st.integers(4, VOCABULARY)
-_kinds = st.sampled_from(["Hydra", "Hydra++", "Medusa", "LongSpec"])
+_kinds = st.sampled_from(["Hydra", "Hydra++", "Medusa", "LongSpec", "Falcon", "Falcon, recurrent"])
 _widths = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 _heads_drawn = st.one_of(
     st.tuples(_kinds, _widths).map(lambda given: ("heads", given[0], *given[1])),

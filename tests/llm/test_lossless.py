@@ -19,7 +19,7 @@ from draftdiff.llm import (
     speculative,
 )
 from tests.llm.tabular import next_pair_law, pair_law, tabular_model, tabular_pair
-from tests.llm.tiny_heads import eagle, hydra, longspec, medusa
+from tests.llm.tiny_heads import eagle, falcon, hydra, longspec, medusa
 from tests.llm.tiny_models import prompt, tiny_model
 from tests.llm.toy_tokenizers import greedy_tokenizer
 
@@ -69,6 +69,8 @@ DRAFTERS |= {
     "EAGLE-3, chain": lambda target, _: eagle(target, Chain(4)),
     "LongSpec": lambda target, _: longspec(target),
     "LongSpec, chain": lambda target, _: longspec(target, Beams((1, 1, 1, 1))),
+    "Falcon": lambda target, _: falcon(target),
+    "Falcon, three at once, recurrent": lambda target, _: falcon(target, k=3, recurrent=True),
 }
 DRAFTERS |= {f"PEARL, {gamma}": lambda t, d, gamma=gamma: PearlDrafter(d, gamma) for gamma in (1, 3)}
 

@@ -3,7 +3,16 @@
 import torch
 from transformers import LlamaConfig
 
-from draftdiff.llm import Beams, EagleDrafter, HydraDrafter, LongSpecDrafter, MedusaDrafter, Reranked, StaticTree
+from draftdiff.llm import (
+    Beams,
+    EagleDrafter,
+    FalconDrafter,
+    HydraDrafter,
+    LongSpecDrafter,
+    MedusaDrafter,
+    Reranked,
+    StaticTree,
+)
 from draftdiff.llm.heads.eagle import EagleConfig, EagleHead
 from draftdiff.llm.heads.hydra import HydraConfig, HydraHeads, prefix_fields
 from draftdiff.llm.heads.medusa import MedusaConfig, MedusaHeads
@@ -51,5 +60,12 @@ def eagle(target, shape=None, **options):
 
 def longspec(target, shape=None, *, window=6):
     drafter = LongSpecDrafter.from_target(target, shape or Beams((2, 3)), window)
+    randomised(drafter.head)
+    return drafter
+
+
+def falcon(target, *, k=2, recurrent=False, tree=None):
+    tree = tree or StaticTree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0, 0]])
+    drafter = FalconDrafter.from_target(target, k, tree=tree, recurrent=recurrent)
     randomised(drafter.head)
     return drafter

@@ -129,7 +129,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Layers one after the other, with the rotary positions that they share. first: what `Layer` takes, of the first."""
+    """Layers one after the other, with the rotary positions that they share. first: what the first `Layer` takes."""
 
     def __init__(self, config: LlamaConfig, **first: bool) -> None:
         super().__init__(

@@ -13,7 +13,7 @@ from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.pace import Pacer
 from tests.llm.generation import both
 from tests.llm.tabular import tabular_model
-from tests.llm.tiny_heads import eagle, eagle_head, hydra, longspec, medusa
+from tests.llm.tiny_heads import eagle, eagle_head, falcon, hydra, longspec, medusa
 from tests.llm.tiny_models import FAMILIES, prompt, tiny_hybrid, tiny_model
 
 MAKERS = {
@@ -22,6 +22,8 @@ MAKERS = {
     "Medusa": medusa,
     "EAGLE-3": eagle,
     "LongSpec": longspec,
+    "Falcon": falcon,
+    "Falcon, three at once, recurrent": lambda target: falcon(target, k=3, recurrent=True),
 }
 
 
