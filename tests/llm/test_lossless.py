@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from draftdiff.llm import (
-    Beams,
     Chain,
     CrossVocabDrafter,
     KBest,
@@ -68,7 +67,6 @@ DRAFTERS |= {
     "EAGLE-3": lambda target, _: eagle(target, vocabulary=target.config.vocab_size - 1),
     "EAGLE-3, chain": lambda target, _: eagle(target, Chain(4)),
     "LongSpec": lambda target, _: longspec(target),
-    "LongSpec, chain": lambda target, _: longspec(target, Beams((1, 1, 1, 1))),
     "Falcon": lambda target, _: falcon(target),
     "Falcon, three at once, recurrent": lambda target, _: falcon(target, k=3, recurrent=True),
 }

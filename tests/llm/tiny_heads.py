@@ -65,7 +65,7 @@ def longspec(target, shape=None, *, window=6):
 
 
 def falcon(target, *, k=2, recurrent=False, tree=None):
-    tree = tree or StaticTree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0, 0]])
+    tree = tree or StaticTree([[0], [1], [0, 0], [1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0, 0]])
     drafter = FalconDrafter.from_target(target, k, tree=tree, recurrent=recurrent)
     randomised(drafter.head)
     return drafter

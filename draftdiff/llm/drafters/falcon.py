@@ -174,17 +174,18 @@ class _Follower(Follower):
         self._last = ids, states, spans
         if not self.head.settings.recurrent:
             return self.head.read(ids, states)[0]
-        found = states.new_zeros(*ids.shape, self.head.config.hidden_size, dtype=self.head.dtype)
-        ends = [x.clone() for x in self._committed]
-        for row, span in enumerate(spans):
-            if len(span):
-                part = slice(span.start, span.stop)
-                before = tuple(x[:, row : row + 1].contiguous() for x in self._committed)
-                found[row, part], after = self.head.read(ids[row : row + 1, part], states[row : row + 1, part], before)
-                for end, new in zip(ends, after):
-                    end[:, row : row + 1] = new
-        self.ends = tuple(ends)
-        return found
+        # Each row from its first state on, padded behind, and back to where they stand.
+        rows, count = ids.shape
+        starts, lengths = torch.tensor([[span.start, len(span)] for span in spans], device=ids.device).unbind(1)
+        most = max(map(len, spans))
+        if not most:
+            self.ends = self._committed
+            return states.new_zeros(rows, count, self.head.config.hidden_size, dtype=self.head.dtype)
+        there = (starts[:, None] + torch.arange(most, device=ids.device)).clamp(max=count - 1)
+        back = (torch.arange(count, device=ids.device) - starts[:, None]).clamp(0, most - 1)
+        new = states.gather(1, there[..., None].expand(-1, -1, states.shape[-1]))
+        read, self.ends = self.head.read(ids.gather(1, there), new, self._committed, lengths)
+        return read.gather(1, back[..., None].expand(-1, -1, read.shape[-1]))
 
     def _advance(self, counts: Sequence[int]) -> None:
         if self.head.settings.recurrent:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -106,15 +107,27 @@ class FalconHead(nn.Module):
         zeros = torch.zeros(2, rows, self.config.hidden_size, device=self.device, dtype=self.dtype)
         return zeros, zeros
 
-    def read(self, ids: Tensor, states: Tensor, before: State | None = None) -> tuple[Tensor, State]:
+    def read(
+        self, ids: Tensor, states: Tensor, before: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """What the LSTM makes of tokens int64 [rows, n] and the states before them [rows, n, width], and its own state
-        after them. before: its state before them, as `begin` makes one."""
+        after them. before: its state before them, as `begin` makes one.  lengths: of rows padded behind, int64 [rows].
+        """
         x = torch.cat([self.target.embed(ids).to(self.dtype), states.to(self.dtype)], dim=-1)
         before = self.begin(len(ids)) if before is None else before
         if self.settings.recurrent:
-            return self.lstm(x, before)
+            return self.lstm(x, before) if lengths is None else self._read_padded(x, before, lengths)
         alone, _ = self.lstm(x.flatten(0, 1)[:, None])
         return alone[:, 0].unflatten(0, ids.shape), before
+
+    def _read_padded(self, x: Tensor, before: State, lengths: Tensor) -> tuple[Tensor, State]:
+        # An LSTM takes no empty sequences.
+        packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
+        out, after = self.lstm(packed, before)
+        some = (lengths > 0)[None, :, None]
+        return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0], tuple(
+            torch.where(some, new, old) for new, old in zip(after, before)
+        )
 
     def forward(
         self,
