@@ -27,6 +27,7 @@ from draftdiff.video.config import DraftAttentionConfig
 KEY = "draftdiff"  # of what is ours in ComfyUI's dictionaries
 _OVERRIDE = "optimized_attention_override"
 _AFTER_HEADS = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")  # what may be given by position
+_ROUNDING = 1e-6  # sigmas come in fp32
 _MASKED = -1e4  # added to a score, it leaves nothing in any dtype
 
 
@@ -59,13 +60,15 @@ def patch_of(model: Any) -> DraftAttention | None:
 
 @dataclass
 class _State:
-    """What is known of one forward. previous: the override that was there.  seen: attention calls over the video."""
+    """What is known of one forward. previous: the override that was there.  asked: whether it has come to attention.
+    seen: its attention calls over the video."""
 
     model: Any
     arguments: Mapping[str, Any]
     previous: Callable[..., Tensor] | None
     done: Forward
     sparse: bool
+    asked: bool = False
     seen: int = 0
     places: dict[int, Places | str | None] = field(default_factory=dict)
     mask: Tensor | None = None  # the last one that was read,
@@ -91,10 +94,13 @@ class DraftAttention:
             return executor(*args, **kwargs)
         sigmas = options.get("sigmas")
         sigma = None if sigmas is None else float(sigmas.max())
-        sparse = sigma is None or self.last_sigma <= sigma <= self.first_sigma
+        sparse = sigma is None or self.last_sigma * (1 - _ROUNDING) <= sigma <= self.first_sigma * (1 + _ROUNDING)
         state = _State(executor.class_obj, arguments, options.get(_OVERRIDE), Forward(sigma), sparse)
         with _set(options, {_OVERRIDE: self.attention, KEY: state}):
             out = executor(*args, **kwargs)
+        if not state.asked:
+            self.log.reasons["the whole forward, by a cache or another node's attention"] += 1
+            return out
         if sparse and not state.seen and not any(isinstance(places, str) for places in state.places.values()):
             self.log.reasons[f"no attention over the video in {type(state.model).__name__}"] += 1
         self.log.forwards.append(state.done)
@@ -110,6 +116,8 @@ class DraftAttention:
         state: _State | None = options.get(KEY)
         previous = None if state is None else state.previous
         given = dict(zip(_AFTER_HEADS, args)) | kwargs
+        if state is not None:
+            state.asked = True
         if state is not None and state.sparse and k.shape[-2] == q.shape[-2]:
             q4, k4, v4 = (_in_heads(x, q, heads, given.get("skip_reshape", False)) for x in (q, k, v))
             out = self._sparse(state, options, q4, k4, v4, given.get("mask"), given.get("scale"))

@@ -26,7 +26,7 @@ class Forward:
 
 @dataclass
 class Log:
-    """Notes of one run. reasons: how often a call that might have been sparse was dense, and why."""
+    """Notes of one run. reasons: how often what might have been sparse was not, and why."""
 
     forwards: list[Forward] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -62,4 +62,6 @@ class Log:
             ]
         elif not self.reasons:
             lines.append("no sparse call: all steps or layers are dense")
-        return "\n".join([*lines, *(f"dense, {count} times: {reason}" for reason, count in self.reasons.most_common())])
+        return "\n".join(
+            [*lines, *(f"not sparse, {count} times: {reason}" for reason, count in self.reasons.most_common())]
+        )
