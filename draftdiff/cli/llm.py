@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # torch and transformers take seconds to import: only inside the commands that need them.
 
 _METHODS = (
-    "plain, chain, adaptive, tree, sampled, trimmed, ngram, ngram-puct (all lossless), speckv, specpc, speckv-pc, "
-    "speckv-chain"
+    "plain, chain, adaptive, tree, sampled, trimmed, hydra, medusa, ngram, ngram-puct (all lossless), speckv, specpc, "
+    "speckv-pc, speckv-chain"
 )
 
 
@@ -149,11 +149,11 @@ def _compare(options: Namespace) -> int:
     check_folder(options.output, LlmComparison.made_by)
     from draftdiff.compare import llm_page
     from draftdiff.models.devices import about
-    from draftdiff.models.llm_methods import METHODS, generate_options
+    from draftdiff.models.llm_methods import generate_options, methods_of
 
     arguments = generate_options(options.tokens, options.temperature)
     model = _load(options)
-    methods = options.methods or [name for name in METHODS if name != "trimmed" or model.counts is not None]
+    methods = options.methods or methods_of(model)
     comparison = compare_methods(
         model,
         _prompts(options, model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ EMBEDDED = "mini-llm"
 @dataclass(frozen=True)
 class LanguageModel:
     """A target and its draft. length, nodes: of a chain and of a tree that suit them and the device.  counts: how often
-    the target writes each token, [vocabulary], None if unknown."""
+    the target writes each token, [vocabulary], None if unknown.  heads: drafters of the target's own heads, by kind."""
 
     name: str
     target: Any
@@ -29,6 +29,7 @@ class LanguageModel:
     length: int = 5
     nodes: int = 48
     counts: Tensor | None = None
+    heads: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -68,13 +69,15 @@ def pretrained(kind: str, name: str, **options: Any) -> Any:
 
 
 def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    from draftdiff.pipelines.mini.llm import load_mini_llm, mini_llm_defaults
+    from draftdiff.pipelines.mini.llm import HEADS, load_mini_heads, load_mini_llm, mini_llm_defaults
 
     with loading(EMBEDDED):
         target, draft, tokenizer = load_mini_llm(dtype)
         known = mini_llm_defaults()
+        target.to(device)
+        heads = {kind: load_mini_heads(kind, target) for kind in HEADS}
     counts = torch.tensor(known["token_counts"]) if "token_counts" in known else None
-    return LanguageModel(EMBEDDED, target.to(device), draft.to(device), tokenizer, known["length"], 12, counts)
+    return LanguageModel(EMBEDDED, target, draft.to(device), tokenizer, known["length"], 12, counts, heads)
 
 
 # Modules of the standard library that the embedded pair has not seen, nor any file much like them.

@@ -138,8 +138,7 @@ def _sampled(model: LanguageModel) -> ModelDrafter:
 
 
 def _trimmed(model: LanguageModel) -> ModelDrafter:
-    if model.counts is None:
-        raise UserError("method 'trimmed' needs to know how often the target writes each token")
+    assert model.counts is not None, "checked by check_method"
     return ModelDrafter(trim(model.draft, model.counts, len(model.counts) // 4), Chain(model.length))
 
 
@@ -152,6 +151,8 @@ METHODS: dict[str, Method] = {
     "tree": Method("tree of best paths", True, _speculation(_best_paths)),
     "sampled": Method("sampled tree, RRS", True, _speculation(_sampled)),
     "trimmed": Method("chain, VocabTrim 1/4", True, _speculation(_trimmed)),
+    "hydra": Method("Hydra heads", True, _speculation(lambda m: m.heads["hydra"])),
+    "medusa": Method("Medusa heads", True, _speculation(lambda m: m.heads["medusa"])),
     "ngram": Method("n-grams, best first", True, _speculation(lambda m: NGramDrafter(nodes=m.nodes))),
     "ngram-puct": Method("n-grams, PUCT", True, _speculation(lambda m: NGramDrafter(search="puct", nodes=m.nodes))),
     "speckv": Method("SpecKV", False, partial(_cut, compress=False, evict=True)),
@@ -165,9 +166,24 @@ def check_method(model: LanguageModel, name: str) -> Method:
     """The method of that name. Raises UserError for another name, or one that this model cannot have."""
     if name not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    if name == "trimmed":
-        _trimmed(model)
+    lacking = _lacking(model, name)
+    if lacking is not None:
+        raise UserError(f"method {name!r} needs {lacking}")
     return METHODS[name]
+
+
+def methods_of(model: LanguageModel) -> list[str]:
+    """The names of all methods that a model can have."""
+    return [name for name in METHODS if _lacking(model, name) is None]
+
+
+def _lacking(model: LanguageModel, name: str) -> str | None:
+    """What a method needs and a model has not; None where it can have it."""
+    if name == "trimmed" and model.counts is None:
+        return "to know how often the target writes each token"
+    if name in ("hydra", "medusa") and name not in model.heads:
+        return f"{name} heads, which {model.name} has not"
+    return None
 
 
 def generate_options(tokens: int, temperature: float) -> dict[str, Any]:
