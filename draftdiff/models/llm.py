@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class LanguageModel:
     draft: None without one that has the target's tokenizer.  length, nodes: of a chain and of a tree that suit them and
     the device.  counts: how often the target writes each token, [vocabulary], None if unknown.  cross: a drafter whose
     draft has another tokenizer, if there is one.  same_tokenizer: if the draft's is taken for the target's whatever its
-    size.
+    size.  heads: drafters of the target's own heads, by kind.
     """
 
     name: str
@@ -40,6 +40,7 @@ class LanguageModel:
     counts: Tensor | None = None
     cross: CrossVocabDrafter | None = None
     same_tokenizer: bool = False
+    heads: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -92,15 +93,17 @@ def pretrained(kind: str, name: str, **options: Any) -> Any:
 
 
 def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    from draftdiff.pipelines.mini.llm import load_mini_llm, mini_llm_defaults
+    from draftdiff.pipelines.mini.llm import HEADS, load_mini_heads, load_mini_llm, mini_llm_defaults
 
     with loading(EMBEDDED):
         target, draft, tokenizer = load_mini_llm(dtype)
         known = mini_llm_defaults()
+        target.to(device)
+        heads = {kind: load_mini_heads(kind, target) for kind in HEADS}
     counts = torch.tensor(known["token_counts"]) if "token_counts" in known else None
-    target, draft = target.to(device), draft.to(device)
+    draft = draft.to(device)
     cross = _coarser(draft, tokenizer)
-    return LanguageModel(EMBEDDED, target, draft, tokenizer, known["length"], 12, counts, cross)
+    return LanguageModel(EMBEDDED, target, draft, tokenizer, known["length"], 12, counts, cross, heads=heads)
 
 
 def _coarser(draft: Any, tokenizer: Any, share: float = 0.5) -> CrossVocabDrafter:

@@ -197,6 +197,8 @@ METHODS: dict[str, Method] = {
     "pearl": Method("PEARL", True, _speculation(lambda m: PearlDrafter(m.draft, same_tokenizer=m.same_tokenizer))),
     "omnidraft": Method("OmniDraft, another tokenizer", True, _speculation(_omnidraft)),
     "universal": Method("transformers' own for another tokenizer", True, _universal),
+    "hydra": Method("Hydra heads", True, _speculation(lambda m: m.heads["hydra"])),
+    "medusa": Method("Medusa heads", True, _speculation(lambda m: m.heads["medusa"])),
     "ngram": Method("n-grams, best first", True, _speculation(lambda m: NGramDrafter(nodes=m.nodes))),
     "ngram-puct": Method("n-grams, PUCT", True, _speculation(lambda m: NGramDrafter(search="puct", nodes=m.nodes))),
     "speckv": Method("SpecKV", False, partial(_cut, compress=False, evict=True)),
@@ -206,7 +208,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-_ALONE = ("plain", "ngram", "ngram-puct")  # that need no draft
+_ALONE = ("plain", "hydra", "medusa", "ngram", "ngram-puct")  # that need no draft
 
 
 def check_method(model: LanguageModel, name: str) -> Method:
@@ -232,6 +234,8 @@ def _lacking(model: LanguageModel, name: str) -> str | None:
         return "a draft with the target's tokenizer, by --draft; omnidraft and universal take others"
     if name == "trimmed" and model.counts is None:
         return "to know how often the target writes each token"
+    if name in ("hydra", "medusa") and name not in model.heads:
+        return f"{name} heads, which {model.name} has not"
     return None
 
 

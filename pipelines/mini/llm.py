@@ -2,8 +2,9 @@
 
 `load_mini_llm()` loads both with their tokenizer from the folder beside this file, without a network. The target is a
 Llama of 6 layers and 2.3 million parameters, the draft one layer with a fifth of that, and both have seen up to 512
-tokens of the Python standard library's sources. Weights are stored in half precision.
-`samples/training/train_mini_llm.py` is how they were made.
+tokens of the Python standard library's sources. `load_mini_heads` loads small Hydra or Medusa heads for the target.
+Weights are stored in half precision. `samples/training/train_mini_llm.py` and `samples/llm/draft_heads.py` are how they
+were made.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftdiff.core.devices import chosen_dtype
+from draftdiff.errors import UserError
 from draftdiff.pipelines.mini import weights
 
 WEIGHTS = Path(__file__).with_name("llm_weights")
 TITLE = "mini language-model"
-MODELS = ("target", "draft")
+MODELS, HEADS = ("target", "draft"), ("hydra", "medusa")
 FILES = (
     "tokenizer/tokenizer.json",
     *(f"{model}/{name}" for model in MODELS for name in ("config.json", "model.safetensors")),
@@ -45,6 +47,20 @@ def load_mini_llm(
         return target, draft, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
 
     return weights.load(TITLE, folder, FILES, trio)
+
+
+def load_mini_heads(kind: str, target: LlamaForCausalLM, folder: Path = WEIGHTS) -> Any:
+    """The drafter of the target's heads, a `HydraDrafter` or a `MedusaDrafter`, on its device in its dtype.
+
+    kind: one of HEADS.  Raises ValueError for others, and as `load_mini_llm` does for missing and damaged files.
+    """
+    from draftdiff.llm import HydraDrafter, MedusaDrafter
+
+    if kind not in HEADS:
+        raise UserError(f"kind must be one of {', '.join(HEADS)}, got {kind!r}")
+    drafters: dict[str, Any] = {"hydra": HydraDrafter, "medusa": MedusaDrafter}
+    files = [f"{kind}/config.json", f"{kind}/model.safetensors"]
+    return weights.load(TITLE, folder, files, lambda: drafters[kind].from_pretrained(folder / kind, target))
 
 
 def mini_llm_defaults(folder: Path = WEIGHTS) -> dict[str, Any]:

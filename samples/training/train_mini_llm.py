@@ -10,11 +10,18 @@ checkpoint once a minute and when interrupted, and resume from it; the alignment
     python samples/training/train_mini_llm.py draft --minutes 9
     python samples/training/train_mini_llm.py align --steps 850
     python samples/training/train_mini_llm.py export
+
+Its heads are trained for the exported target, and then added to the pair:
+
+    python samples/llm/draft_heads.py --kind hydra --heads 3 --rank 48 --steps 600 -o .train/llm_hydra
+    python samples/llm/draft_heads.py --kind medusa --heads 3 --steps 600 -o .train/llm_medusa
+    python samples/training/train_mini_llm.py heads
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +48,7 @@ from draftdiff.llm import (
 )
 from draftdiff.llm.train.stdlib_corpus import PYTHON, corpus_texts, def_prompts
 from draftdiff.llm.train.trim import count_tokens
-from draftdiff.pipelines.mini.llm import WEIGHTS, load_mini_llm
+from draftdiff.pipelines.mini.llm import HEADS, WEIGHTS, load_mini_heads, load_mini_llm, mini_llm_defaults
 
 VOCABULARY, CONTEXT, BATCH = 2048, 512, 8
 END = "<|endoftext|>"
@@ -225,8 +232,20 @@ def export(work: Path, folder: Path) -> None:
     print(json.dumps(settings["held_out"]), json.dumps(training))
 
 
+def add_heads(work: Path, folder: Path) -> None:
+    """Put the heads of a work folder beside the pair that they were trained for, whole or not at all."""
+    settings = mini_llm_defaults(folder)
+    counts = settings.pop("token_counts")
+    del settings["sha256"]
+    with replacing_folder(folder) as new:
+        shutil.copytree(folder, new, dirs_exist_ok=True)
+        for kind in HEADS:
+            shutil.copytree(existing(work / f"llm_{kind}", "heads"), new / kind, dirs_exist_ok=True)
+        write_settings(new, settings, long={"token_counts": counts})
+
+
 def main() -> None:
-    options = parser(__doc__, ["tokenizer", *SIZES, "align"], minutes=9, threads=1)
+    options = parser(__doc__, ["tokenizer", *SIZES, "align", "heads"], minutes=9, threads=1)
     options.add_argument("--steps", type=int, default=850, help="how many steps the alignment takes (default 850)")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -239,6 +258,11 @@ def main() -> None:
         elif arguments.phase == "export":
             export(work, WEIGHTS)
             load_mini_llm()
+        elif arguments.phase == "heads":
+            add_heads(work, WEIGHTS)
+            target, _, _ = load_mini_llm()
+            for kind in HEADS:
+                load_mini_heads(kind, target)
         else:
             Pretraining(arguments.phase, work).run(arguments.minutes)
             loss = held_out_loss(trained(arguments.phase, work), corpus_tokens(work, held_out=True))

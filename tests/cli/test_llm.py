@@ -98,14 +98,14 @@ def test_every_method_is_measured_beside_plain_decoding(tmp_path, capsys):
     result = run(capsys, *given, "--repeat", 1)
     assert json.loads((out / "results.json").read_text()) == result
     rows = {row["name"]: row for row in result["methods"]}
-    assert list(rows) == [name for name in METHODS if name in rows] and set(METHODS) - set(rows) <= {"trimmed"}
+    assert list(rows) == list(METHODS)
     for name, row in rows.items():
         assert row["repeats"], name
         if METHODS[name].lossless and name != "plain":
             assert row["same_text"] == 1.0 and row["next_token"] == 1.0, name
             assert row["cache_share"] == 1.0
     assert rows["plain"]["speedup"] is None and rows["plain"]["tokens_per_forward"] == 1
-    for name in ("tree", "chain", "speckv-chain"):  # drafts may not have paid
+    for name in ("tree", "chain", "hydra", "medusa", "speckv-chain"):  # drafts may not have paid
         assert rows[name]["tokens_per_forward"] >= 1 and rows[name]["mbsu"] > 0
     for name in ("speckv", "specpc", "speckv-pc", "speckv-chain"):
         assert rows[name]["cache_share"] < 0.45, name
@@ -161,6 +161,11 @@ def test_mistakes_are_one_line(folders, tmp_path, capsys):
     assert "--draft comes with --model, got 'x' alone" in fails("generate", "--prompt", "x", "--draft", "x")
     alone = fails("generate", "--prompt", "x", "--model", folders / "target")
     assert "method 'chain' needs a draft with the target's tokenizer, by --draft" in alone
+    theirs = ("--model", folders / "target", "--draft", folders / "draft")
+    assert "method 'hydra' needs hydra heads, which" in fails("generate", "--prompt", "x", *theirs, "--method", "hydra")
+    assert "method 'trimmed' needs to know how often" in fails(
+        "compare", "-o", tmp_path / "a", *theirs, "--method", "trimmed"
+    )
     assert "cannot be read" in fails("generate", "--prompt-file", tmp_path / "none.txt")
     assert f"from -1 to {2**63 - 1}, got '9e9'" in fails("generate", "--prompt", "x", "--seed", "9e9")
     assert f"from -1 to {2**63 - 1}, got" in fails("generate", "--prompt", "x", "--seed", 10**30)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, Sampled, report, speculative
+from draftdiff.llm import (
+    Chain,
+    KBest,
+    ModelDrafter,
+    NGramDrafter,
+    Sampled,
+    generate_distillation_set,
+    rank_acceptance,
+    report,
+    speculative,
+)
 from draftdiff.models.llm import example_prompts, load
 
 
@@ -57,3 +67,16 @@ def test_longer_chains_are_accepted_further_but_less_at_every_depth(model):
 
 def test_program_text_is_repetitive_enough_for_n_grams(model):
     assert tokens_per_forward(reports(model, lambda _: NGramDrafter(nodes=16))) > 1.2
+
+
+def test_heads_that_read_the_drafted_tokens_are_right_more_often_than_those_that_do_not(model):
+    hydra, medusa = model.heads["hydra"], model.heads["medusa"]
+    assert hydra.heads.settings.heads == medusa.heads.settings.heads  # made in the same way from the same text
+    prompts = example_prompts(model, 8, 128)  # of modules that neither has seen
+    written = generate_distillation_set(
+        model.target, [ids[0] for ids in prompts], temperatures=(0.0,), max_new_tokens=96, progress=False
+    )
+    shares = [rank_acceptance(one.heads, model.target, written, ranks=1)[:, 0] for one in (hydra, medusa)]
+    assert (shares[0] > shares[1]).all() and shares[0].mean() > 1.2 * shares[1].mean()
+    tau = [tokens_per_forward(reports(model, lambda _, one=one: one)) for one in (hydra, medusa)]
+    assert tau[0] > tau[1] > 1

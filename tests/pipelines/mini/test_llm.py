@@ -13,7 +13,7 @@ from draftdiff.llm import Chain, ModelDrafter, report, speculative
 from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.train import stdlib_corpus
 from draftdiff.llm.train.data import left_padded
-from draftdiff.pipelines.mini.llm import MODELS, WEIGHTS, load_mini_llm, mini_llm_defaults
+from draftdiff.pipelines.mini.llm import HEADS, MODELS, WEIGHTS, load_mini_heads, load_mini_llm, mini_llm_defaults
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,20 @@ def test_the_target_is_deep_with_grouped_queries_and_the_draft_is_cheap(pair) ->
     assert target.config.num_hidden_layers >= 6 * draft.config.num_hidden_layers
     assert target.config.num_key_value_heads < target.config.num_attention_heads
     assert bytes_per_forward(draft) < 0.25 * bytes_per_forward(target)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_targets_heads_draft_for_it_in_its_own_dtype(pair, kind) -> None:
+    target, _, tokenizer = pair
+    drafter = load_mini_heads(kind, target)
+    assert {p.dtype for p in drafter.heads.parameters()} == {torch.float32} and not drafter.heads.training
+    ids = tokenizer("def ", return_tensors="pt").input_ids
+    given = {"do_sample": False, "max_new_tokens": 40}
+    fast = target.generate(ids, custom_generate=speculative, drafter=drafter, **given)
+    assert torch.equal(fast, target.generate(ids, **given))
+    assert report(drafter).tokens_per_forward > 1.3
+    with pytest.raises(ValueError, match="kind must be one of hydra, medusa, got 'eagle'"):
+        load_mini_heads("eagle", target)
 
 
 def test_text_survives_the_tokenizer(pair) -> None:
@@ -108,8 +122,9 @@ def test_loading_prints_warns_and_logs_nothing(
 
 
 def test_the_weights_are_half_precision_and_small_enough_to_ship() -> None:
-    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 6_000_000
-    for model in MODELS:
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 6_500_000
+    assert sum((WEIGHTS / kind / "model.safetensors").stat().st_size for kind in HEADS) <= 700_000
+    for model in (*MODELS, *HEADS):
         with safe_open(WEIGHTS / model / "model.safetensors", "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
 

@@ -13,10 +13,17 @@ from transformers.utils import logging as transformers_logging
 from draftdiff.errors import UserError
 from draftdiff.pipelines.mini import image, llm, video, weights
 
+
+def load_llm(folder):
+    """The pair, and the target's heads, which are loaded apart."""
+    loaded = llm.load_mini_llm(folder=folder)
+    return loaded, [llm.load_mini_heads(kind, loaded[0], folder) for kind in llm.HEADS]
+
+
 MODELS = {
     "mini video": (video, video.load_mini_video, video.mini_video_defaults),
     "mini image": (image, lambda folder: image.load_mini_image(4, folder=folder), image.mini_image_defaults),
-    "mini language-model": (llm, lambda folder: llm.load_mini_llm(folder=folder), llm.mini_llm_defaults),
+    "mini language-model": (llm, load_llm, llm.mini_llm_defaults),
 }
 SHIPPED = [
     (title, str(file.relative_to(module.WEIGHTS)))
@@ -38,7 +45,7 @@ def flip_last_bit(content: bytes) -> bytes:
 
 
 def test_every_shipped_file_of_weights_has_a_digest() -> None:
-    assert len(SHIPPED) == 8
+    assert len(SHIPPED) == 10
     for title, name in SHIPPED:
         assert len(weights.settings(title, MODELS[title][0].WEIGHTS)["sha256"][name]) == 64
 
