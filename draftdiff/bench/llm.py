@@ -85,7 +85,7 @@ class Loop(Routine):
 
         def once() -> float:
             with timed_forwards(model.target, model.draft) as forwards:
-                out = model.target.generate(ids, **options, custom_generate=speculative, drafter=drafter)
+                out = model.target.generate(ids, **options, custom_generate=speculative, drafter=drafter, pace=None)
             if not torch.equal(out, plain):
                 self.failures.append(f"{name} wrote something else than plain decoding")
             done = report(drafter)

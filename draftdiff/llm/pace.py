@@ -47,10 +47,13 @@ class Pacer:
 
     def __init__(self, cost: float | None, guess: float, *, whole: bool) -> None:
         self.pauses = 0  # rounds without drafts
+        if whole:  # what it takes is its own affair too: it may draft beside the target, and only the clock can tell
+            cost, guess = None if cost is None else 0.0, 0.0
         self._cost, self._guess, self._whole = cost, guess, whole
         self._reached, self._accepted = [0.0] * _DEEPEST, [0.0] * _DEEPEST  # by depth
         self._tokens = self._rounds = 0.0  # of rows in rounds with drafts
         self._seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))  # by depth, 0 without
+        self._typical: dict[int, float] = {}  # medians of these
         self._rest, self._wait = 0, _SHORTEST
         self._trial = False
         self._paid = 0  # rounds in a row that were expected to pay
@@ -58,7 +61,7 @@ class Pacer:
 
     def depth(self) -> int | float:
         """Most levels of drafts in the round to come."""
-        if self._cost is None and not self._seconds[0]:
+        if self._cost is None and 0 not in self._typical:
             self._depth = 0  # what a round without drafts takes has to be known first, and costs nothing to find out
         elif self._rest:
             self._rest -= 1
@@ -76,6 +79,7 @@ class Pacer:
         ones of all rows."""
         depth = min(self._depth, max(room))
         self._seconds[depth].append(seconds)
+        self._typical[depth] = median(self._seconds[depth])
         if not depth:
             return
         for counts in (self._reached, self._accepted):
@@ -90,11 +94,11 @@ class Pacer:
     @property
     def level_cost(self) -> float | None:
         """Of one more level of drafts, as it was measured: in rounds without drafts; None if there were not both."""
-        tried = {depth: len(times) for depth, times in self._seconds.items() if depth and times}
-        if not tried or not self._seconds[0]:
+        tried = [depth for depth in self._typical if depth]
+        if not tried or 0 not in self._typical:
             return None
-        depth = max(tried, key=tried.__getitem__)
-        return (self._takes(depth) / self._takes(0) - 1) / depth
+        depth = max(tried, key=lambda one: len(self._seconds[one]))
+        return (self._typical[depth] / self._typical[0] - 1) / depth
 
     def _choose(self) -> int:
         depths = [_DEEPEST] if self._whole else range(1, _DEEPEST + 1)
@@ -129,11 +133,9 @@ class Pacer:
         """What a round of this depth takes, in any unit."""
         if self._cost is not None:
             return 1 + depth * self._cost
-        plain = median(self._seconds[0])
-        if depth == 0:
-            return plain
-        tried = [other for other, times in self._seconds.items() if other and times]
-        if not tried:
+        plain = self._typical[0]
+        tried = [other for other in self._typical if other]
+        if not depth or not tried:
             return plain * (1 + depth * self._guess)
         nearest = min(tried, key=lambda other: abs(other - depth))
-        return plain + (median(self._seconds[nearest]) - plain) * depth / nearest
+        return plain + (self._typical[nearest] - plain) * depth / nearest

@@ -124,6 +124,14 @@ def test_the_target_may_write_tokens_that_the_draft_does_not_have(shape):
     assert plain.max() >= 64 and torch.equal(plain, fast)
 
 
+@pytest.mark.parametrize("size", [VOCABULARY + 1, VOCABULARY + 1023, 2000])
+def test_vocabularies_may_differ_by_added_tokens_or_whatever_one_takes_for_granted(pair, size):
+    for make in (ModelDrafter, PearlDrafter):
+        drafter = make(tiny_model(vocab_size=size), same_tokenizer=size == 2000)
+        plain, fast = both(pair[0], drafter, prompt(9))
+        assert torch.equal(plain, fast)
+
+
 def test_more_branches_than_tokens_are_all_of_them():
     small = tiny_model(vocab_size=8)
     plain, fast = both(small, ModelDrafter(small, Sampled((9, 1))), prompt(6, vocab_size=8))

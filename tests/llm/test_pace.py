@@ -62,9 +62,11 @@ def test_after_a_while_drafts_are_tried_again_later_each_time():
 
 def test_a_drafter_with_a_length_of_its_own_is_let_or_not():
     for chance, lets in ((0.95, True), (0.1, False)):
-        pacer = Pacer(0.2, 0.2, whole=True)
+        pacer = Pacer(None, 0.2, whole=True)
         depths, _ = simulate(pacer, lambda _, chance=chance: chance, 0.2, 300, deepest=6)
         assert set(depths) <= {0, 6} and (depths.count(6) > 250) == lets
+    unmeasured = Pacer(0.2, 0.2, whole=True)  # it may draft beside the target
+    assert set(simulate(unmeasured, lambda _: 0.1, 0.2, 50, deepest=6)[0]) == {6}
 
 
 def test_rows_that_have_ended_or_have_no_room_do_not_count():
