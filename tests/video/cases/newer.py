@@ -25,7 +25,7 @@ from tests.video.cases.base import (
     tiny,
 )
 
-AUDIO, KEYFRAME = 6, (1, 6, 9)  # less than a tile has
+AUDIO, KEYFRAME = 6, (1, 6, 10)  # less than a tile has
 KEYFRAME_ROWS = KEYFRAME[1] * KEYFRAME[2]
 REFERENCES = ((1, 8, 9), (3, 6, 9))  # an image and a video, with its sound before it
 REFERENCE = (8, 9)  # more than a tile has
