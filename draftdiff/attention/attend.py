@@ -121,6 +121,7 @@ def _stretches(
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # as tilings
 def _asked(tiling: Tiling, queries: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
     """Positions of these stretches and the tiles that hold any of them, int64 [any] each."""
     places = torch.cat([torch.arange(start, stop) for start, stop in queries])

@@ -155,6 +155,7 @@ class Tiling:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a tensor made in inference mode is of no use to gradients, for which it is kept as well
 def tiling_for(
     grid: LatentGrid,
     tile: tuple[int, int, int],

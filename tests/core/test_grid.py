@@ -105,3 +105,10 @@ def test_no_more_text_stands_before_the_video_than_there_is(lead):
 def test_an_empty_grid_is_refused():
     with pytest.raises(ValueError, match="grid sizes must be positive whole numbers"):
         LatentGrid(0, 8, 8)
+
+
+def test_a_tiling_made_in_inference_mode_serves_gradients_later():
+    with torch.inference_mode():
+        tiling = tiling_for(LatentGrid(3, 7, 5), (1, 8, 8), 64, text=11)
+    tensors = tiling.order, tiling.restore, tiling.counts, tiling.slots
+    assert not any(x.is_inference() for x in tensors)

@@ -86,7 +86,9 @@ def _frames(model: Any, arguments: Arguments, grid: LatentGrid, tokens: int) -> 
     if tokens % area == 0:
         return Places(LatentGrid(tokens // area, grid.height, grid.width))
     reference = arguments.get("reference_latent") if getattr(model, "ref_conv", None) is not None else None
-    lead = 0 if reference is None else _patched(model, reference).tokens
+    lead = 0
+    if reference is not None:  # a picture, without frames
+        lead = math.prod(math.ceil(size / step) for size, step in zip(reference.shape[-2:], model.patch_size[1:]))
     return Places(grid, min(lead, tokens - grid.tokens))
 
 

@@ -340,7 +340,12 @@ def test_the_report_is_of_the_last_run():
         assert patch_of(patched).log.steps == (steps, 0)
 
 
-def test_gradients_reach_the_weights():
+def test_gradients_reach_the_weights_also_after_a_run_without():
+    """ComfyUI runs its nodes in inference mode, those that train apart."""
+    patched = apply(contract.ModelPatcher(contract.WanModel()), SPARSE)
+    with torch.inference_mode():
+        patched.sample([0.5], torch.randn(VIDEO), None, text(7))
+    assert patch_of(patched).log.forwards[0].calls == 2
     patch = patch_of(apply(contract.ModelPatcher(contract.WanModel()), SPARSE))
     model, options = contract.WanModel(), {"sigmas": torch.tensor([0.5])}
     executor = contract.Executor(model._forward, model, [patch])

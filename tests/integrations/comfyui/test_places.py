@@ -41,7 +41,7 @@ def test_whatever_has_the_frame_size_of_the_video_counts_as_frames_of_wan():
 def test_other_tokens_of_wan_stand_behind_the_video_but_for_its_reference():
     wan = model("WanModel", ref_conv=object())
     assert where(wan, 447) == Places(GRID)
-    assert where(wan, 447, reference_latent=torch.zeros(1, 4, 2, 14)) == Places(GRID, 7)
+    assert where(wan, 450, reference_latent=torch.zeros(1, 4, 2, 13)) == Places(GRID, 7)
     assert where(model("WanModel", ref_conv=None), 447, reference_latent=torch.zeros(1, 4, 2, 14)) == Places(GRID)
 
 
