@@ -1,12 +1,13 @@
-"""Hydra (arXiv 2402.05109) or Medusa (arXiv 2401.10774) heads for a target, trained on its own law.
+"""Heads for a target, trained on its own law: Hydra (arXiv 2402.05109), Medusa (2401.10774), LongSpec (2502.17421) or
+Falcon (2412.12639).
 
 The target runs over the Python standard library and over what it has written itself; its states are what the heads
-read, its law is what they learn. Then a tree is grown from what they were right about. With the embedded target it
-takes half an hour on one core; the same command carries on where a killed one has stopped:
+read, its law is what they learn. Then, for Hydra and Medusa, a tree is grown from what they were right about. With the
+embedded target it takes half an hour on one core; the same command carries on where a killed one has stopped:
 
     python samples/llm/draft_heads.py --kind hydra --heads 3 --rank 48 -o my-heads
 
-The folder, in half precision, is for `draftdiff.llm.HydraDrafter.from_pretrained` or `MedusaDrafter.from_pretrained`.
+The folder, in half precision, is for `draftdiff.llm.HydraDrafter.from_pretrained` or that of another kind.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ from draftdiff.bench.runner import write_json
 from draftdiff.cli import run
 from draftdiff.cli.options import Parser, new_file, whole
 from draftdiff.llm import (
+    AnchorOffset,
     DistillationSet,
+    FalconDrafter,
+    FalconTrainer,
     HeadsTrainer,
     HydraDrafter,
+    LongSpecDrafter,
+    LongSpecTrainer,
     MedusaDrafter,
     StaticTree,
     generate_distillation_set,
@@ -46,7 +52,13 @@ from draftdiff.pipelines.mini.llm import load_mini_llm
 
 WINDOW = 256
 TEXT_SHARE = 0.85  # of the rows, beside what the target wrote
-KINDS: dict[str, type[HydraDrafter | MedusaDrafter]] = {"hydra": HydraDrafter, "medusa": MedusaDrafter}
+KINDS: dict[str, Any] = {
+    "hydra": HydraDrafter,
+    "medusa": MedusaDrafter,
+    "longspec": LongSpecDrafter,
+    "falcon": FalconDrafter,
+}
+RANKED = ("hydra", "medusa")  # whose trees are grown from what is right by rank
 
 
 def arguments() -> Parser:
@@ -54,6 +66,7 @@ def arguments() -> Parser:
     parser.add_argument("--target", help="hub repository or folder of the target (default: the embedded one)")
     parser.add_argument("--kind", choices=KINDS, default="hydra", help="of heads (default hydra)")
     parser.add_argument("--heads", type=whole(1), default=4, help="tokens that are guessed (default 4)")
+    parser.add_argument("--k", type=whole(1), default=2, help="tokens of a pass of Falcon's (default 2)")
     parser.add_argument("--layers", type=whole(1), default=1, help="blocks of a head (default 1; Hydra++ has 4)")
     parser.add_argument("--prefix", action="store_true", help="Hydra++: attention over the states before")
     parser.add_argument("--rank", type=whole(1), help="of what a Hydra head's first block learns (default: full)")
@@ -126,14 +139,20 @@ def train(drafter: Any, target: Any, texts: Texts, options: argparse.Namespace) 
         bf16=True,
     )
     rows = mix_in_text(texts.written, texts.text, TEXT_SHARE)
-    trainer = HeadsTrainer(drafter.heads, settings, target=target, loss="kl", train_dataset=rows)
+    given: dict[str, Any] = {"target": target, "train_dataset": rows}
+    if options.kind == "longspec":
+        reach = target.config.get_text_config().max_position_embeddings
+        trainer = LongSpecTrainer(drafter.head, settings, loss="kl", data_collator=AnchorOffset(reach), **given)
+    elif options.kind == "falcon":
+        trainer = FalconTrainer(drafter.head, settings, **given)
+    else:
+        trainer = HeadsTrainer(drafter.heads, settings, loss="kl", **given)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
 
 
 def score(drafter: Any, target: Any, texts: Texts, tokenizer: Any, tokens: int) -> dict[str, Any]:
-    """How often each head is right on unseen text of the target's, and what its trees gain there; the text must be the
-    target's own."""
-    acceptance = rank_acceptance(drafter.heads, target, texts.judge, ranks=1)[:, 0]
+    """What the heads' trees gain on unseen text of the target's, which must be its own, and how often they are right
+    there: each of Hydra's and Medusa's heads, else the drafts at each depth of the last text."""
     written = forwards = 0
     for prompt in def_prompts(8):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(target.device)
@@ -143,7 +162,11 @@ def score(drafter: Any, target: Any, texts: Texts, tokenizer: Any, tokens: int) 
             raise SystemExit(f"with these heads the target said something else after {prompt!r}")
         done = report(drafter)
         written, forwards = written + done.tokens, forwards + done.target_forwards
-    return {"acceptance": rounded(acceptance), "tokens_per_forward": round(written / forwards, 4)}
+    if isinstance(drafter, HydraDrafter | MedusaDrafter):
+        acceptance = rounded(rank_acceptance(drafter.heads, target, texts.judge, ranks=1)[:, 0])
+    else:
+        acceptance = [round(share, 4) for share in done.acceptance]
+    return {"acceptance": acceptance, "tokens_per_forward": round(written / forwards, 4)}
 
 
 def rounded(numbers: Tensor) -> list[float]:
@@ -162,23 +185,28 @@ def main(argv: list[str] | None = None) -> None:
         target = pretrained("AutoModelForCausalLM", options.target)
         tokenizer = pretrained("AutoTokenizer", options.target)
     target.to(find_device(None))
-    given = {"heads": options.heads, "layers": options.layers, "own_output": options.own_output}
+    given: dict[str, Any] = {}
+    if options.kind in RANKED:
+        given = {"heads": options.heads, "layers": options.layers, "own_output": options.own_output}
+    if options.kind == "falcon":
+        given = {"k": options.k}
     if options.kind == "hydra":
         given |= {"prefix": options.prefix, "rank": options.rank}
     drafter = KINDS[options.kind].from_target(target, **given)
     texts = load_texts(target, tokenizer, prompts, options)
     train(drafter, target, texts, options)
-    heads = drafter.heads.eval().half().float()  # what is scored is what is stored
-    drafter = KINDS[options.kind](
-        heads, StaticTree.learned(rank_acceptance(heads, target, texts.written), options.nodes)
-    )
+    heads = drafter.heads if options.kind in RANKED else drafter.head
+    heads.eval().half().float()  # what is scored is what is stored
+    if options.kind in RANKED:
+        tree = StaticTree.learned(rank_acceptance(heads, target, texts.written), options.nodes)
+        drafter = KINDS[options.kind](heads, tree)
     scores = score(drafter, target, texts, tokenizer, options.new_tokens)
     heads.half()
     drafter.save_pretrained(options.output)
     parameters = sum(p.numel() for p in heads.parameters())
     print(
-        f"{options.output}: {parameters:,} parameters, right by head {scores['acceptance']}, "
-        f"{scores['tokens_per_forward']:.2f} tokens per target forward with trees of {options.nodes}"
+        f"{options.output}: {parameters:,} parameters, right {scores['acceptance']}, "
+        f"{scores['tokens_per_forward']:.2f} tokens per target forward"
     )
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name not in ("json", "output", "work")}

@@ -33,6 +33,7 @@ class FalconDrafter:
     """
 
     reads = Reads((-1,), prompt=True)
+    samples = False
 
     def __init__(self, head: FalconHead, tree: StaticTree | None = None, passes: int = 4) -> None:
         """passes: of the default tree, 4 nodes wide and k * passes deep.  Raises ValueError for more children of a node

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from draftdiff.llm.checks import require
 from draftdiff.llm.drafters.base import Context, Reads, suffixes
 from draftdiff.llm.drafters.recent_keys import RecentKeys
-from draftdiff.llm.drafters.shapes import Beams, Shape
+from draftdiff.llm.drafters.shapes import Beams, Sampled, Shape
 from draftdiff.llm.heads import files
 from draftdiff.llm.heads.hybrid import hybrid
 from draftdiff.llm.heads.longspec import LongSpecHead
@@ -38,6 +38,11 @@ class LongSpecDrafter:
         self.forwards = 0
         self.last_report: Report | None = None
         self._session: _Session | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether drafts are drawn at random when the target samples."""
+        return isinstance(self.shape, Sampled)
 
     @classmethod
     def from_target(cls, model: PreTrainedModel, shape: Shape | None = None, window: int = 512) -> LongSpecDrafter:

@@ -68,6 +68,12 @@ def test_a_row_of_a_padded_batch_gets_the_drafts_that_it_gets_alone(make):
     assert found > 12
 
 
+# Falcon's blocks begin where a round did: after other rounds blocks of several tokens say something else.
+STEADY = {name: make for name, make in MAKERS.items() if "Falcon" not in name}
+STEADY["Falcon, one at once"] = lambda target: falcon(target, k=1, recurrent=True)
+
+
+@pytest.mark.parametrize("make", STEADY.values(), ids=STEADY)
 def test_rounds_without_drafts_are_read_when_drafts_go_on(make, monkeypatch):
     target = tiny_model(layers=4)
     ids = prompt(12, batch=2)
