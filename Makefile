@@ -47,7 +47,7 @@ mutate: $(READY)
 # The site of docs/, in site/; every page's examples are run by tests/test_docs.py.
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
