@@ -23,13 +23,14 @@ test: $(READY)
 
 # What computes, again as lesser x86-64 processors do (this one must have AVX2): no bound may be tuned on one machine.
 # Triton's interpreter computes in numpy, which neither variable reaches.
-NUMERIC := tests/attention tests/core $(addprefix tests/kernels/test_,block_sparse.py cpu.py gradients.py problem.py) tests/test_golden.py tests/var \
-	$(addprefix tests/video/test_,families.py guests.py hook.py layouts.py patch.py pipeline.py training.py)
-PORTABLE := $(BIN)/python -m pytest -n 2 --dist worksteal -q -k "not triton" $(NUMERIC)
+KERNELS := tests/attention tests/core $(addprefix tests/kernels/test_,block_sparse.py cpu.py gradients.py problem.py) \
+	tests/test_golden.py
+NUMERIC := $(KERNELS) tests/var $(addprefix tests/video/test_,guests.py hook.py patch.py pipeline.py training.py)
+PORTABLE := $(BIN)/python -m pytest -n 2 --dist worksteal -q -k "not triton"
 
 test-portable: $(READY)
-	ATEN_CPU_CAPABILITY=default DRAFTDIFF_CPU_MARCH=x86-64-v2 $(PORTABLE)
-	ATEN_CPU_CAPABILITY=avx2 DRAFTDIFF_CPU_MARCH=x86-64-v3 $(PORTABLE)
+	ATEN_CPU_CAPABILITY=default DRAFTDIFF_CPU_MARCH=x86-64-v2 $(PORTABLE) $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 DRAFTDIFF_CPU_MARCH=x86-64-v3 $(PORTABLE) $(KERNELS)
 
 # The oldest hosts that are supported (pyproject.toml), beside the newest in the environment.
 OLDEST := .oldest
@@ -37,8 +38,12 @@ $(OLDEST): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST) "transformers[kernels]==5.8.0" "diffusers==0.37.0"
 	touch $(OLDEST)
 
+# What meets the hosts.
+HOSTED := $(addprefix tests/video/test_,contract.py families.py guests.py hook.py layouts.py patch.py pipeline.py) \
+	$(addprefix tests/llm/test_,architectures.py generate.py observe.py refusals.py spec_kv.py) tests/llm/drafters \
+	tests/pipelines/test_var.py tests/cli/test_llm.py
 test-oldest: $(READY) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/hosts tests/video tests/llm tests/pipelines tests/cli/test_llm.py -k "not compiled"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/hosts $(HOSTED) -k "not compiled"
 
 # Plants mistakes in what changed since the last commit and counts those that the tests notice.
 mutate: $(READY)

@@ -23,6 +23,8 @@ def test_the_examples_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
     names: dict = {}
     for number, block in enumerate(BLOCKS[page]):
         exec(compile(block, f"{page}, example {number + 1}", "exec"), names)
+    if "undo" in names:
+        names["undo"]()
     if page == "llm":
         assert 0 < names["ours"] <= names["best"] <= 1
 

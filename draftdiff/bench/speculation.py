@@ -54,7 +54,7 @@ class Speculation(Routine):
             self.prompts,
             METHODS,
             capacity=self.options.prompt_tokens,
-            options=generate_options(self.options.tokens, 0),
+            options=generate_options(self.options.tokens, 0) | {"pace": None},  # what drafts bring, paying or not
             repeat=self.options.rounds,
             progress=False,
         )

@@ -75,15 +75,15 @@ class Clip:
 
 @dataclass
 class SettingResult:
-    """config: None without draftdiff.  cached: with the comparison's cache.  timings: [rounds][prompts].  clocked: of
-    the dense runs with clocks, likewise, for the dense setting only."""
+    """config: None without draftdiff.  timings: [rounds][prompts].  clocked: of the dense runs with clocks, likewise, for
+    the dense setting only.  cached: with the comparison's cache."""
 
     name: str
     config: DraftAttentionConfig | None
-    cached: bool = False
     timings: list[list[Timing]] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
     clocked: list[list[Timing]] = field(default_factory=list)
+    cached: bool = False
 
     def breakdown(self) -> dict[str, float]:
         """Mean seconds by what they were spent on, of the clocked runs."""

@@ -58,10 +58,11 @@ class Method:
 def _generate(
     model: LanguageModel, ids: Tensor, options: dict[str, Any], drafter: Any = None, cache: Any = None
 ) -> Run:
-    """One generation, timed."""
+    """One generation, timed. options: arguments of generate, of which `pace` is for drafters alone."""
     given = dict(options)
+    pace = {"pace": given.pop("pace")} if "pace" in given else {}
     if drafter is not None:
-        given |= {"custom_generate": speculative, "drafter": drafter}
+        given |= {"custom_generate": speculative, "drafter": drafter, **pace}
     if cache is not None:
         given[cache_argument(model.target)] = cache
     start = time.perf_counter()

@@ -93,6 +93,7 @@ def test_a_saved_pipeline_comes_back_whole(pipe, tmp_path):
     assert InfinityPipeline.from_pretrained(tmp_path / "bare").text_encoder is None
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_picture_without_a_graph_per_layer_and_scale():
     pipe = tiny_infinity.infinity_pipeline(num_layers=3)
     pipe.enable_scale_kv(0.2, scoring="upstream")

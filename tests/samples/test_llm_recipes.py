@@ -141,7 +141,7 @@ def test_heads_are_trained_carried_on_and_loaded_with_a_tree(heads_script, tmp_p
     assert state["global_step"] == 3
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert len(scores["acceptance"]) == 2 and scores["tokens_per_forward"] >= 1
-    assert "tokens per target forward with trees of 5" in capsys.readouterr().out
+    assert "tokens per target forward" in capsys.readouterr().out
     drafter = heads_script.HydraDrafter.from_pretrained(tmp_path / "second", load_mini_llm()[0])
     assert len(drafter.tree.paths) == 5
 

@@ -11,12 +11,11 @@ from draftdiff.core.budget import Budget
 from draftdiff.video.layouts import layout_for
 from draftdiff.video.tasks import attentions_of
 from tests.rounding import rounded
-from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
+from tests.video.model_cases import MODEL_CASES, OF_EACH_KIND, output_of, tiny_wan
 
-# One case per class. Mochi selects valid text by its content, and HiDream an expert's tokens, which no full graph can,
-# with us or without.
+# Mochi selects valid text by its content, and HiDream an expert's tokens, which no full graph can, with us or without.
 BY_CONTENT = ("mochi", "hidream")
-COMPILABLE = list({type(case.build()): case for case in reversed(MODEL_CASES) if case.name not in BY_CONTENT}.values())
+COMPILABLE = [kind for kind in OF_EACH_KIND if kind.values[0].name not in BY_CONTENT]
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,12 @@ from draftdiff import DraftAttentionConfig
 from draftdiff.video import hook
 from draftdiff.video.layouts import layout_for
 from tests.rounding import rounded
-from tests.video.model_cases import MODEL_CASES, output_of
+from tests.video.model_cases import MODEL_CASES, OF_EACH_KIND, output_of
 
 ALWAYS = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
 SPARSE = DraftAttentionConfig(sparsity=0.7, **ALWAYS)
 models = pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+kinds = pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
 
 
 @pytest.fixture
@@ -26,11 +27,10 @@ def model(case):
 
 
 @models
-@pytest.mark.parametrize("tail", [True, False], ids=["tail", "drop"])
-def test_a_full_budget_equals_dense_attention(case, model, tail):
+def test_a_full_budget_equals_dense_attention(case, model):
     inputs = case.inputs(model, case.grid, 2)
     dense = rounded(lambda: output_of(model, inputs))
-    draftdiff.enable(model, DraftAttentionConfig(selection="full", tail=tail, **ALWAYS))
+    draftdiff.enable(model, DraftAttentionConfig(selection="full", **ALWAYS))
     dense.check(output_of(model, inputs))
 
 
@@ -60,7 +60,7 @@ def test_disable_restores_the_model_exactly(case, model):
     assert all(m.processor is processors[name] for name, m in model.named_modules() if name in processors)
 
 
-@models
+@kinds
 def test_a_batch_equals_its_items_one_by_one(case, model, monkeypatch):
     def drawn(error, _density):
         """Of tiles and tokens that are as good as equal, rounding would choose: here nothing depends on it."""
@@ -97,7 +97,7 @@ def item_of(name, value, i):
     return value
 
 
-@models
+@kinds
 @pytest.mark.parametrize("grid", [(5, 13, 9), (3, 7, 11)], ids=str)
 def test_odd_grids_read_no_padding(case, model, grid):
     if case.grid[0] == 1:  # images
@@ -112,7 +112,7 @@ def test_odd_grids_read_no_padding(case, model, grid):
     assert output_of(model, inputs).isfinite().all()
 
 
-@models
+@kinds
 def test_report_tells_what_was_done(case, model):
     draftdiff.enable(model, DraftAttentionConfig(sparsity=0.7, **{**ALWAYS, "dense_layers": 1}))
     inputs = case.inputs(model, case.grid, 2)
@@ -129,7 +129,7 @@ def test_report_tells_what_was_done(case, model):
     assert case.build().__class__.__name__ in str(draftdiff.report(model))
 
 
-@models
+@kinds
 def test_few_tokens_are_left_alone(case, model):
     inputs = case.inputs(model, case.grid, 1)
     dense = output_of(model, inputs)
@@ -137,7 +137,7 @@ def test_few_tokens_are_left_alone(case, model):
     assert torch.equal(output_of(model, inputs), dense)
 
 
-@models
+@kinds
 def test_nan_in_the_latents_is_reported(case, model):
     draftdiff.enable(model, SPARSE)
     inputs = case.inputs(model, case.grid, 1)

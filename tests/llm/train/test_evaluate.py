@@ -45,7 +45,8 @@ def test_greedy_scores_are_what_the_loop_reaches():
     scores = evaluate_draft(target, draft, written, length=3, progress=False)
     assert 0.3 < scores.agreement < 1
     drafter = ModelDrafter(draft, Chain(3))
-    out = target.generate(ids, max_new_tokens=new, do_sample=False, custom_generate=speculative, drafter=drafter)
+    given = {"custom_generate": speculative, "drafter": drafter, "pace": None}
+    out = target.generate(ids, max_new_tokens=new, do_sample=False, **given)
     assert torch.equal(out[0], written[0]["input_ids"])
     assert report(drafter).tokens_per_forward == pytest.approx(scores.block_efficiency, rel=0.05)
 

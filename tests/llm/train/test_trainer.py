@@ -184,8 +184,8 @@ def test_mistakes_are_named_in_one_line(target, tmp_path):
     draft = tiny_model(layers=1)
     with pytest.raises(ValueError, match="one of kl, rkl, jsd, ce, tvd, tvd_pp, lk, got 'l2'"):
         DraftTrainer(draft, arguments(tmp_path), target=target, loss="l2")
-    with pytest.raises(ValueError, match=f"vocabulary of 50 tokens is not the target's of {VOCABULARY}"):
-        DraftTrainer(tiny_model(vocab_size=50), arguments(tmp_path), target=target)
+    with pytest.raises(ValueError, match=f"vocabulary of 2000 tokens is not the target's of {VOCABULARY}"):
+        DraftTrainer(tiny_model(vocab_size=2000), arguments(tmp_path), target=target)
     with pytest.raises(ValueError, match="loss 'tvd' compares with a target"):
         DraftTrainer(draft, arguments(tmp_path))
     with pytest.raises(ValueError, match=r"float32 or bfloat16 to train, got float16: call draft.float\(\) first"):

@@ -44,7 +44,7 @@ def test_the_targets_heads_draft_for_it_in_its_own_dtype(pair, kind) -> None:
     assert {p.dtype for p in drafter.heads.parameters()} == {torch.float32} and not drafter.heads.training
     ids = tokenizer("def ", return_tensors="pt").input_ids
     given = {"do_sample": False, "max_new_tokens": 40}
-    fast = target.generate(ids, custom_generate=speculative, drafter=drafter, **given)
+    fast = target.generate(ids, custom_generate=speculative, drafter=drafter, pace=None, **given)
     assert torch.equal(fast, target.generate(ids, **given))
     assert report(drafter).tokens_per_forward > 1.3
     with pytest.raises(ValueError, match="kind must be one of hydra, medusa, got 'eagle'"):
@@ -64,7 +64,7 @@ def test_the_draft_gives_two_tokens_a_forward_and_the_targets_own_text(pair) -> 
     ids, mask = left_padded([torch.tensor(tokenizer(p).input_ids) for p in stdlib_corpus.def_prompts(12)], 0)
     options = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False}
     drafter = ModelDrafter(draft, Chain(4))
-    out = target.generate(ids, custom_generate=speculative, drafter=drafter, **options)
+    out = target.generate(ids, custom_generate=speculative, drafter=drafter, pace=None, **options)
     assert torch.equal(out, target.generate(ids, **options))
     assert report(drafter).tokens_per_forward >= 2
 
