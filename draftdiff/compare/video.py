@@ -75,8 +75,8 @@ class Clip:
 
 @dataclass
 class SettingResult:
-    """config: None without draftdiff.  timings: [rounds][prompts].  clocked: of the dense runs with clocks, likewise, for
-    the dense setting only.  cached: with the comparison's cache."""
+    """config: None without draftdiff.  timings: [rounds][prompts].  clocked: of the dense runs with clocks, likewise,
+    for the dense setting only.  cached: with the comparison's cache."""
 
     name: str
     config: DraftAttentionConfig | None
