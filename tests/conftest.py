@@ -23,6 +23,16 @@ def _seeded():
 
 
 @pytest.fixture
+def own_attention_backend():
+    """A backend that the test sets for a model, and diffusers for all, is taken back."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    active = Registry._active_backend
+    yield
+    Registry._active_backend = active
+
+
+@pytest.fixture
 def bf16_attention():
     """Skips where PyTorch's own attention fails in bf16: on a processor with AMX that is told to do without AVX-512."""
     x = torch.zeros(1, 1, 64, 32, dtype=torch.bfloat16)

@@ -281,6 +281,7 @@ def test_spellings_of_diffusers_are_known(model, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["shape"] == [5, 64, 96, 3]
 
 
+@pytest.mark.usefixtures("own_attention_backend")
 def test_a_pipeline_is_set_up_as_asked(model, tmp_path, capsys, monkeypatch):
     from draftdiff.models import video
 

@@ -60,8 +60,8 @@ def test_every_configuration_equals_the_reference(monkeypatch, kind):
 @pytest.mark.parametrize("access", ["hopper", "strided", "gather", "int8"])
 def test_every_way_of_reading_reads_further_grids(monkeypatch, access, case):
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
-    if access == "gather":
-        monkeypatch.setattr(triton_backend, "access_to", lambda *_: "gather")
+    if access == "gather":  # for tiles that are no boxes of powers of two
+        case = replace(case, tile=(1, 7, 9))
     config = triton_configs.configs_for(access, torch.float16, 64, case.block_size)[0]
     precision = "int8" if access == "int8" else "full"
     call, found, problem = launch(case, config, precision=precision)

@@ -145,13 +145,13 @@ def test_auto_finds_who_can_or_says_why_none_does():
 
 def test_gradients_are_those_of_full_precision():
     """The backward pass is the `torch` backend's, which has no other."""
-    from draftdiff.attention.attend import attend_backward
+    from draftdiff.attention.attend import attend_backward, packed_places
     from draftdiff.core.grid import LatentGrid
 
     grid = LatentGrid(2, 8, 16)
     q, k, v, of_out = torch.randn(4, 1, grid.tokens, 1, 32)
     density = torch.full((1,), 0.5, dtype=torch.float64)
-    given = (of_out, q, k, v, density, None, list(grid.shape), 0, None)
+    given = (of_out, q, k, v, density, None, packed_places(grid.shape), None)
     rules = [Rule(backend="triton", precision=precision) for precision in ("full", "int8")]
     assert unpack(rules[1].packed) == rules[1]
     full, int8 = (attend_backward(*given, rule.packed) for rule in rules)

@@ -28,7 +28,8 @@ def reports(model, make, **options):
     found = []
     for ids in example_prompts(model, 4, 160):
         drafter = make(model.draft)
-        given = {"do_sample": False, "max_new_tokens": 48, "custom_generate": speculative, "drafter": drafter} | options
+        given = {"do_sample": False, "max_new_tokens": 48, "custom_generate": speculative, "drafter": drafter}
+        given |= {"pace": None} | options
         model.target.generate(ids, **given)
         found.append(report(drafter))
     return found

@@ -219,7 +219,7 @@ def failing(message, draft=None, ids=None, model=None, config=SMALL, **given):
 
 
 def test_a_users_mistakes_are_errors_of_one_line():
-    failing("vocabulary of 512 tokens is not the target's of 96", draft=tiny_model(vocab_size=512))
+    failing("vocabulary of 2000 tokens is not the target's of 96", draft=tiny_model(vocab_size=2000))
     failing("the draft is on meta, the target on cpu", draft=tiny_model().to("meta"))
     failing("at least one token, got ids of shape", ids=prompt(0))
     failing("ids must be int64", ids=prompt(60)[0])

@@ -221,8 +221,8 @@ def test_a_users_mistakes_are_errors_of_one_line():
         (lambda: specpc(model, torch.full((1, 9), 96)), "from 0 to 95, the vocabulary of LlamaForCausalLM, got 96"),
         (lambda: speckv_pc(model, model, prompt(60, batch=2)), "one prompt at a time, got 2"),
         (
-            lambda: speckv_pc(model, tiny_model(vocab_size=512), prompt(60)),
-            "vocabulary of 512 tokens is not the target",
+            lambda: speckv_pc(model, tiny_model(vocab_size=2000), prompt(60)),
+            "vocabulary of 2000 tokens is not the target",
         ),
         (lambda: speckv_pc(model, model, prompt(60), SpecKVConfig(lookahead=4)), "lookahead of evict must be None"),
         (lambda: speckv_pc(model, model, prompt(9), SpecKVConfig(capacity=4096)), "of compress, 2048, got 4096"),

@@ -89,6 +89,7 @@ GUESTS = [
 ]
 
 
+@pytest.mark.usefixtures("own_attention_backend")
 @pytest.mark.parametrize("guest", GUESTS, ids=str)
 @pytest.mark.parametrize("first", ["guest", "draftdiff"])
 def test_a_guest_and_draft_attention_do_not_disturb_each_other(guest, first):
