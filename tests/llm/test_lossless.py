@@ -159,7 +159,7 @@ def test_sampled_output_has_the_targets_exact_law(make, rows):
             pace=None,
             drafter=make(target, draft),
         )
-        for _ in range(4)
+        for _ in range(2)
     ]
     tokens = torch.cat(rounds)[:, 2:]
     assert p_value(pairs_of(tokens[:, :2], 8), pair_law(target, 3, 5)) > 1e-4
