@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from draftdiff.errors import UserError
@@ -209,6 +211,7 @@ METHODS: dict[str, Method] = {
 }
 
 
+_UNIVERSAL = Version("5.24")  # known to work; 5.8 fails
 _ALONE = ("plain", "hydra", "medusa", "ngram", "ngram-puct")  # that need no draft
 
 
@@ -229,6 +232,8 @@ def methods_of(model: LanguageModel) -> list[str]:
 
 def _lacking(model: LanguageModel, name: str) -> str | None:
     """What a method needs and a model has not; None where it can have it."""
+    if name == "universal" and Version(transformers.__version__) < _UNIVERSAL:
+        return f"transformers {_UNIVERSAL} or newer: older ones lose count of the draft's cache"
     if name in ("omnidraft", "universal"):
         return None if model.cross is not None else "a draft with another tokenizer, by --draft"
     if name not in _ALONE and model.draft is None:
