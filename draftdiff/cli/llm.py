@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # torch and transformers take seconds to import: only inside the commands that need them.
 
 _METHODS = (
-    "plain, chain, adaptive, tree, sampled, trimmed, pearl, omnidraft, universal, hydra, medusa, ngram, ngram-puct "
-    "(all lossless), speckv, specpc, speckv-pc, speckv-chain"
+    "plain, chain, adaptive, tree, sampled, trimmed, pearl, omnidraft, universal, hydra, medusa, longspec, falcon, "
+    "ngram, ngram-puct (all lossless), speckv, specpc, speckv-pc, speckv-chain"
 )
 
 

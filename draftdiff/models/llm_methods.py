@@ -188,6 +188,18 @@ def _universal(model: LanguageModel, ids: Tensor, options: dict[str, Any], capac
     return run
 
 
+def _heads(model: LanguageModel, kind: str) -> Any:
+    return model.heads[kind]
+
+
+# Drafters of a target's own heads.
+HEADS = {
+    "hydra": "Hydra heads",
+    "medusa": "Medusa heads",
+    "longspec": "LongSpec layer",
+    "falcon": "Falcon layer",
+}
+
 METHODS: dict[str, Method] = {
     "plain": Method("plain decoding", True, _plain),
     "chain": Method("chain", True, _speculation(_chain)),
@@ -200,8 +212,7 @@ METHODS: dict[str, Method] = {
     "pearl": Method("PEARL", True, _speculation(lambda m: PearlDrafter(m.draft, same_tokenizer=m.same_tokenizer))),
     "omnidraft": Method("OmniDraft, another tokenizer", True, _speculation(_omnidraft)),
     "universal": Method("transformers' own for another tokenizer", True, _universal),
-    "hydra": Method("Hydra heads", True, _speculation(lambda m: m.heads["hydra"])),
-    "medusa": Method("Medusa heads", True, _speculation(lambda m: m.heads["medusa"])),
+    **{kind: Method(title, True, _speculation(partial(_heads, kind=kind))) for kind, title in HEADS.items()},
     "ngram": Method("n-grams, best first", True, _speculation(lambda m: NGramDrafter(nodes=m.nodes))),
     "ngram-puct": Method("n-grams, PUCT", True, _speculation(lambda m: NGramDrafter(search="puct", nodes=m.nodes))),
     "speckv": Method("SpecKV", False, partial(_cut, compress=False, evict=True)),
@@ -212,7 +223,7 @@ METHODS: dict[str, Method] = {
 
 
 _UNIVERSAL = Version("5.24")  # known to work; 5.8 fails
-_ALONE = ("plain", "hydra", "medusa", "ngram", "ngram-puct")  # that need no draft
+_ALONE = ("plain", *HEADS, "ngram", "ngram-puct")  # that need no draft
 
 
 def check_method(model: LanguageModel, name: str) -> Method:
@@ -240,7 +251,7 @@ def _lacking(model: LanguageModel, name: str) -> str | None:
         return "a draft with the target's tokenizer, by --draft; omnidraft and universal take others"
     if name == "trimmed" and model.counts is None:
         return "to know how often the target writes each token"
-    if name in ("hydra", "medusa") and name not in model.heads:
+    if name in HEADS and name not in model.heads:
         return f"{name} heads, which {model.name} has not"
     return None
 

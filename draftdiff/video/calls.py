@@ -73,7 +73,8 @@ def _dense(task: Task, dense: Callable[[], Tensor], eager: bool) -> Tensor:
 class Over:
     """Where the tokens of a call stand, in the order of its model.
 
-    grid, lead, others, queries, text_mask: as `attend` takes them.  share: what this process has of it.
+    grid, lead, others, queries, text_mask: as `attend` takes them.  causal: frames of a block that sees no later ones, 0
+    if all see all.  share: what this process has of it.
     pieces: tokens of each stream's pieces as processes brought them, those of the queries and those of the keys, if
     they are to be put in order first.
     """
@@ -83,6 +84,7 @@ class Over:
     others: list[tuple[int, list[int]]]
     queries: list[tuple[int, int]]
     text_mask: Tensor | None
+    causal: int
     share: host.Share
     pieces: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None
 
@@ -93,7 +95,7 @@ def sequence_of(
     """What a call of a layer with a sparse task is over, or why it has to be dense."""
     task: Task = layer.here.value
     assert task.shape is not None
-    frames, height, width, lead, *rest = task.shape.shape[:-1]
+    frames, height, width, lead, causal, *rest = task.shape.shape[:-1]
     others = [(start, sizes) for *sizes, start in zip(*[iter(rest)] * 4)]
     tokens, own, layout, mask = key.shape[1], frames * height * width, layer.hook.layout, options["mask"]
     if tokens == own:  # a block for the picture alone
@@ -105,6 +107,8 @@ def sequence_of(
         return "causal attention or dropout"
     if query.shape[2] != key.shape[2] and not options["gqa"]:
         return "fewer key heads than query heads"
+    if causal and (share.count < share.pieces or text > 0 or others):
+        return "causal blocks of frames beside other tokens or over ring processes"
     if share.count < share.pieces and not eager:
         return "ring context parallelism in a compiled graph"
     if eager and host.is_watched():
@@ -139,7 +143,7 @@ def sequence_of(
     text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
 
     text_mask = task.keys
-    if text_mask is None and mask is not None:
+    if text_mask is None and mask is not None and not causal:
         if text == 0 or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
             return "a mask that is not one flag per text token"
         text_mask = mask[:, 0, 0].expand(query.shape[0], -1)
@@ -150,7 +154,7 @@ def sequence_of(
         gaps = [text_mask[:, start:stop] for start, stop in zip(edges[::2], edges[1::2])]
         text_mask = torch.cat(gaps, dim=1) if text else None
     grid = [frames, height, width]
-    return Over(grid, lead, others, queries, text_mask, share, pieces)
+    return Over(grid, lead, others, queries, text_mask, causal, share, pieces)
 
 
 def sparse(
@@ -166,6 +170,8 @@ def sparse(
 ) -> tuple[Tensor, Tensor]:
     """Draft attention of a layer's call by this rule, at the density of its task; returns as `attend` does."""
     assert task.density is not None
+    if over.causal:
+        return _by_blocks(layer, task, rule, query, key, value, scale, over, eager)
     dtype = compute_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     if over.pieces is not None:
@@ -194,6 +200,35 @@ def sparse(
             part=log.clock.part,
         )
     return (out if over.pieces is None else _as_brought(out, over.pieces[0])), stats
+
+
+def _by_blocks(
+    layer: Layer,
+    task: Task,
+    rule: Rule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    over: Over,
+    eager: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `sparse`, each causal block of frames a call of its own over all frames up to its last one."""
+    frames, height, width = over.grid
+    outs, done, pairs = [], [], []
+    for start in range(0, frames, over.causal):
+        stop = min(start + over.causal, frames)
+        first, last = start * height * width, stop * height * width
+        queries = [(first, last)] if start else []
+        seen = Over([stop, height, width], 0, [], queries, None, 0, over.share, None)
+        out, stats = sparse(
+            layer, task, rule, query[:, first:last], key[:, :last], value[:, :last], scale, seen, eager
+        )
+        outs.append(out)
+        done.append(stats)
+        pairs.append((last - first) * last)
+    weights = torch.tensor(pairs, device=query.device, dtype=torch.float32)
+    return torch.cat(outs, dim=1), (torch.stack(done) * (weights / weights.sum())[:, None]).sum(0)
 
 
 def _in_order(x: Tensor, pieces: list[tuple[int, int]]) -> Tensor:

@@ -93,16 +93,18 @@ class Hook:
                 code = HunyuanVideo15Processor if self.layout.route == "own" else None
                 layer.module.processor = host.stand_in(current, layer, code, catches=self.layout.route == "sdpa")
 
-    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self.here.value is None or not self.here.value.wrapped:
             self._enter(model, args, kwargs, False)
+        return self._replaced(model, args, kwargs)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if self.here.value is not None and not self.here.value.wrapped:
             self._leave(model, output)
 
-    def before_wrapped(self, wrapper: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_wrapped(self, wrapper: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self._enter(wrapper._orig_mod, args, kwargs, True)
+        return self._replaced(wrapper._orig_mod, args, kwargs)
 
     def after_wrapped(self, wrapper: Any, args: Any, output: Any) -> None:
         if self.here.value is not None:
@@ -147,6 +149,15 @@ class Hook:
         call.leaves.enter_context(self._active(call, tasks))
         call.start = log.clock.now()
 
+    def _replaced(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """The arguments of a forward with sparse layers, if it asks for a sparse attention of the model's own."""
+        names = self.layout.replaces
+        if not names or self.here.value is None or not self.here.value.forward.layers:
+            return None
+        places = list(inspect.signature(type(model).forward).parameters)[1:]
+        kept = tuple(None if name in names else value for name, value in zip(places, args))
+        return kept, kwargs | {name: None for name in names if name in kwargs}
+
     def _draw_up(self, call: Call, tasks: list[Task], model: nn.Module, arguments: _Arguments, progress: float) -> None:
         """Turn the tasks of the layers that shall be sparse into sparse ones."""
         assert call.grid is not None
@@ -172,7 +183,8 @@ class Hook:
         call.finite = torch.stack([x.isfinite().all() for x in latents]).all()
         call.stats = torch.full((len(call.forward.layers), len(STATS)), -1.0, device=device)
         places = [number for start, grid in others for number in (*grid.shape, start)]
-        shape = torch.empty(*call.grid.shape, lead, *places, 0, device=device)
+        causal = layout.causal(model, arguments) if layout.causal else 0
+        shape = torch.empty(*call.grid.shape, lead, causal, *places, 0, device=device)
         shares_there = density.to(device, exact_dtype(device))
         for row, index in enumerate(call.forward.layers):
             task = tasks[index]

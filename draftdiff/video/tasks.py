@@ -49,8 +49,8 @@ class Task:
     """What one layer does in one call.
 
     density: kept share, [heads]; None to be dense.  stats: its row of the call's.
-    shape: [frames, height, width, lead, and as many for each further grid, 0], a tensor without values: the shapes of
-    tensors are the only sizes that may change without a new graph.  keys: which tokens may be read, [batch, tokens].
+    shape: [frames, height, width, lead, frames of a causal block, the first four for each further grid, 0], a tensor
+    without values: the shapes of tensors are the only sizes that may change without a new graph.  keys: which tokens may be read, [batch, tokens].
     block_size: a further grid with fewer tokens is attended exactly, like text.
     """
 

@@ -2,8 +2,8 @@
 
 `load_mini_llm()` loads both with their tokenizer from the folder beside this file, without a network. The target is a
 Llama of 6 layers and 2.3 million parameters, the draft one layer with a fifth of that, and both have seen up to 512
-tokens of the Python standard library's sources. `load_mini_heads` loads small Hydra or Medusa heads for the target.
-Weights are stored in half precision. `samples/training/train_mini_llm.py` and `samples/llm/draft_heads.py` are how they
+tokens of the Python standard library's sources. `load_mini_heads` loads small Hydra, Medusa, LongSpec or Falcon
+heads for the target. Weights are stored in half precision. `samples/training/train_mini_llm.py` and `samples/llm/draft_heads.py` are how they
 were made.
 """
 
@@ -21,7 +21,7 @@ from draftdiff.pipelines.mini import weights
 
 WEIGHTS = Path(__file__).with_name("llm_weights")
 TITLE = "mini language-model"
-MODELS, HEADS = ("target", "draft"), ("hydra", "medusa")
+MODELS, HEADS = ("target", "draft"), ("hydra", "medusa", "longspec", "falcon")
 FILES = (
     "tokenizer/tokenizer.json",
     *(f"{model}/{name}" for model in MODELS for name in ("config.json", "model.safetensors")),
@@ -50,15 +50,15 @@ def load_mini_llm(
 
 
 def load_mini_heads(kind: str, target: LlamaForCausalLM, folder: Path = WEIGHTS) -> Any:
-    """The drafter of the target's heads, a `HydraDrafter` or a `MedusaDrafter`, on its device in its dtype.
+    """The drafter of the target's heads of a kind, such as a `HydraDrafter`, on its device in its dtype.
 
     kind: one of HEADS.  Raises ValueError for others, and as `load_mini_llm` does for missing and damaged files.
     """
-    from draftdiff.llm import HydraDrafter, MedusaDrafter
+    from draftdiff.llm import FalconDrafter, HydraDrafter, LongSpecDrafter, MedusaDrafter
 
     if kind not in HEADS:
         raise UserError(f"kind must be one of {', '.join(HEADS)}, got {kind!r}")
-    drafters: dict[str, Any] = {"hydra": HydraDrafter, "medusa": MedusaDrafter}
+    drafters: dict[str, Any] = dict(zip(HEADS, (HydraDrafter, MedusaDrafter, LongSpecDrafter, FalconDrafter)))
     files = [f"{kind}/config.json", f"{kind}/model.safetensors"]
     return weights.load(TITLE, folder, files, lambda: drafters[kind].from_pretrained(folder / kind, target))
 

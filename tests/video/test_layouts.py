@@ -267,11 +267,9 @@ def test_what_cannot_be_a_row_is_refused(name, row, told):
 
 
 CALLS_LEFT_DENSE = [
-    ("skyreels_v2", "causal blocks of frames", {"num_frame_per_block": 5}, {}),
     ("ltx", "coordinates instead of a grid", {}, {"num_frames": None, "height": None, "width": None}),
     ("ltx2", "a mask over video tokens", {}, {"video_self_attention_mask": torch.eye(270)[None]}),
     ("allegro", "a mask over video tokens", {}, {"attention_mask": torch.ones(1, 5, 12, 18)}),
-    ("kandinsky5", "the model's own sparse attention", {}, {"sparse_params": {"to_fractal": True}}),
     ("flux", "a part of the image", {}, {"img_ids": flux_ids(15, 18)[135:]}),
     ("minimax_h3", "positions that are no raster", {}, {"position_ids": torch.arange(870).view(290, 3)}),
     ("flux2", "references that attend to themselves", {}, {"kv_cache_mode": "extract"}),

@@ -33,6 +33,10 @@ class Layout:
     keys: -> which tokens of the sequence may be read, bool [batch, tokens], if the model masks pairs of them.
     queries: in a call with more keys than queries, where the queries' tokens stand among those of the keys: "ends" says
         the grid at the end and the rest in front; "all" if the model makes none such.
+    causal: -> frames of a block that see each other and those before, none behind, as the model's mask says; 0 if all see
+        all.
+    replaces: names of the forward's arguments by which a model asks for a sparse attention of its own; forwards with
+        sparse layers get None in their place.
     inputs: names of the forward's arguments that hold the latents, a tensor or lists of them, and the timestep.
     one_stream: the other tokens come in the video's own stream, so that processes which share a sequence (Ulysses) each
         bring a stretch of the whole; else each brings a stretch of the text and one of the video.
@@ -49,6 +53,8 @@ class Layout:
     others: Callable[[Any, Arguments], Places] | None = None
     keys: Callable[[Any, Arguments], Tensor | None] | None = None
     queries: Literal["all", "first", "last", "ends"] = "all"
+    causal: Callable[[Any, Arguments], int] | None = None
+    replaces: tuple[str, ...] = ()
     inputs: tuple[str, str] = ("hidden_states", "timestep")
     one_stream: bool = False
     note: str = ""

@@ -23,9 +23,10 @@ from draftdiff.video.layouts.grids import (
 from draftdiff.video.layouts.layout import Arguments, Layout, Places
 
 
-def _skyreels(model: Any, arguments: Arguments) -> LatentGrid | None:
-    # Blocks of frames attended causally come as a mask over all pairs of tokens.
-    return None if model.config.num_frame_per_block > 1 else channels_first(model, arguments)
+def _skyreels_blocks(model: Any, arguments: Arguments) -> int:
+    # Blocks of one frame are not masked.
+    frames = model.config.num_frame_per_block
+    return frames if frames > 1 else 0
 
 
 def _framepack(model: Any, arguments: Arguments) -> LatentGrid:
@@ -44,11 +45,6 @@ def _framepack_lead(model: Any, arguments: Arguments) -> int:
 def _allegro(model: Any, arguments: Arguments) -> LatentGrid | None:
     # The mask is over video tokens; no pipeline passes one.
     return None if arguments["attention_mask"] is not None else channels_first(model, arguments)
-
-
-def _kandinsky(model: Any, arguments: Arguments) -> LatentGrid | None:
-    # With its own sparse attention the model reorders tokens and passes a block mask.
-    return None if arguments["sparse_params"] is not None else last_channels(model, arguments)
 
 
 def _told(model: Any, arguments: Arguments) -> LatentGrid | None:
@@ -156,8 +152,9 @@ VIDEO: dict[str, Layout] = {
     "SkyReelsV2Transformer3DModel": Layout(
         "SkyReels-V2",
         r"blocks\.\d+\.attn1",
-        _skyreels,
-        note="dense while blocks of frames are causal (causal_block_size > 1)",
+        channels_first,
+        causal=_skyreels_blocks,
+        note="blocks of frames that are causal (causal_block_size > 1) too, but not over ring processes",
     ),
     "HunyuanVideoTransformer3DModel": Layout(
         "HunyuanVideo", JOINT_AND_SINGLE, channels_first, "last", note="text and image to video"
@@ -199,8 +196,9 @@ VIDEO: dict[str, Layout] = {
     "Kandinsky5Transformer3DModel": Layout(
         "Kandinsky 5",
         r"visual_transformer_blocks\.\d+\.self_attention",
-        _kandinsky,
-        note="models with their own sparse attention (NABLA) keep it",
+        last_channels,
+        replaces=("sparse_params",),
+        note="their own sparse attention (NABLA) is replaced in the forwards that ours is on in",
     ),
     # Cosmos calls the dispatcher without its processor's backend, so only the kernel underneath can be reached.
     "CosmosTransformer3DModel": Layout("Cosmos 1 / 2 / 2.5", SELF, channels_first, route="sdpa"),
