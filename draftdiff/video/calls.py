@@ -73,8 +73,8 @@ def _dense(task: Task, dense: Callable[[], Tensor], eager: bool) -> Tensor:
 class Over:
     """Where the tokens of a call stand, in the order of its model.
 
-    grid, lead, others, queries, text_mask: as `attend` takes them.  causal: frames of a block that sees no later ones, 0
-    if all see all.  share: what this process has of it.
+    grid, lead, others, queries, text_mask: as `attend` takes them.  causal: frames of a block that sees no later ones,
+    0 if all see all.  share: what this process has of it.
     pieces: tokens of each stream's pieces as processes brought them, those of the queries and those of the keys, if
     they are to be put in order first.
     """
@@ -171,7 +171,11 @@ def sparse(
     """Draft attention of a layer's call by this rule, at the density of its task; returns as `attend` does."""
     assert task.density is not None
     if over.causal:
-        return _by_blocks(layer, task, rule, query, key, value, scale, over, eager)
+
+        def attended(q: Tensor, k: Tensor, v: Tensor, seen: Over) -> tuple[Tensor, Tensor]:
+            return sparse(layer, task, rule, q, k, v, scale, seen, eager)
+
+        return _by_blocks(attended, query, key, value, over)
     dtype = compute_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     if over.pieces is not None:
@@ -203,17 +207,13 @@ def sparse(
 
 
 def _by_blocks(
-    layer: Layer,
-    task: Task,
-    rule: Rule,
+    attended: Callable[[Tensor, Tensor, Tensor, Over], tuple[Tensor, Tensor]],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float | None,
     over: Over,
-    eager: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `sparse`, each causal block of frames a call of its own over all frames up to its last one."""
+    """Each causal block of frames as a call of its own over all frames up to its last one."""
     frames, height, width = over.grid
     outs, done, pairs = [], [], []
     for start in range(0, frames, over.causal):
@@ -221,9 +221,7 @@ def _by_blocks(
         first, last = start * height * width, stop * height * width
         queries = [(first, last)] if start else []
         seen = Over([stop, height, width], 0, [], queries, None, 0, over.share, None)
-        out, stats = sparse(
-            layer, task, rule, query[:, first:last], key[:, :last], value[:, :last], scale, seen, eager
-        )
+        out, stats = attended(query[:, first:last], key[:, :last], value[:, :last], seen)
         outs.append(out)
         done.append(stats)
         pairs.append((last - first) * last)

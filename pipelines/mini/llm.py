@@ -2,9 +2,9 @@
 
 `load_mini_llm()` loads both with their tokenizer from the folder beside this file, without a network. The target is a
 Llama of 6 layers and 2.3 million parameters, the draft one layer with a fifth of that, and both have seen up to 512
-tokens of the Python standard library's sources. `load_mini_heads` loads small Hydra, Medusa, LongSpec or Falcon
-heads for the target. Weights are stored in half precision. `samples/training/train_mini_llm.py` and `samples/llm/draft_heads.py` are how they
-were made.
+tokens of the Python standard library's sources. `load_mini_heads` loads small Hydra, Medusa, LongSpec or Falcon heads
+for the target. Weights are stored in half precision. `samples/training/train_mini_llm.py` and
+`samples/llm/draft_heads.py` are how they were made.
 """
 
 from __future__ import annotations

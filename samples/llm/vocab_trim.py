@@ -47,8 +47,13 @@ SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 def measured(target: Any, draft: Any, ids: torch.Tensor, mask: torch.Tensor, plain: torch.Tensor, length: int) -> dict:
     """One row of the table: what greedy chains of this draft reach."""
     drafter = ModelDrafter(draft, Chain(length))
-    # pace=None: every draft at its whole length, or the acceptance would depend on what the clock says.
-    options = {"attention_mask": mask, "max_new_tokens": plain.shape[1] - ids.shape[1], "do_sample": False, "pace": None}
+    # Every draft at its whole length, or the acceptance would depend on what the clock says.
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": plain.shape[1] - ids.shape[1],
+        "do_sample": False,
+        "pace": None,
+    }
     out = target.generate(ids, custom_generate=speculative, drafter=drafter, **options)
     if not torch.equal(out, plain):
         raise SystemExit("the target said something else with a trimmed draft")

@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from draftdiff.llm.checks import require
 from draftdiff.llm.drafters.base import Context, Reads
 from draftdiff.llm.drafters.follower import Follower
+from draftdiff.llm.drafters.one_layer import LayerDrafter
 from draftdiff.llm.heads import files
 from draftdiff.llm.heads.falcon import FalconHead, State
-from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.static_tree import StaticTree
 from draftdiff.llm.tree import ROOT, Tree
 
 
-class FalconDrafter:
+class FalconDrafter(LayerDrafter):
     """Proposes the same tree in each round: a pass guesses k tokens after a path, of which none reads the others, and
     the node at each depth is the guess of its rank there. Verified by `match`. A row of which fewer than k states are
     known gets no drafts.
@@ -79,27 +78,16 @@ class FalconDrafter:
         """Write layer and tree to a new folder, as config.json and model.safetensors. Raises FileExistsError."""
         files.save(self.head, folder, "falcon", self.tree.paths)
 
-    def fit(self, target: PreTrainedModel, dataset: Dataset, args: TrainingArguments, **options: Any) -> Any:
-        """Train the layer with a `FalconTrainer`, whose options these are, and return it."""
+    def _trainer(self) -> type[Trainer]:
         from draftdiff.llm.train.falcon import FalconTrainer
 
-        trainer = FalconTrainer(self.head, args, target=target, train_dataset=dataset, **options)
-        trainer.train()
-        self.head.eval()
-        return trainer
-
-    def cost(self, target: PreTrainedModel) -> float:
-        """Bytes of weights that one pass reads over those of a target forward."""
-        read = sum(p.numel() * p.element_size() for p in self.head.parameters()) + self.head.target.output_bytes()
-        return read / bytes_per_forward(target)
+        return FalconTrainer
 
     def begin(self, context: Context) -> None:
         """Raises ValueError for a target of another size or on another device than the layer is for."""
-        model, own = context.target.model, self.head.device
-        require(model.device == own, f"the head is on {own}, the target on {model.device}: they need the same device")
-        self.head.target.check_target(model)
+        self.check_target(context)
         self._follower, self.forwards = _Follower(self.head, len(context.ids)), 0
-        self._plan = _plan(self.tree, self.head.settings.k, own)
+        self._plan = _plan(self.tree, self.head.settings.k, self.head.device)
 
     def end(self) -> None:
         """Let the layer's cache go."""

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from draftdiff.llm.checks import require
 from draftdiff.llm.drafters.base import Context, Reads, suffixes
+from draftdiff.llm.drafters.one_layer import LayerDrafter
 from draftdiff.llm.drafters.recent_keys import RecentKeys
 from draftdiff.llm.drafters.shapes import Beams, Sampled, Shape
 from draftdiff.llm.heads import files
 from draftdiff.llm.heads.hybrid import hybrid
 from draftdiff.llm.heads.longspec import LongSpecHead
-from draftdiff.llm.metrics import bytes_per_forward
 from draftdiff.llm.reporting import Report
 from draftdiff.llm.tree import ROOT, Tree, ancestors, as_mask
 
 
-class LongSpecDrafter:
+class LongSpecDrafter(LayerDrafter):
     """Drafts from one layer that reads the keys and values of the target's last layer, of all tokens that the target
     has verified. Its own keys are those of the last `window` tokens, as many whatever the text's length.
 
@@ -61,25 +59,14 @@ class LongSpecDrafter:
         """Write the layer to a new folder, as config.json and model.safetensors. Raises FileExistsError."""
         files.save(self.head, folder, "longspec")
 
-    def fit(self, target: PreTrainedModel, dataset: Dataset, args: TrainingArguments, **options: Any) -> Any:
-        """Train the layer with a `LongSpecTrainer`, whose options these are, and return it."""
+    def _trainer(self) -> type[Trainer]:
         from draftdiff.llm.train.longspec import LongSpecTrainer
 
-        trainer = LongSpecTrainer(self.head, args, target=target, train_dataset=dataset, **options)
-        trainer.train()
-        self.head.eval()
-        return trainer
-
-    def cost(self, target: PreTrainedModel) -> float:
-        """Bytes of weights that one draft forward reads over those of a target forward."""
-        read = sum(p.numel() * p.element_size() for p in self.head.parameters()) + self.head.target.output_bytes()
-        return read / bytes_per_forward(target)
+        return LongSpecTrainer
 
     def begin(self, context: Context) -> None:
         """Raises ValueError for a target of another size or on another device than the layer is for."""
-        model, own = context.target.model, self.head.device
-        require(model.device == own, f"the head is on {own}, the target on {model.device}: they need the same device")
-        self.head.target.check_target(model)
+        self.check_target(context)
         self._session, self.forwards = _Session(self, len(context.ids)), 0
 
     def end(self) -> None:

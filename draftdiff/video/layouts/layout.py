@@ -33,8 +33,8 @@ class Layout:
     keys: -> which tokens of the sequence may be read, bool [batch, tokens], if the model masks pairs of them.
     queries: in a call with more keys than queries, where the queries' tokens stand among those of the keys: "ends" says
         the grid at the end and the rest in front; "all" if the model makes none such.
-    causal: -> frames of a block that see each other and those before, none behind, as the model's mask says; 0 if all see
-        all.
+    causal: -> frames of a block that see each other and those before, none behind, as the model's mask says; 0 if all
+        see all.
     replaces: names of the forward's arguments by which a model asks for a sparse attention of its own; forwards with
         sparse layers get None in their place.
     inputs: names of the forward's arguments that hold the latents, a tensor or lists of them, and the timestep.
