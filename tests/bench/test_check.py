@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from draftdiff.cli import main
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Runs the command on one of its cases; returns its status and its result."""
-    monkeypatch.setattr(check, "CASES", (check.CASES[6],))
+    """Runs the command on a small case of its own; returns its status and its result."""
+    monkeypatch.setattr(check, "CASES", (replace(check.CASES[7], about="a few tokens", tail=True),))
 
     def run():
         status = main(["bench", "check", "--device", "cpu", "-o", str(tmp_path)])
@@ -36,7 +37,7 @@ def test_what_is_wrong_is_told_and_ends_it_with_status_1(bench, monkeypatch, cap
     monkeypatch.setattr(check.drafting, "singles", lambda *a, **k: (0 * right(*a, **k)[0], None))
     status, result = bench()
     assert status == 1 and result["wrong"] == 1
-    assert "single tokens is wrong: single tokens, float32, error 1" in capsys.readouterr().err
+    assert "single tokens is wrong: a few tokens, float32, error 1" in capsys.readouterr().err
 
 
 def test_a_nan_is_wrong_and_equal_infinities_are_not():

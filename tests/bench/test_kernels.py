@@ -53,7 +53,7 @@ def test_every_backend_is_timed_and_checked_or_absent_with_a_reason(bench, tmp_p
 def test_a_wrong_kernel_ends_the_script_with_status_1(bench, monkeypatch, capsys):
     right = kernels.block_sparse_attention
     monkeypatch.setattr(kernels, "block_sparse_attention", lambda *a, **k: right(*a, **k) * 1.01)
-    status, result = bench()
+    status, result = bench("--densities", "0.4")
     assert status == 1
     assert "wrong: torch in tiny at 0.4" in capsys.readouterr().err
     assert not any(row["correct"] for row in result["rows"] if row["backend"] == "torch")
