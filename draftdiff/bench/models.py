@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
@@ -26,7 +27,10 @@ _QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 @dataclass(frozen=True)
 class Size:
-    """config: arguments of the transformer class.  frames, height, width: of the video, in pixels.  text: tokens."""
+    """config: arguments of the transformer class.  frames, height, width: of the video, in pixels.
+
+    text: number of other tokens.
+    """
 
     config: dict[str, Any]
     frames: int
@@ -36,7 +40,7 @@ class Size:
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        """Frames, rows and columns after a VAE that takes 4 frames and 8x8 pixels to one; all of these models' do."""
+        """Frames, rows and columns after a VAE that takes 4 frames and 8x8 pixels to one, as most do."""
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
     @property
@@ -68,6 +72,14 @@ class Size:
         return replace(self, config=self.config | depth)
 
 
+class MiniMaxSize(Size):
+    """A VAE that takes 17 frames to 5 and 16x16 pixels to one. Half of the other tokens are sound."""
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        return (self.frames - 5) // 17 * 5 + 2, self.height // 16, self.width // 16
+
+
 Inputs = Callable[[Size, int, Callable[..., Tensor]], dict[str, Any]]
 
 
@@ -77,6 +89,7 @@ class BenchModel:
 
     batch, calls_per_step: of one denoising step with classifier-free guidance, as the pipeline runs it.
     joint_text: whether text tokens are part of the video's self-attention.
+    cached: whether diffusers' First Block Cache knows the class.
     """
 
     title: str
@@ -87,6 +100,7 @@ class BenchModel:
     batch: int = 1
     calls_per_step: int = 1
     joint_text: bool = False
+    cached: bool = True
 
     def about(self, size: Size) -> dict[str, Any]:
         """Facts of a size for the results."""
@@ -147,6 +161,29 @@ def cogvideox_inputs(size: Size, batch: int, noise: Callable[..., Tensor]) -> di
     }
 
 
+def minimax_inputs(size: Size, batch: int, noise: Callable[..., Tensor]) -> dict[str, Any]:
+    """Text, sound and video in one sequence, each row with its position, kind and timestep."""
+    text, sound = size.text - size.text // 2, size.text // 2
+    config, latent = size.config, noise(batch, size.tokens, 4 * size.config["in_channels"])
+    device = latent.device
+    counts = torch.tensor([text, sound, size.tokens])
+    kinds = torch.tensor([1, 2, 0]).repeat_interleave(counts).to(device)
+    places = torch.zeros(len(kinds), 3, device=device)
+    places[: text + sound, 0] = torch.arange(text + sound, device=device)
+    places[text + sound :] = torch.cartesian_prod(*(torch.arange(float(n), device=device) for n in size.grid))
+    places[text + sound :, 0] += text
+    return {
+        "hidden_states": latent,
+        "audio_hidden_states": noise(batch, sound, config["audio_in_channels"]),
+        "encoder_hidden_states": noise(batch, text, config["text_dim"]),
+        "timestep": torch.tensor([0.0, TIMESTEP / 1000], device=device),
+        "timestep_indices": (kinds != 1).long(),
+        "token_tags": kinds,
+        "position_ids": places,
+        **{f"{name}_indices": (kinds == kind).nonzero()[:, 0] for kind, name in enumerate(("video", "text", "audio"))},
+    }
+
+
 def _wan(heads: int, ffn: int, layers: int) -> dict[str, Any]:
     return {
         "num_attention_heads": heads,
@@ -179,6 +216,21 @@ def _cogvideox(heads: int, layers: int) -> dict[str, Any]:
         "sample_frames": 49,
         "max_text_seq_length": 226,
         "use_rotary_positional_embeddings": True,
+    }
+
+
+def _minimax(heads: int, hidden: int, ffn: int, layers: int, width: int) -> dict[str, Any]:
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "ffn_dim": ffn,
+        "in_channels": 24,
+        "audio_in_channels": 32,
+        "text_dim": width,
+        "time_embed_hidden_dim": hidden,
+        "time_embed_dim": hidden // 2,
     }
 
 
@@ -217,6 +269,16 @@ MODELS = {
         joint_text=True,
     ),
 }
+if hasattr(diffusers, "MiniMaxH3Transformer3DModel"):
+    MODELS["minimax-h3"] = BenchModel(
+        "MiniMax-H3, 768p, 5 s",
+        diffusers.MiniMaxH3Transformer3DModel,
+        minimax_inputs,
+        full=MiniMaxSize(_minimax(56, 5376, 14336, 50, 5120), 124, 768, 1344, text=826),
+        small=MiniMaxSize(_minimax(2, 192, 512, 2, 256), 22, 768, 1344, text=200),
+        joint_text=True,
+        cached=False,
+    )
 
 
 def make_inputs(model: BenchModel, size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -25,8 +25,6 @@ from draftdiff.cli.options import Parser, whole
 from draftdiff.cli.output import note
 from draftdiff.errors import UserError
 
-MODELS = ("wan-1.3b", "wan-14b", "hunyuan-13b", "cogvideox-5b")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -51,7 +49,7 @@ PLAN = (
         2,
         "dit",
         6.0,
-        f"--models {' '.join(MODELS)} --layers 6 --sparsity 0.8 --rounds 3",
+        "--layers 6 --sparsity 0.8 --rounds 3",
         "--models wan-1.3b --layers 2",
     ),
     Job(2, "var models", 1.5, "--batch 1 --rounds 2", None),

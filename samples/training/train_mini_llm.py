@@ -15,6 +15,8 @@ Its heads are trained for the exported target, and then added to the pair:
 
     python samples/llm/draft_heads.py --kind hydra --heads 3 --rank 48 --steps 600 -o .train/llm_hydra
     python samples/llm/draft_heads.py --kind medusa --heads 3 --steps 600 -o .train/llm_medusa
+    python samples/llm/draft_heads.py --kind longspec --steps 350 -o .train/llm_longspec
+    python samples/llm/draft_heads.py --kind falcon --k 2 --steps 350 -o .train/llm_falcon
     python samples/training/train_mini_llm.py heads
 """
 

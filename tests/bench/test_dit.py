@@ -10,6 +10,7 @@ import torch
 from draftdiff.bench import dit, models
 from draftdiff.bench.dit_rows import Cell, Mode, Row, Step
 from draftdiff.cli import main
+from draftdiff.video.layouts import layout_for
 
 
 @pytest.fixture
@@ -155,3 +156,18 @@ def test_a_wrong_argument_is_one_line_that_names_it(bench, capsys, arguments, sa
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_minimax_inputs_are_packed_as_its_layout_reads_them():
+    model = models.MODELS.get("minimax-h3")
+    if model is None:
+        pytest.skip("this version of diffusers has no MiniMax-H3")
+    assert model.full.tokens == 37_296
+    size = replace(model.small, frames=22, height=128, width=192, text=30)
+    transformer = models.build(model, size, torch.device("cpu"), torch.float32)
+    inputs = models.make_inputs(model, size, torch.device("cpu"), torch.float32)
+    layout = layout_for(transformer)
+    assert layout.grid(transformer, inputs).shape == size.grid == (7, 4, 6)
+    assert layout.lead(transformer, inputs) == 30
+    with torch.no_grad():
+        assert transformer(**inputs)[0].isfinite().all()

@@ -5,10 +5,13 @@ import torch
 
 from draftdiff.llm import (
     Chain,
+    FalconDrafter,
     KBest,
+    LongSpecDrafter,
     ModelDrafter,
     NGramDrafter,
     Sampled,
+    StaticTree,
     generate_distillation_set,
     rank_acceptance,
     report,
@@ -22,11 +25,11 @@ def _model():
     return load(None, None, device="cpu")
 
 
-def reports(model, make, **options):
-    """Of a generation from each of four prompts."""
+def reports(model, make, length=160, **options):
+    """Of a generation from each of four prompts of so many tokens."""
     torch.manual_seed(0)
     found = []
-    for ids in example_prompts(model, 4, 160):
+    for ids in example_prompts(model, 4, length):
         drafter = make(model.draft)
         given = {"do_sample": False, "max_new_tokens": 48, "custom_generate": speculative, "drafter": drafter}
         given |= {"pace": None} | options
@@ -81,3 +84,21 @@ def test_heads_that_read_the_drafted_tokens_are_right_more_often_than_those_that
     assert (shares[0] > shares[1]).all() and shares[0].mean() > 1.2 * shares[1].mean()
     tau = [tokens_per_forward(reports(model, lambda _, one=one: one)) for one in (hydra, medusa)]
     assert tau[0] > tau[1] > 1
+
+
+def test_a_layer_that_reads_the_targets_keys_drafts_as_well_late_in_a_text_and_better_than_heads(model):
+    def tau(length):
+        drafter = LongSpecDrafter(model.heads["longspec"].head, Chain(4))
+        return tokens_per_forward(reports(model, lambda _: drafter, length))
+
+    early, late = tau(64), tau(440)
+    assert late > 0.9 * early
+    assert early > tokens_per_forward(reports(model, lambda _: model.heads["hydra"], 64))
+
+
+def test_a_tree_of_passes_gains_more_tokens_per_forward_than_its_first_pass(model):
+    falcon = model.heads["falcon"]
+    k = falcon.head.settings.k
+    one = FalconDrafter(falcon.head, StaticTree.from_widths((4, *[1] * (k - 1))))
+    found = [tokens_per_forward(reports(model, lambda _, by=by: by)) for by in (falcon, one)]
+    assert found[0] > found[1] > 1

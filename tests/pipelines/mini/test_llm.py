@@ -41,13 +41,14 @@ def test_the_target_is_deep_with_grouped_queries_and_the_draft_is_cheap(pair) ->
 def test_the_targets_heads_draft_for_it_in_its_own_dtype(pair, kind) -> None:
     target, _, tokenizer = pair
     drafter = load_mini_heads(kind, target)
-    assert {p.dtype for p in drafter.heads.parameters()} == {torch.float32} and not drafter.heads.training
+    heads = drafter.heads if hasattr(drafter, "heads") else drafter.head
+    assert {p.dtype for p in heads.parameters()} == {torch.float32} and not heads.training
     ids = tokenizer("def ", return_tensors="pt").input_ids
     given = {"do_sample": False, "max_new_tokens": 40}
     fast = target.generate(ids, custom_generate=speculative, drafter=drafter, pace=None, **given)
     assert torch.equal(fast, target.generate(ids, **given))
     assert report(drafter).tokens_per_forward > 1.3
-    with pytest.raises(ValueError, match="kind must be one of hydra, medusa, got 'eagle'"):
+    with pytest.raises(ValueError, match="kind must be one of hydra, medusa, longspec, falcon, got 'eagle'"):
         load_mini_heads("eagle", target)
 
 
@@ -122,8 +123,8 @@ def test_loading_prints_warns_and_logs_nothing(
 
 
 def test_the_weights_are_half_precision_and_small_enough_to_ship() -> None:
-    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 6_500_000
-    assert sum((WEIGHTS / kind / "model.safetensors").stat().st_size for kind in HEADS) <= 700_000
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 9_500_000
+    assert sum((WEIGHTS / kind / "model.safetensors").stat().st_size for kind in HEADS) <= 3_600_000
     for model in (*MODELS, *HEADS):
         with safe_open(WEIGHTS / model / "model.safetensors", "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
