@@ -1,4 +1,4 @@
-"""The command `draftdiff bench`: check, kernels, dit, quality, schedules, parallel, var, llm."""
+"""The command `draftdiff bench`: check, compile, kernels, dit, quality, schedules, parallel, var, llm."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from draftdiff.cli.options import Parser, add_seed, number, share, whole
 def add_bench(parser: Parser) -> None:
     parts = parser.add_subparsers(title="benchmarks", required=True, metavar="NAME")
     parts.add_parser("check", help="whether all that computes is right on a device", fill=_check)
+    parts.add_parser("compile", help="whether the Triton kernels compile for cards that are not here", fill=_compile)
     parts.add_parser("kernels", help="attention kernels side by side, ours and other libraries'", fill=_kernels)
     parts.add_parser("dit", help="denoising steps of video transformers, dense against sparse", fill=_dit)
     parts.add_parser("quality", help="what rules do to the picture, over many prompts", fill=_rules)
@@ -41,6 +42,20 @@ def _check(parser: Parser) -> None:
         "--share", type=whole(1), nargs=2, default=(1, 1), metavar=("I", "N"), help="the I-th of N shares of the cases"
     )
     _common(parser, "check.Check", rounds=1, warm_up=False)
+
+
+def _compile(parser: Parser) -> None:
+    known = (80, 86, 89, 90, 100, 120)
+    parser.add_argument(
+        "--capability",
+        type=int,
+        choices=known,
+        nargs="+",
+        default=known,
+        metavar="CC",
+        help=f"of {known} (default: all)",
+    )
+    _common(parser, "compile_ahead.CompileAhead", rounds=1, device="cpu", warm_up=False)
 
 
 def _kernels(parser: Parser) -> None:

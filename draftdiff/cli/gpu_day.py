@@ -28,20 +28,21 @@ from draftdiff.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """One benchmark. minutes: its limit on a GPU.  rehearsal: instead of its options, on a CPU; None leaves it out.
+    """One benchmark. minutes: its limit on a GPU.  options: on a GPU, rehearsal: on a CPU; None leaves it out there.
     shares: so many processes do it side by side, which saves compiling in turn; not for what is timed.
     """
 
     part: int
     name: str
     minutes: float
-    options: str
+    options: str | None
     rehearsal: str | None
     shares: int = 1
 
 
 DENSITIES = "0.1 0.15 0.2 0.25 0.5 1"
 PLAN = (
+    Job(1, "compile", 0, None, ""),
     Job(1, "check", 3.5, "", "", shares=8),
     Job(1, "kernels", 3.5, f"--cases wan-14b even --densities {DENSITIES} --rounds 5", "--cases cpu-64 --rounds 1"),
     Job(1, "kernels", 2.0, "--cases wan-1.3b hunyuan wan-14b-64 --densities 0.15 0.25 1 --rounds 3", None),
@@ -63,7 +64,8 @@ def add_gpu_day(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="rehearse on the CPU, the Triton kernels in their interpreter: before a card's first minute",
+        help="rehearse on the CPU, the Triton kernels compiled for every card and run in their interpreter: before a "
+        "card's first minute",
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu-day"), metavar="FOLDER", help="default: gpu-day")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of the table")
@@ -79,7 +81,11 @@ def _gpu_day(options: Namespace) -> int:
     if device.type != "cuda" and not options.dry_run:
         raise UserError("gpu-day needs a CUDA GPU, here is none; --dry-run rehearses it on the CPU")
     prepare_folder(options.output)
-    jobs = [job for job in PLAN if job.part in options.part and not (options.dry_run and job.rehearsal is None)]
+    jobs = [
+        job
+        for job in PLAN
+        if job.part in options.part and (job.rehearsal if options.dry_run else job.options) is not None
+    ]
     summary: dict[str, Any] = {
         "made_by": "draftdiff bench gpu-day",
         "device": device_name(device),

@@ -37,7 +37,7 @@ def test_every_benchmark_of_the_plan_takes_its_options(job):
 def test_a_part_ends_within_ten_minutes(part):
     jobs = [job for job in gpu_day.PLAN if job.part == part]
     assert sum(job.minutes for job in jobs) < 9.5
-    assert jobs[0].name == "check" or part == 2
+    assert next(job.name for job in jobs if job.options is not None) == "check" or part == 2
 
 
 def test_a_rehearsal_runs_each_benchmark_and_collects_what_it_wrote(day, tmp_path):
