@@ -43,7 +43,7 @@ def test_the_targets_heads_draft_for_it_in_its_own_dtype(pair, kind) -> None:
     drafter = load_mini_heads(kind, target)
     heads = drafter.heads if hasattr(drafter, "heads") else drafter.head
     assert {p.dtype for p in heads.parameters()} == {torch.float32} and not heads.training
-    ids = tokenizer("def ", return_tensors="pt").input_ids
+    ids = tokenizer(mini_llm_defaults()["prompt"], return_tensors="pt").input_ids
     given = {"do_sample": False, "max_new_tokens": 40}
     fast = target.generate(ids, custom_generate=speculative, drafter=drafter, pace=None, **given)
     assert torch.equal(fast, target.generate(ids, **given))
