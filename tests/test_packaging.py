@@ -69,6 +69,7 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         assert {
             "draftdiff/py.typed",
             *(f"draftdiff/kernels/{name}" for name in ("cpu.cpp", "cpu_probe.cpp", "cpu_common.h")),
+            *(f"draftdiff/ui/{name}" for name in ("style.css", "viewer.js")),
         } <= packed
         modules = {
             f"draftdiff/{file.relative_to(ROOT)}".replace("draftdiff/draftdiff", "draftdiff")
@@ -111,8 +112,8 @@ TABLE = {
 }
 TABLE["models"] = TABLE["pipelines"] | {"pipelines"}
 TABLE["compare"] = TABLE["models"] | {"models"}
-TABLE |= {name: TABLE["compare"] | {"compare"} for name in ("bench", "integrations", "doctor")}
-TABLE["cli"] = TABLE["compare"] | {"compare", "bench", "integrations", "doctor"}
+TABLE |= {name: TABLE["compare"] | {"compare"} for name in ("bench", "integrations", "ui", "doctor")}
+TABLE["cli"] = TABLE["compare"] | {"compare", "bench", "integrations", "ui", "doctor"}
 TABLE["__main__"] = {"cli"}
 TABLE["__init__"] = {"attention", "video", "compare"}
 TABLE = {name: allowed | {name} | BELOW_ALL for name, allowed in TABLE.items()}

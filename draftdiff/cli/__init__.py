@@ -30,6 +30,7 @@ _COMMANDS = (
     ("generate", "make videos or images", "generate", "add_generate"),
     ("compare", "time and judge dense and sparse runs side by side", "video", "add_compare"),
     ("tune", "find where a model needs its attention, and write a profile", "video", "add_tune"),
+    ("ui", "a local page: dense and sparse under one slider", "ui", "add_ui"),
     ("image", "pictures by VAR or Infinity, with CoDe and ScaleKV; --compare, calibrate", "image", "add_image"),
     ("convert", "original checkpoints of VAR, CoDe or Infinity to a folder", "convert", "add_convert"),
     ("llm", "text by language models with a draft; generate, compare", "llm", "add_llm"),
