@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: docs demo test test-portable test-oldest test-slow test-real fuzz mutate lint clean
+.PHONY: docs demo test test-portable test-oldest test-ui test-slow test-real fuzz mutate lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -53,6 +53,11 @@ mutate: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The page of draftdiff ui, with a real browser where Debian's chromium is installed.
+test-ui: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[ui]" "playwright>=1.50"
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/ui tests/cli/test_ui.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -52,7 +52,7 @@ def _packages() -> dict[str, Any]:
     unmet: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("draftdiff") or []:
         requirement = Requirement(line)
-        for extra in ("", "llm", "metrics", "plots"):
+        for extra in ("", "llm", "metrics", "plots", "ui"):
             marker = requirement.marker
             # One that says nothing of extras holds for all of them.
             if extra == "" or (marker and "extra" in str(marker)):

@@ -8,8 +8,10 @@ import pytest
 from draftdiff.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
-PAGES["README"] = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+FILES = {page.relative_to(DOCS).with_suffix("").as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
+FILES["README"] = ROOT / "README.md"
+PAGES = {name: page.read_text(encoding="utf-8") for name, page in FILES.items()}
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in PAGES.items()}
 COMMANDS = {
     line: name for name, text in PAGES.items() for line in re.findall(r"^draftdiff [^\n#]+", text, re.MULTILINE)
@@ -40,14 +42,29 @@ def test_every_command_line_is_understood_up_to_its_model(line, capsys):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_a_file_or_a_heading(page):
-    folder = ROOT if page == "README" else ROOT / "docs"
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
-        place = (folder / path).resolve() if path else ROOT / ("README.md" if page == "README" else f"docs/{page}.md")
+        place = (FILES[page].parent / path).resolve() if path else FILES[page]
         assert place.exists(), target
         if anchor and place.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, target
+
+
+def test_every_page_has_its_place_in_the_site():
+    """A page of nobody's menu would be found by search alone."""
+    menu = set(re.findall(r"([\w/-]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]))
+    assert menu == set(PAGES) - {"README"}
+
+
+def test_every_idea_has_its_picture_and_every_picture_its_idea():
+    ideas = {page.stem for page in (DOCS / "ideas").glob("*.md")}
+    drawn = {file.stem: file for file in (DOCS / "ideas").glob("*.png")}
+    assert ideas == set(drawn) and max(file.stat().st_size for file in drawn.values()) < 60_000
+    for name in ideas:
+        assert f"]({name}.png)" in PAGES[f"ideas/{name}"] and BLOCKS[f"ideas/{name}"]
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "samples" / "figures").glob("ideas_*.py"))
+    assert ideas == set(re.findall(r'^    "([a-z0-9-]+)": \w+,$', scripts, re.MULTILINE)) | {"code", "scale-kv"}
