@@ -66,5 +66,3 @@ def test_every_idea_has_its_picture_and_every_picture_its_idea():
     assert ideas == set(drawn) and max(file.stat().st_size for file in drawn.values()) < 60_000
     for name in ideas:
         assert f"]({name}.png)" in PAGES[f"ideas/{name}"] and BLOCKS[f"ideas/{name}"]
-    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "samples" / "figures").glob("ideas_*.py"))
-    assert ideas == set(re.findall(r'^    "([a-z0-9-]+)": \w+,$', scripts, re.MULTILINE)) | {"code", "scale-kv"}
