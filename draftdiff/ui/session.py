@@ -13,7 +13,7 @@ from draftdiff.compare.metrics import psnr, ssim
 from draftdiff.compare.video_run import Run, run_setting
 from draftdiff.errors import UserError
 from draftdiff.models.loading import inputs_refused
-from draftdiff.models.video import EMBEDDED, Model, call_arguments, world_judge
+from draftdiff.models.video import EMBEDDED, Model, check_sizes, world_judge
 from draftdiff.ui.steps import Cancelled, Progress, watched
 from draftdiff.video.config import DraftAttentionConfig
 from draftdiff.video.patch import disable
@@ -102,7 +102,7 @@ class Session:
         try:
             with self._lock, inputs_refused(self.model.pipeline):
                 self._warm_up(asked, call, config, tell, stop)
-                kept = (asked.prompt, asked.seed, *sorted(call.items()))
+                kept = (asked.prompt, asked.seed, *(call.get(name) for name in _NAMES.values()))
                 dense = self._runs.pop(kept, None)
                 notes = [] if dense is None else ["the dense clip is that of an earlier run, its time too"]
                 if dense is None:
@@ -123,10 +123,13 @@ class Session:
             raise UserError(f"the prompt must have at most {_LONGEST} letters, got {len(asked.prompt)}")
         if not 0 <= asked.seed < 2**63:
             raise UserError(f"seed must be a whole number from 0 to {2**63 - 1}, got {asked.seed}")
-        sizes = {name: getattr(asked, name) for name in ("steps", "frames", "width", "height")}
-        call = call_arguments(self.model, **sizes)  # also checks them
-        chosen = {_NAMES[name]: value for name, value in sizes.items() if value is not None}
-        return self.config(asked.sparsity), {**call, **self.call, **chosen}
+        chosen = {_NAMES[name]: value for name in _NAMES if (value := getattr(asked, name)) is not None}
+        unknown = [name for name in chosen if name not in self.model.parameters]
+        if unknown:
+            raise UserError(f"{type(self.model.pipeline).__name__} takes no {', '.join(unknown)}")
+        call = self.call | chosen
+        check_sizes(self.model, call)
+        return self.config(asked.sparsity), call
 
     def _one(
         self,

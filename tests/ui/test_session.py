@@ -53,6 +53,16 @@ def test_another_sparsity_makes_the_sparse_clip_alone(session, asked):
     assert set(names) == {"dense", "sparse"}  # and no further warm-up
 
 
+def test_arguments_of_the_command_line_hold_for_every_run(session, pipeline, asked):
+    given = {**TINY_CALL, "negative_prompt": "green", "attention_kwargs": {}}  # such as an image, which has no hash
+    told = Session(session.model, BASE, call=given).run(replace(asked, steps=2, frames=5))
+    assert told.dense.frames.shape[0] == 5 and told.sparse.reports[0].dense_steps == 1
+    given |= {"num_inference_steps": 2, "num_frames": 5}
+    generator = torch.Generator().manual_seed(asked.seed)
+    alone = frames_of(pipeline(prompt=asked.prompt, generator=generator, output_type="np", **given))
+    assert np.array_equal(told.dense.frames, alone)
+
+
 def test_dense_clips_are_kept_up_to_a_size(session, asked, monkeypatch):
     one = session.run(asked).dense.frames.nbytes
     monkeypatch.setattr(module, "_KEPT", 2 * one)
