@@ -48,7 +48,7 @@ def test_each_device_is_listed_with_the_backend_that_auto_takes(monkeypatch, fin
 
 
 def test_what_is_required_and_not_there_is_told_by_how_to_install_it(findings, monkeypatch):
-    assert findings["missing"] == [] and set(findings["extras"]) == {"llm", "metrics", "plots"}
+    assert findings["missing"] == [] and set(findings["extras"]) == {"llm", "metrics", "plots", "ui"}
     stock = importlib.metadata.version
     old = {"transformers": "4.57.0", "einops": None}
 
