@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: docs demo test test-portable test-oldest test-slow test-real test-servers fuzz mutate lint clean
+.PHONY: docs demo test test-portable test-oldest test-slow test-real test-servers dist stranger fuzz mutate lint clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -54,6 +54,21 @@ $(SERVERS)/%: tests/integrations/%/requirements.txt $(READY)
 test-servers: $(READY) $(SERVERS)/vllm_omni $(SERVERS)/sglang
 	PYTHONPATH=$(SERVERS)/vllm_omni $(BIN)/python -m pytest -q tests/integrations/vllm_omni
 	PYTHONPATH=$(SERVERS)/sglang $(BIN)/python -m pytest -q tests/integrations/sglang
+
+# What is published: source distribution and wheel, with pages and files about them that an index and others can read.
+dist: $(READY)
+	$(PYTHON) -m venv $(VENV)/dist
+	$(VENV)/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine cffconvert
+	rm -rf build dist
+	$(VENV)/dist/bin/python -m build --outdir dist .
+	$(VENV)/dist/bin/twine check --strict dist/*
+	$(VENV)/dist/bin/cffconvert --validate
+
+# From the built wheel, in a bare environment outside the checkout, to a clip, a comparison and a profile.
+stranger: $(READY)
+	rm -rf build dist/stranger
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist/stranger .
+	bash tests/stranger.sh $(abspath dist/stranger)/draftdiff-*.whl "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 
 # Plants mistakes in what changed since the last commit and counts those that the tests notice.
 mutate: $(READY)
