@@ -73,7 +73,8 @@ KINDS = (
     _kind("Denoising steps", "models dense_attention run_steps", "models", "bench.dit_rows.COLUMNS", "rows", "dit"),
     _kind("Attention kernels", "gemm_tflops cases", "rows", "bench.kernels.COLUMNS", picture="kernels"),
     _kind("Configurations of a kernel", "milliseconds about device", "milliseconds"),
-    _kind("Correctness of all that computes", "kind case error tolerance", "rows", "bench.check.COLUMNS"),
+    _kind("Correctness of all that computes", "case what error bound right", "rows", "bench.check.COLUMNS"),
+    _kind("Kernels compiled for other cards", "capability kernels wrong", "rows", "bench.compile_ahead.COLUMNS"),
     _kind("Rules and schedules", "summary psnr setting", "summary", "bench.quality.COLUMNS", picture="quality"),
     _kind("Pictures scale by scale", "subjects settings", "settings", "compare.image.COLUMNS"),
     _kind("Next-scale models", "results measured_on", "results", "bench.var.COLUMNS", "rows", "var"),
@@ -172,7 +173,7 @@ def _sections(result: Result) -> list[str]:
         sections = [] if result.payload.get("complete", True) else ['<p class="note">Not complete.</p>']
         sections += _picture(result)
         for about, rows in result.kind.tables(result.payload):
-            wrong = sum(row["correct"] is False for row in rows)
+            wrong = sum(False in (row["correct"], row["right"]) for row in rows)
             sections += [f'<p class="note">{wrong} of {len(rows)} rows failed their check.</p>'] if wrong else []
             sections.append(f"<p><b>{escape(about)}</b></p>" if about else "")
             table = html_table(rows, result.kind.columns_of(rows)) if rows else ""

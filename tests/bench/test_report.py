@@ -1,6 +1,7 @@
 """Results of many cards on one page."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ def test_every_result_of_the_repository_is_known_by_what_it_holds(file, tmp_path
     renamed = tmp_path / "sent.json"
     renamed.write_bytes(file.read_bytes())
     assert read(renamed).kind in KINDS
+
+
+def test_what_every_benchmark_writes_is_known():
+    modules = {kind.columns.rpartition(".")[0] for kind in KINDS}
+    bench = Path(report.__file__).parent
+    written = {f"bench.{file.stem}" for file in bench.glob("*.py") if "\nCOLUMNS: " in file.read_text(encoding="utf-8")}
+    assert written - {"bench.parallel"} <= modules, "which is on paper and writes no file"
+
+
+@pytest.mark.parametrize("module", ["check", "compile_ahead", "last_scales", "sparse_prefill"])
+def test_a_row_of_a_benchmark_is_known_by_its_columns(module, tmp_path):
+    columns = import_module(f"draftdiff.bench.{module}").COLUMNS
+    file = stored(tmp_path / "sent.json", {"rows": [dict.fromkeys(key for _, key, *_ in columns)]})
+    assert read(file).kind.columns == f"bench.{module}.COLUMNS"
 
 
 def test_files_are_told_apart_from_each_other():
