@@ -48,7 +48,7 @@ test-oldest: $(READY) $(OLDEST)
 # The plugins of vLLM-Omni and SGLang in the servers' own classes, on a CPU: half a gigabyte of wheels, each server in a
 # folder of its own, without the CUDA libraries that they ask for. SGLang's wheel is for Python 3.11.
 SERVERS := .servers
-$(SERVERS)/%: tests/integrations/%/requirements.txt $(READY)
+$(SERVERS)/%: tests/integrations/%/requirements.txt | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
 	touch $@
 test-servers: $(READY) $(SERVERS)/vllm_omni $(SERVERS)/sglang

@@ -180,9 +180,9 @@ def _sections(result: Result) -> list[str]:
             long = f"<details><summary>All {len(rows)} rows</summary>{table}</details>"
             sections.append(long if len(rows) > _FEW_ROWS else table)
         if bars := result.payload.get("bars"):
-            told = {b["what"]: f"{b['measured']:.3f}, {'met' if b['met'] else 'NOT MET'} ({b['bar']})" for b in bars}
+            each = {b["what"]: f"{b['measured']:.3f}, {'met' if b['met'] else 'NOT MET'} ({b['bar']})" for b in bars}
             met = f"{sum(b['met'] for b in bars)} of {len(bars)} bars met"
-            sections.append(f"<details><summary>{met}</summary>{facts_list(told)}</details>")
+            sections.append(f"<details><summary>{met}</summary>{facts_list(each)}</details>")
     except Exception as error:  # a file from elsewhere may hold anything
         raise UserError(f"{str(result.path)!r} is damaged: {type(error).__name__}: {error}") from None
     told: dict[str, Any] = {"file": result.path.name, "device": result.device}
