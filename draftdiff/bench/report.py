@@ -187,8 +187,8 @@ def _sections(result: Result) -> list[str]:
         raise UserError(f"{str(result.path)!r} is damaged: {type(error).__name__}: {error}") from None
     told: dict[str, Any] = {"file": result.path.name, "device": result.device}
     told |= {name: result.payload[name] for name in ("dtype", "threads", "rounds") if name in result.payload}
-    about = result.payload.get("about")
-    told |= about if isinstance(about, dict) else {"about": about} if about else {}
+    more = result.payload.get("about")
+    told |= more if isinstance(more, dict) else {"about": more} if more else {}
     told |= {name: result.payload[name] for name in ("versions", "command") if name in result.payload}
     return [*sections, f"<details><summary>How it was run</summary>{facts_list(told)}</details>"]
 
