@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: docs demo test test-portable test-oldest test-ui test-slow test-real fuzz mutate lint clean
+.PHONY: docs demo test test-portable test-oldest test-ui test-slow test-real test-servers dist stranger fuzz mutate lint \
+	clean
 
 # The CPU build where there is no NVIDIA driver: any other pin downloads gigabytes of CUDA libraries.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -45,6 +46,31 @@ HOSTED := $(addprefix tests/video/test_,contract.py families.py guests.py hook.p
 test-oldest: $(READY) $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/hosts $(HOSTED) -k "not compiled"
 
+# The plugins of vLLM-Omni and SGLang in the servers' own classes, on a CPU: half a gigabyte of wheels, each server in a
+# folder of its own, without the CUDA libraries that they ask for. SGLang's wheel is for Python 3.11.
+SERVERS := .servers
+$(SERVERS)/%: tests/integrations/%/requirements.txt | $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
+	touch $@
+test-servers: $(READY) $(SERVERS)/vllm_omni $(SERVERS)/sglang
+	PYTHONPATH=$(SERVERS)/vllm_omni $(BIN)/python -m pytest -q tests/integrations/vllm_omni
+	PYTHONPATH=$(SERVERS)/sglang $(BIN)/python -m pytest -q tests/integrations/sglang
+
+# What is published: source distribution and wheel, with pages and files about them that an index and others can read.
+dist: $(READY)
+	$(PYTHON) -m venv $(VENV)/dist
+	$(VENV)/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine cffconvert
+	rm -rf build dist
+	$(VENV)/dist/bin/python -m build --outdir dist .
+	$(VENV)/dist/bin/twine check --strict dist/*
+	$(VENV)/dist/bin/cffconvert --validate
+
+# From the built wheel, in a bare environment outside the checkout, to a clip, a comparison and a profile.
+stranger: $(READY)
+	rm -rf build dist/stranger
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist/stranger .
+	bash tests/stranger.sh $(abspath dist/stranger)/draftdiff-*.whl "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+
 # Plants mistakes in what changed since the last commit and counts those that the tests notice.
 mutate: $(READY)
 	$(BIN)/python tests/mutate.py $(FILES)
@@ -82,4 +108,4 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(REAL) build dist site *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(REAL) $(SERVERS) build dist site *.egg-info

@@ -62,7 +62,7 @@ def kernels(payload: Mapping[str, Any], path: Path) -> None:
         }
         for i, name in enumerate(names)
     }
-    with drawing(path, 1 + 3.6 * len(payload["cases"]), 6.6, dpi=140) as figure:
+    with drawing(path, max(8, 1 + 3.6 * len(payload["cases"])), 6.6, dpi=140) as figure:
         grid = figure.subplots(2, len(payload["cases"]), squeeze=False, sharey="row")
         for (case, shape), time, rate in zip(payload["cases"].items(), *grid):
             for name in names:

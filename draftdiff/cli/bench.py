@@ -1,4 +1,4 @@
-"""The command `draftdiff bench`: check, compile, kernels, dit, quality, schedules, parallel, var, llm."""
+"""The command `draftdiff bench`: check, compile, kernels, dit, quality, schedules, parallel, var, llm, report."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def add_bench(parser: Parser) -> None:
         "gpu-day", help="all that a new GPU deserves, checks first; --dry-run rehearses it", fill=add_gpu_day
     )
     parts.add_parser("parallel", help="on paper: one clip over several GPUs, links against work", fill=_parallel)
+    parts.add_parser("report", help="results of many cards on one page", fill=_report)
     var = parts.add_parser("var", help="next-scale models: CoDe and ScaleKV; the attention of their last scales")
     of_var = var.add_subparsers(title="parts", required=True, metavar="PART")
     of_var.add_parser("models", help="VAR and Infinity plain, with CoDe, with ScaleKV, with both", fill=_var)
@@ -144,6 +145,20 @@ def _parallel(parser: Parser) -> None:
     parser.add_argument("--density", type=number(above=0, most=1), default=0.2, metavar="X", help="default: 0.2")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.set_defaults(func=lambda options: import_module("draftdiff.bench.parallel").table(options))
+
+
+def _report(parser: Parser) -> None:
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="JSON files that draftdiff bench or compare wrote, or folders",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="PAGE", help="default: report.html"
+    )
+    parser.set_defaults(func=lambda options: import_module("draftdiff.bench.report").run(options))
 
 
 def _loop(parser: Parser) -> None:

@@ -56,7 +56,12 @@ def document(
         "<h2>How it was run</h2>",
         facts_list(facts),
     ]
-    return _PAGE.format(title=escape(f"{comparison.made_by}: {title}"), style=_STYLE, body="\n".join(body))
+    return page(f"{comparison.made_by}: {title}", body)
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A self-contained document. body: as HTML."""
+    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
 
 
 _STYLE = """

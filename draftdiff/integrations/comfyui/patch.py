@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftdiff.attention.attend import attend, attend_op, compute_dtype, needs_gradient, packed_places
-from draftdiff.core.devices import exact_dtype
-from draftdiff.integrations.comfyui.places import Places, find
+from draftdiff.integrations.call import Places, sparse, why_dense
+from draftdiff.integrations.comfyui.places import find
 from draftdiff.integrations.comfyui.report import Forward, Log
-from draftdiff.kernels.block_sparse import resolve
-from draftdiff.kernels.crossover import dense_wins_above
 from draftdiff.video.config import DraftAttentionConfig
 
 KEY = "draftdiff"  # of what is ours in ComfyUI's dictionaries
@@ -154,31 +151,20 @@ class DraftAttention:
                 index += len(getattr(state.model, "double_blocks", ()))
         if config.is_dense_layer(index):
             return None
-        video = places.grid.tokens + sum(grid.tokens for _, grid in places.others)
-        if video < (config.min_tokens or 0):
-            return f"{video} video tokens are fewer than min_tokens, here {config.min_tokens}"
-        if k.shape != v.shape or len({x.dtype for x in (q, k, v)}) > 1 or q.shape[2] % k.shape[2]:
-            return "queries, keys and values of different kinds"
+        if (reason := why_dense(q, k, v, config, places)) is not None:
+            return reason
         if mask is not state.mask:
             state.mask, state.flags = mask, _text_flags(mask, places.gaps(tokens), q)
         flags = state.flags
         if isinstance(flags, str):
             return flags
-        density = 1 - config.budget.sparsity
-        backend = resolve(config.backend, q.device, compute_dtype(q), q.shape[3], config.precision)
-        limit = dense_wins_above(backend, q.device.type) if config.dense_above is None else config.dense_above
-        if config.selection != "full" and density >= limit:
-            return f"dense attention is the faster one at density {density:g} with the backend {backend}"
-        shares = torch.full((q.shape[2],), density, dtype=exact_dtype(q.device), device=q.device)
-        if needs_gradient(q, k, v):
-            packed = packed_places(places.grid.shape, places.lead, [(at, grid.shape) for at, grid in places.others])
-            out, stats = attend_op(q, k, v, shares, flags, packed, scale, config.rule.packed)
-        else:
-            where: dict[str, Any] = {"grid": places.grid, "lead": places.lead, "others": places.others}
-            out, stats = attend(q, k, v, shares, config.rule, **where, text_mask=flags, scale=scale)
-        self.log.grid, self.log.tile, self.log.backend = places.grid, config.rule.tile_for(places.grid)[0], backend
-        state.done.add(stats)
-        return out
+        done = sparse(q, k, v, config, places, flags=flags, scale=scale)
+        if isinstance(done, str):
+            return done
+        self.log.grid, self.log.tile = places.grid, config.rule.tile_for(places.grid)[0]
+        self.log.backend = done.backend
+        state.done.add(done.stats)
+        return done.out
 
 
 def _in_heads(x: Tensor, q: Tensor, heads: int, in_heads: bool) -> Tensor:

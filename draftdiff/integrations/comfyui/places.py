@@ -8,29 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from draftdiff.core.grid import LatentGrid
+from draftdiff.integrations.call import Places
 
 Arguments = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Places:
-    """A grid behind `lead` other tokens, and further grids, each with the position of its first token."""
-
-    grid: LatentGrid
-    lead: int = 0
-    others: tuple[tuple[int, LatentGrid], ...] = ()
-
-    def gaps(self, tokens: int) -> list[tuple[int, int]]:
-        """Stretches (start, stop) of a sequence of so many tokens that are in no grid."""
-        grids = sorted([(self.lead, self.grid), *self.others], key=lambda part: part[0])
-        edges = [0, *(edge for start, grid in grids for edge in (start, start + grid.tokens)), tokens]
-        return list(zip(edges[::2], edges[1::2]))
 
 
 def find(model: Any, arguments: Arguments, options: Mapping[str, Any], tokens: int) -> Places | str | None:

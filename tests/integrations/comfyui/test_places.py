@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from draftdiff.core.grid import LatentGrid
-from draftdiff.integrations.comfyui.places import Places, find
+from draftdiff.integrations.call import Places
+from draftdiff.integrations.comfyui.places import find
 
 GRID = LatentGrid(5, 8, 11)
 LATENT = torch.zeros(1, 4, 5, 15, 22)
