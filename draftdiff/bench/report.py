@@ -82,6 +82,7 @@ KINDS = (
     _kind("Accuracy of pictures", "setting interval shape colour", "rows"),
     _kind("Specialised training of pictures", "loss before after gain", "rows"),
     _kind("Language models, methods side by side", "methods prompt_tokens", "methods", "compare.llm.COLUMNS"),
+    _kind("Language models on real weights", "model new_tokens capacity", "rows"),
     _kind("The loop of speculation", "what nodes ms", "rows", "bench.llm.COLUMNS"),
     _kind(
         "When speculation pays",
