@@ -20,6 +20,7 @@ from draftdiff.errors import UserError
 from draftdiff.pipelines.mini import weights
 
 WEIGHTS = Path(__file__).with_name("llm_weights")
+DRAWING_WEIGHTS = Path(__file__).with_name("drawing_weights")  # a pair for the drawing-revision workload, alike
 TITLE = "mini language-model"
 MODELS, HEADS = ("target", "draft"), ("hydra", "medusa", "longspec", "falcon")
 FILES = (
