@@ -3,8 +3,8 @@
 An answer that could not run scores 0. One that could has 30 points and 70 times the mean of six ratios. Chains of
 answer and truth are paired by likeness, the likest first; within a pair calls stand beside each other by what they give
 (a file, marks, a mark, what is in it, a change). A result was handed on rightly if the call that gave it was right.
-What the answer does beyond the truth is subtracted. The order of changes is not judged, nor how a picture would look. Texts
-of reports are compared by difflib's ratio, not by a model.
+What the answer does beyond the truth is subtracted. The order of changes is not judged, nor how a picture would look.
+Texts of reports are compared by difflib's ratio, not by a model.
 """
 
 from __future__ import annotations
