@@ -14,6 +14,7 @@ from draftdiff.errors import UserError, user_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from draftdiff.llm.workloads.base import Case, Workload
     from draftdiff.models.llm import LanguageModel
 
 # torch and transformers take seconds to import: only inside the commands that need them.
@@ -32,7 +33,8 @@ def add_llm(llm: Parser) -> None:
     generate.add_argument("--prompt", metavar="TEXT", action=Once, hint=hint, help='for example "def "')
     generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file instead")
     generate.add_argument("--method", default="chain", metavar="NAME", help=f"{_METHODS} (default: chain)")
-    _add_common(generate, tokens=128)
+    _add_common(generate)
+    generate.add_argument("--tokens", type=int, default=128, help="new tokens (default: 128)")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     generate.set_defaults(func=_generate)
 
@@ -49,19 +51,26 @@ def add_llm(llm: Parser) -> None:
         metavar="NAME",
         help=f"repeat for several: {_METHODS} (default: all)",
     )
+    compare.add_argument(
+        "--workload",
+        choices=("drawing", "travel"),
+        help="cases with known answers instead of prompts: scores, paired differences from plain decoding, verdicts",
+    )
+    compare.add_argument("--cases", type=int, help="of the workload (default: 24)")
+    compare.add_argument("--noise", type=float, help="of travel's tables, 0 to 1: 10,000 tokens (default: 0.3)")
     compare.add_argument("--examples", type=int, default=4, help="prompts where none is given, up to 8 (default: 4)")
     compare.add_argument("--prompt-tokens", type=int, default=384, help="length of those (default: 384)")
-    compare.add_argument("--repeat", type=int, default=3, help="timed rounds (default: 3)")
+    compare.add_argument("--repeat", type=int, help="timed rounds (default: 3, with a workload 1)")
     compare.add_argument(
         "-o", "--output", type=Path, default=Path("compare-llm"), metavar="FOLDER", help="default: compare-llm"
     )
-    _add_common(compare, tokens=64)
+    _add_common(compare)
+    compare.add_argument("--tokens", type=int, help="new tokens (default: 64, with a workload what its answers need)")
     compare.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     compare.set_defaults(func=_compare)
 
 
-def _add_common(parser: Parser, tokens: int) -> None:
-    parser.add_argument("--tokens", type=int, default=tokens, help=f"new tokens (default: {tokens})")
+def _add_common(parser: Parser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--capacity", type=int, default=128, help="tokens that SpecKV and SpecPC keep (default: 128)")
     add_seed(parser)
@@ -80,7 +89,7 @@ def _check_transformers() -> None:
         import draftdiff.llm  # noqa: F401
 
 
-def _load(options: Namespace) -> LanguageModel:
+def _load(options: Namespace, drawing: bool = False) -> LanguageModel:
     import transformers
 
     from draftdiff.models.llm import load
@@ -92,6 +101,7 @@ def _load(options: Namespace) -> LanguageModel:
         dtype=options.dtype,
         device=options.device,
         same_tokenizer=options.same_tokenizer,
+        drawing=drawing,
     )
 
 
@@ -160,19 +170,41 @@ def _compare(options: Namespace) -> int:
     check_folder(options.output, LlmComparison.made_by)
     from draftdiff.compare import llm_page
     from draftdiff.models.devices import about
+    from draftdiff.models.llm import encode
     from draftdiff.models.llm_methods import generate_options, methods_of
 
-    arguments = generate_options(options.tokens, options.temperature)
-    model = _load(options)
-    methods = options.methods or methods_of(model)
+    workload, cases = _cases(options)
+    usual = 64 if workload is None else workload.tokens
+    arguments = generate_options(usual if options.tokens is None else options.tokens, options.temperature)
+    model = _load(options, drawing=options.workload == "drawing")
     comparison = compare_methods(
         model,
-        _prompts(options, model),
-        methods,
+        _prompts(options, model) if workload is None else [encode(model, case.prompt) for case in cases],
+        options.methods or methods_of(model),
         capacity=options.capacity,
         options=arguments,
-        repeat=options.repeat,
+        repeat=(3 if workload is None else 1) if options.repeat is None else options.repeat,
         seed=options.seed,
         about=about(model.device, model.target.dtype, options.command_line),
+        workload=None if workload is None else (workload, cases),
     )
     return deliver(comparison, llm_page.write, options.output, options)
+
+
+def _cases(options: Namespace) -> tuple[Workload | None, list[Case]]:
+    """The workload that was asked for and its cases. Raises UserError for options that do not go together."""
+    from draftdiff.compare.llm_workload import checked_cases
+    from draftdiff.llm.workloads.named import named_workload
+
+    if options.workload is None:
+        for name in ("cases", "noise"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} goes with --workload")
+        return None, []
+    if options.prompts or options.prompt_files:
+        raise UserError("--workload brings its own prompts: leave --prompt and --prompt-file out")
+    if options.noise is not None and options.workload != "travel":
+        raise UserError(f"--noise goes with --workload travel, got {options.workload}")
+    noise = 0.3 if options.noise is None else options.noise
+    workload = named_workload(options.workload, compact=options.model is None, noise=noise)
+    return workload, checked_cases(workload, options.seed, 24 if options.cases is None else options.cases)

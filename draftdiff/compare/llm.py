@@ -17,8 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from draftdiff.compare.comparison import Comparison
+from draftdiff.compare.llm_workload import Judgement
 from draftdiff.compare.table import Column, megabytes, spread, with_spread
 from draftdiff.errors import UserError
+from draftdiff.llm.workloads.base import Case, Workload
 from draftdiff.models.llm import LanguageModel
 from draftdiff.models.llm_methods import METHODS, Run, check_method
 
@@ -54,6 +56,9 @@ COLUMNS: tuple[Column, ...] = (
         "{:.0%}".format,
         "share of plain's tokens that are also this method's choice after plain's text so far",
     ),
+    ("score", "score", "{:.1f}".format, "the headline figure of the workload, mean over its cases"),
+    ("difference", "difference", str, "from plain's score, case by case: mean (95 % interval by bootstrap)"),
+    ("verdict", "verdict", str, "lossless methods are judged by their tokens, lossy ones by the difference"),
 )
 
 
@@ -90,6 +95,7 @@ class LlmComparison(Comparison[MethodResult]):
     results: list[MethodResult]
     texts: dict[str, list[str]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    judgement: Judgement | None = None
 
     @property
     def sampling(self) -> bool:
@@ -117,20 +123,40 @@ class LlmComparison(Comparison[MethodResult]):
             else None,
             "same_text": fmean(same) if others and not self.sampling else None,
             "next_token": result.next_token,
+            **self._judged(result),
+        }
+
+    def _judged(self, result: MethodResult) -> dict[str, Any]:
+        """The columns of a workload."""
+        judged = self.judgement
+        if judged is None:
+            return dict.fromkeys(("score", "difference", "verdict"))
+        lossless, others = METHODS[result.name].lossless, result is not self.baseline
+        same = [torch.equal(run.tokens, base.tokens) for run, base in zip(result.runs, self.baseline.runs)]
+        identity = "same tokens" if all(same) else f"other tokens in {same.count(False)} of {len(same)}"
+        exact = "exact in law" if self.sampling else identity
+        return {
+            "score": judged.mean(result.name),
+            "difference": judged.difference(result.name) if not lossless else None,
+            "verdict": None if not others else exact if lossless else judged.verdict(result.name),
         }
 
     def notes(self) -> list[str]:
-        return [
+        unlike = [
             f"{METHODS[result.name].title} did not write the same text in every round"
             for result in self.results
             if not result.repeats and not self.sampling
         ]
+        lossy = any(not METHODS[result.name].lossless for result in self.results)
+        refusal = self.judgement.refusal() if self.judgement is not None and lossy else None
+        return [*unlike, *([refusal] if refusal else [])]
 
     def content(self) -> dict[str, Any]:
         methods = [
             {
                 "name": result.name,
                 **row,
+                "difference": row["difference"] and vars(row["difference"]),
                 "seconds": result.seconds,
                 "tokens": result.tokens,
                 "repeats": result.repeats,
@@ -145,6 +171,7 @@ class LlmComparison(Comparison[MethodResult]):
             "capacity": self.capacity,
             "options": self.options,
             "methods": methods,
+            **({} if self.judgement is None else {"workload": self.judgement.content()}),
         }
 
 
@@ -159,11 +186,13 @@ def compare_methods(
     seed: int = 0,
     about: dict[str, Any] | None = None,
     progress: bool = True,
+    workload: tuple[Workload, Sequence[Case]] | None = None,
 ) -> LlmComparison:
     """Run plain decoding and every method on all prompts, `repeat` times, and compare.
 
     prompts: int64 [1, tokens] each.  methods: keys of METHODS.  capacity: tokens that SpecKV and SpecPC keep.
     options: arguments of generate, do_sample and max_new_tokens among them.  about: where and with what it runs.
+    workload: by which answers are scored, with the cases whose prompts these are.
     Raises UserError for no prompts, unknown methods, or a capacity below 1.
     """
     if not prompts:
@@ -198,7 +227,10 @@ def compare_methods(
         for result in results[1:]:
             result.next_token = _next_token(result, results[0])
     texts = {result.name: [model.tokenizer.decode(run.tokens) for run in result.runs] for result in results}
-    return LlmComparison(model.name, list(prompts), capacity, dict(options), results, texts, dict(about or {}))
+    judgement = None if workload is None else Judgement.of(*workload, texts)
+    return LlmComparison(
+        model.name, list(prompts), capacity, dict(options), results, texts, dict(about or {}), judgement
+    )
 
 
 def _same_start(tokens: Tensor, plain: Tensor) -> float:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from draftdiff.compare.charts import bars
-from draftdiff.compare.html import document
+from draftdiff.compare.html import document, html_table
 from draftdiff.compare.llm import LlmComparison
+from draftdiff.compare.table import Column, mean_of_known
+from draftdiff.models.llm_methods import METHODS
 
 
 def write(comparison: LlmComparison, folder: Path | str) -> Path:
@@ -32,12 +34,31 @@ def page(comparison: LlmComparison) -> str:
             f"{best['tokens_per_forward']:.2f} tokens per forward of the target."
         )
     sections = [
+        *_judged(comparison),
         "<h2>Tokens per forward and speed</h2>",
         _bars(rows),
         "<h2>What was written</h2>",
         *(_texts(comparison, index) for index in range(min(len(comparison.prompts), 3))),
     ]
     return document(comparison, f"Decoding methods: {comparison.model}", headline, sections, _facts(comparison))
+
+
+def _judged(comparison: LlmComparison) -> list[str]:
+    """Each figure of the workload for plain decoding, and how far the lossy methods are from it."""
+    judged = comparison.judgement
+    lossy = [name for name in comparison.texts if not METHODS[name].lossless]
+    if judged is None:
+        return []
+    rows = []
+    for metric, meaning in judged.workload.metrics.items():
+        plain = mean_of_known(judged.values("plain", metric))
+        beside: dict[str, Any] = {name: judged.difference(name, metric) for name in lossy}
+        rows.append({"metric": metric.replace("_", " "), "meaning": meaning, "plain": plain, **beside})
+    columns: list[Column] = [("figure", "metric", str, "of 100"), ("plain", "plain", "{:.1f}".format, "its mean")]
+    columns += [(name, name, str, "from plain: mean (95 % interval)") for name in lossy]
+    columns.append(("what it is", "meaning", str, ""))
+    title = f"The {judged.workload.name} workload, {len(judged.cases)} cases"
+    return [f"<h2>{escape(title)}</h2>", html_table(rows, columns)]
 
 
 def _bars(rows: list[dict[str, Any]]) -> str:

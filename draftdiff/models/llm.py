@@ -18,7 +18,7 @@ from draftdiff.llm.drafters.cross_vocab import CrossVocabDrafter
 from draftdiff.models.devices import find_device, find_dtype
 from draftdiff.models.loading import loading
 
-EMBEDDED = "mini-llm"
+EMBEDDED, EMBEDDED_DRAWING = "mini-llm", "mini-drawing"
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,22 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     same_tokenizer: bool = False,
+    drawing: bool = False,
 ) -> LanguageModel:
     """Load a pair and put it on its device.
 
-    target, draft: folders or Hugging Face Hub ids; both None is the embedded pair, no draft leaves methods that need
-    none.  same_tokenizer: take the draft's for the target's, whatever they say.  dtype: float32, float16 or bfloat16;
-    None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pair.  device: as in torch; None is CUDA if
-    there is. Raises UserError, in one line, for what cannot be loaded or does not belong together.
+    target, draft: folders or Hugging Face Hub ids; both None is an embedded pair, no draft leaves methods that need
+    none.  same_tokenizer: take the draft's for the target's, whatever they say.  drawing: the embedded pair that
+    answers the drawing workload's compact prompts, instead of the one for programs.  dtype: float32, float16 or
+    bfloat16; None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pairs.  device: as in torch; None is
+    CUDA if there is. Raises UserError, in one line, for what cannot be loaded or does not belong together.
     """
     place = find_device(device)
     wanted = find_dtype(dtype, place, embedded=target is None)
     if target is None:
         if draft is not None:
             raise UserError(f"--draft comes with --model, got {draft!r} alone")
-        return _embedded(wanted, place)
+        return _embedded(wanted, place, drawing)
     tokenizer = pretrained("AutoTokenizer", target)
     model = LanguageModel(target, _model(target, wanted, place), None, tokenizer, same_tokenizer=same_tokenizer)
     if draft is None:
@@ -92,18 +94,26 @@ def pretrained(kind: str, name: str, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(place, trust_remote_code=False, **options)
 
 
-def _embedded(dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    from draftdiff.pipelines.mini.llm import HEADS, load_mini_heads, load_mini_llm, mini_llm_defaults
+def _embedded(dtype: torch.dtype, device: torch.device, drawing: bool) -> LanguageModel:
+    from draftdiff.pipelines.mini.llm import (
+        DRAWING_WEIGHTS,
+        HEADS,
+        WEIGHTS,
+        load_mini_heads,
+        load_mini_llm,
+        mini_llm_defaults,
+    )  # fmt: skip
 
-    with loading(EMBEDDED):
-        target, draft, tokenizer = load_mini_llm(dtype)
-        known = mini_llm_defaults()
+    name, folder = (EMBEDDED_DRAWING, DRAWING_WEIGHTS) if drawing else (EMBEDDED, WEIGHTS)
+    with loading(name):
+        target, draft, tokenizer = load_mini_llm(dtype, folder)
+        known = mini_llm_defaults(folder)
         target.to(device)
-        heads = {kind: load_mini_heads(kind, target) for kind in HEADS}
+        heads = {kind: load_mini_heads(kind, target, folder) for kind in HEADS if (folder / kind).is_dir()}
     counts = torch.tensor(known["token_counts"]) if "token_counts" in known else None
     draft = draft.to(device)
     cross = _coarser(draft, tokenizer)
-    return LanguageModel(EMBEDDED, target, draft, tokenizer, known["length"], 12, counts, cross, heads=heads)
+    return LanguageModel(name, target, draft, tokenizer, known["length"], 12, counts, cross, heads=heads)
 
 
 def _coarser(draft: Any, tokenizer: Any, share: float = 0.5) -> CrossVocabDrafter:

@@ -80,10 +80,10 @@ class DrawingWorkload(Workload):
         "sequences": "operation chains of the right tools",
         "plans": "operation chains that are right in all",
     }
-    tokens = 512
 
     def __init__(self, compact: bool = False) -> None:
         self.compact = compact
+        self.tokens = 256 if compact else 768
 
     def cases(self, seed: int, n: int) -> list[Case]:
         """The twelve types in turn."""

@@ -1,8 +1,8 @@
 """Seeded wishes with a sandbox in which a plan for each exists, traps that nearly do, and rows and columns of noise.
 
 The plan comes first and the budget after it: what the plan costs, and room for one change of any kind, so that a plan
-with one mistake has that mistake alone. Traps: a house that costs the whole budget, one that wants longer stays, one for
-each thing that the wish asks of houses one that lacks it alone.
+with one mistake has that mistake alone. Traps: a house that costs the whole budget, one that wants longer stays, and
+for each thing that the wish asks of houses one that lacks it alone.
 """
 
 from __future__ import annotations

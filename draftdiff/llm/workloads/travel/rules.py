@@ -161,6 +161,26 @@ def transport(trip: Trip) -> bool | None:
     return None if trip.query.without is None else trip.query.without not in trip.modes
 
 
+def grounded(trip: Trip) -> float:
+    """Share of what the plan's days need, ways, meals, sights and nights, that names something in the tables."""
+    sights = {(one.name, one.city) for one in trip.sandbox.sights}
+    there = {
+        "way": {number for number, one in trip.legs if one},
+        "night": {number for number, one in trip.nights if one},
+    }
+    meals = [number for number, one in trip.meals if one]
+    due = found = 0
+    for number, day in enumerate(trip.plan):
+        if day.route is not None:
+            due, found = due + 1, found + (number in there["way"])
+        else:
+            due, found = due + len(MEALS) + 1, found + meals.count(number)
+            found += any(place(sight) in sights for sight in day.sights)
+        if number + 1 < len(trip.plan):
+            due, found = due + 1, found + (number in there["night"])
+    return found / due
+
+
 COMMONSENSE: dict[str, Callable[[Trip], bool]] = {
     rule.__name__: rule
     for rule in (

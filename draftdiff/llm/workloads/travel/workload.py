@@ -14,7 +14,7 @@ from draftdiff.errors import UserError
 from draftdiff.llm.workloads.base import Case, Score, Workload
 from draftdiff.llm.workloads.travel.generator import DAYS, LEVELS, World, world
 from draftdiff.llm.workloads.travel.plan import NoPlan, parse, written
-from draftdiff.llm.workloads.travel.rules import COMMONSENSE, HARD, Trip, verdicts
+from draftdiff.llm.workloads.travel.rules import COMMONSENSE, HARD, Trip, grounded, verdicts
 from draftdiff.llm.workloads.travel.sandbox import Sandbox
 from draftdiff.llm.workloads.travel.scrubber import constraints, scrub
 from draftdiff.llm.workloads.travel.tables import tables
@@ -35,8 +35,9 @@ class TravelWorkload(Workload):
     """noise: from 0 to 1, of further cities, rows and columns; 1 makes prompts of about 10,000 tokens."""
 
     name = "travel"
-    headline = "rules"
+    headline = "grounded"
     metrics = {  # noqa: RUF012
+        "grounded": "ways, meals, sights and nights that the days need and that name something in the tables",
         "rules": "rules that hold, of the eight of common sense and those that the wish states",
         "delivered": "a plan with the right number of days",
         "commonsense_micro": "rules of common sense that hold",
@@ -77,8 +78,8 @@ class TravelWorkload(Workload):
             trip = Trip(made.query, made.sandbox, parse(text, made.query.days))
         except NoPlan:
             due = verdicts(Trip(made.query, made.sandbox, made.gold))
-            return _figures({name: None if holds is None else False for name, holds in due.items()}, delivered=False)
-        return _figures(verdicts(trip), delivered=True)
+            return _figures({name: None if holds is None else False for name, holds in due.items()}, None)
+        return _figures(verdicts(trip), 100 * grounded(trip))
 
     def summary(self, cases: Sequence[Case], scores: Sequence[Score]) -> dict[str, float]:
         """Rates over all plans; micro rates are of all rules together."""
@@ -95,10 +96,12 @@ def _prompt(made: World, sandbox: Sandbox) -> str:
     return f"{RULES}\n\n{tables(sandbox, made.query)}\n\n{made.query.in_words()}\nplan: "
 
 
-def _figures(holds: dict[str, bool | None], delivered: bool) -> Score:
+def _figures(holds: dict[str, bool | None], grounded: float | None) -> Score:
+    """grounded: in per cent, None of a text that is no plan."""
+    delivered = grounded is not None
     groups = {name: [holds[rule] for rule in rules if holds[rule] is not None]
               for name, rules in (("commonsense", COMMONSENSE), ("hard", HARD))}  # fmt: skip
-    made: Score = {"delivered": 100.0 * delivered}
+    made: Score = {"grounded": grounded or 0.0, "delivered": 100.0 * delivered}
     for name, group in groups.items():
         made[f"{name}_micro"] = 100 * sum(map(bool, group)) / len(group)
         made[f"{name}_macro"] = 100.0 * all(group)
