@@ -1,12 +1,13 @@
 """Train the drawing pair that ships with draftdiff, from nothing, on one CPU core.
 
 Target and draft learn to answer the compact prompts of the drawing-revision workload (draftdiff.llm.workloads.drawing):
-what an instruction names is copied into tool calls. Only answers count in the loss. Every phase trains for a number of
-minutes, saves a checkpoint once a minute and when interrupted, and resumes from it:
+what an instruction names is copied into tool calls. Only answers count in the loss. The draft begins with heads that
+copy, the target as the draft with more layers, which do nothing at first. Every phase trains for a number of minutes,
+saves a checkpoint once a minute and when interrupted, and resumes from it:
 
     python samples/training/train_mini_drawing.py tokenizer
-    python samples/training/train_mini_drawing.py target --minutes 60
-    python samples/training/train_mini_drawing.py draft --minutes 12
+    python samples/training/train_mini_drawing.py draft --minutes 31
+    python samples/training/train_mini_drawing.py target --minutes 15
     python samples/training/train_mini_drawing.py export
 """
 
@@ -23,84 +24,38 @@ import torch.nn.functional as F
 from loop import Optimizer, Phase, existing, parser, spent, write_settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftdiff.cli import run
 from draftdiff.files import replacing, replacing_folder
 from draftdiff.llm import evaluate_draft, generate_distillation_set
+from draftdiff.llm.train.copying import copying_model
 from draftdiff.llm.train.data import left_padded
 from draftdiff.llm.train.trim import count_tokens
 from draftdiff.llm.workloads.base import Case
 from draftdiff.llm.workloads.drawing.workload import DrawingWorkload
 from draftdiff.pipelines.mini.llm import DRAWING_WEIGHTS, load_mini_llm
 
-VOCABULARY, CONTEXT, BATCH, HEAD = 776, 512, 16, 32
+VOCABULARY, CONTEXT, BATCH = 776, 512, 16
 END = "<|endoftext|>"
 # Words without the space before them, and each digit on its own: what is copied is the same token wherever it stands.
 PIECES = r"[A-Za-z_]+|\d|[^A-Za-z_\d]+"
 SIZES: dict[str, dict[str, int]] = {
-    "target": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256},
-    "draft": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    "draft": {"width": 64, "layers": 2, "mlp": 128},
+    "target": {"width": 64, "layers": 4, "mlp": 128},
 }
+RATES = {"draft": (3e-3, 0.02), "target": (2e-3, 0.01)}  # at their peak, of Adam and Muon
 TRAINING, HELD_OUT = 1_000_000, 999_999  # seeds of cases; smaller ones are for comparisons
 LENGTH = 5  # of the draft's chains
+WRITTEN, JUDGED, ANSWER = 48, 240, 256  # cases whose tokens are counted, cases of the scores, tokens of an answer
 
 
 def new_model(kind: str) -> LlamaForCausalLM:
     """A target or a draft in fp32."""
-    config = LlamaConfig(
-        **SIZES[kind],
-        vocab_size=VOCABULARY,
-        head_dim=HEAD,
-        max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    return copying_model(**SIZES[kind], vocabulary=VOCABULARY, context=CONTEXT)
 
 
-@torch.no_grad()
-def begin_to_copy(model: LlamaForCausalLM, scale: float = 0.1) -> None:
-    """Set half the heads of the first two layers to an induction circuit (arXiv 2209.11895).
-
-    A head of the first layer looks one token back and writes that token into dimensions kept for it; one of the second
-    looks where the token before is the present one, and adds the token there to what comes next. From random weights
-    such heads take most of a small budget to appear: 550 steps on the cases had not brought them.
-    """
-    width, heads = model.config.hidden_size, model.config.num_attention_heads // 2
-    kept, pairs = width // 4 // heads, HEAD // 2  # dimensions for the token before, of each head; rotated pairs of one
-    last = width - kept * heads
-    table = model.model.embed_tokens.weight
-    table.normal_(std=scale)
-    table[:, 0], table[:, last:] = 4 * scale, 0  # the first is the same for all tokens
-    look, find = (layer.self_attn for layer in model.model.layers[:2])
-    turns = 1e6 ** (-torch.arange(4) / pairs)  # radians a token, of the four pairs that turn fastest
-    slow = [*range(pairs - kept // 2, pairs), *range(2 * pairs - kept // 2, 2 * pairs)]
-    for head in range(heads):
-        rows = slice(head * HEAD, (head + 1) * HEAD)
-        for layer in (look, find):
-            for part in (layer.q_proj, layer.k_proj, layer.v_proj):
-                part.weight[rows] = 0
-            layer.o_proj.weight[:, rows] = 0
-        place = head * HEAD + torch.arange(4)
-        look.q_proj.weight[place, 0], look.q_proj.weight[place + pairs, 0] = 2 * turns.cos(), -2 * turns.sin()
-        look.k_proj.weight[place, 0] = 2
-        seen = torch.nn.init.orthogonal_(torch.empty(kept, last - 1))
-        look.v_proj.weight[head * HEAD + torch.arange(kept), 1:last] = seen
-        before = last + head * kept + torch.arange(kept)
-        look.o_proj.weight[before, head * HEAD + torch.arange(kept)] = scale
-        at = head * HEAD + torch.tensor(slow)
-        find.q_proj.weight[at, 1:last] = 2 * seen
-        find.k_proj.weight[at, before] = 2
-        copied = torch.nn.init.orthogonal_(torch.empty(min(HEAD, last - 1), last - 1))
-        find.v_proj.weight[rows, 1:last] = copied
-        find.o_proj.weight[1:last, rows] = 6 * scale * copied.T
-
-
-def train_tokenizer(file: Path) -> None:
+def train_tokenizer(file: Path, texts: int = 6000) -> None:
     """Byte-level BPE over prompts and answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -113,7 +68,7 @@ def train_tokenizer(file: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    cases = DrawingWorkload(compact=True).cases(TRAINING - 2, 6000)
+    cases = DrawingWorkload(compact=True).cases(TRAINING - 2, texts)
     tokenizer.train_from_iterator((case.prompt + case.gold for case in cases), trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
@@ -154,18 +109,28 @@ class Rows:
         return ids, torch.arange(len(ids)) >= len(prompt)
 
 
+@torch.no_grad()
+def grow(model: LlamaForCausalLM, smaller: LlamaForCausalLM) -> None:
+    """Make a deeper model say what a smaller one says: its layers first, then new ones that add nothing yet."""
+    model.load_state_dict(smaller.state_dict(), strict=False)
+    for layer in model.model.layers[len(smaller.model.layers) :]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
 class Pretraining(Phase):
     """A model on gold answers."""
 
     def __init__(self, kind: str, work: Path) -> None:
         torch.manual_seed(0)
         model = new_model(kind)
-        begin_to_copy(model)
+        if kind == "target":
+            grow(model, trained("draft", work))
         matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-        super().__init__(
-            work / f"drawing_{kind}.pt", model, Optimizer(model.parameters(), 3e-3, matrices), average=True
-        )
-        self.rows = Rows(load_tokenizer(work), TRAINING + self.step)
+        adam, muon = RATES[kind]
+        optimizer = Optimizer(model.parameters(), adam, matrices, muon)
+        super().__init__(work / f"drawing_{kind}.pt", model, optimizer, average=True)
+        self.rows = Rows(load_tokenizer(work), TRAINING + 10_000 * list(SIZES).index(kind) + self.step)
 
     def train_step(self, part: float) -> str:
         ids, answers = self.rows.batch()
@@ -187,13 +152,13 @@ def trained(kind: str, work: Path) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, prompts: list[str], batch: int = 48, tokens: int = 448) -> list[str]:
+def answers(model: Any, tokenizer: Any, prompts: list[str], batch: int = 48) -> list[str]:
     """Greedy answers."""
     found = []
     for start in range(0, len(prompts), batch):
         rows = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts[start : start + batch]]
         ids, mask = left_padded(rows, 0)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False)
         found += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return found
 
@@ -216,9 +181,9 @@ def export(work: Path, folder: Path) -> None:
         for name, model in (("target", target), ("draft", draft)):
             model.half().save_pretrained(new / name)
             model.float()  # what is scored is what is loaded
-        prompts = [case.prompt for case in DrawingWorkload(compact=True).cases(HELD_OUT - 1, 48)]
+        prompts = [case.prompt for case in DrawingWorkload(compact=True).cases(HELD_OUT - 1, WRITTEN)]
         written = generate_distillation_set(
-            target, prompts, temperatures=(0.0,), max_new_tokens=448, batch_size=48, tokenizer=tokenizer
+            target, prompts, temperatures=(0.0,), max_new_tokens=ANSWER, batch_size=48, tokenizer=tokenizer
         )
         scores = evaluate_draft(target, draft, written, length=LENGTH)
         settings = {
@@ -227,8 +192,8 @@ def export(work: Path, folder: Path) -> None:
             "length": LENGTH,
             "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
             "workload": {
-                "target": held_out_summary(target, tokenizer, 240),
-                "draft": held_out_summary(draft, tokenizer, 240),
+                "target": held_out_summary(target, tokenizer, JUDGED),
+                "draft": held_out_summary(draft, tokenizer, JUDGED),
             },
             "training": {kind: spent(work / f"drawing_{kind}.pt") for kind in SIZES},
         }
@@ -249,7 +214,7 @@ def main() -> None:
             load_mini_llm(folder=DRAWING_WEIGHTS)
         else:
             Pretraining(arguments.phase, work).run(arguments.minutes)
-            print(json.dumps(held_out_summary(trained(arguments.phase, work), load_tokenizer(work), 96)))
+            print(json.dumps(held_out_summary(trained(arguments.phase, work), load_tokenizer(work), 24)))
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the same command carries on from {work}") from None
 

@@ -210,3 +210,25 @@ def test_the_commands_do_without_diffusers():
         "assert 'diffusers' not in sys.modules, 'diffusers'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_workload_is_scored_beside_speed_and_memory(tmp_path, capsys):
+    given = ["compare", "--workload", "drawing", "--cases", 2, "--tokens", 24, "--capacity", 40]
+    result = run(capsys, *given, "--method", "ngram", "--method", "specpc", "-o", tmp_path / "out")
+    assert result["model"] == "mini-drawing" and result["workload"]["name"] == "drawing"
+    plain, ngram, specpc = result["methods"]
+    assert ngram["verdict"] == "same tokens" and ngram["tokens_per_forward"] >= 1 and ngram["difference"] is None
+    assert plain["score"] == 0 and specpc["verdict"] == "refused"  # no answer fits into 24 tokens
+    assert "no verdict on lossy methods" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_mistakes_about_workloads_are_one_line(tmp_path, capsys):
+    def fails(*argv: object) -> str:
+        return fails_in_one_line(capsys, "llm", "compare", "-o", tmp_path / "out", *argv)
+
+    assert "--cases goes with --workload" in fails("--cases", 3)
+    assert "--noise goes with --workload travel, got drawing" in fails("--workload", "drawing", "--noise", 0.5)
+    assert "noise must be from 0 to 1, got 3" in fails("--workload", "travel", "--noise", 3)
+    assert "cases must be at least 2, got 1" in fails("--workload", "travel", "--cases", 1)
+    assert "leave --prompt and --prompt-file out" in fails("--workload", "travel", "--prompt", "x")
+    assert "invalid choice: 'chess'" in fails("--workload", "chess")

@@ -110,3 +110,20 @@ def test_a_phase_of_the_video_autoencoder_takes_a_step(script, tmp_path):
     assert "fit=" in phase.train_step(0.5)
     phase.save()
     assert phase.file.is_file() and phase.average is not None
+
+
+def test_the_drawing_phases_follow_one_another(script, tmp_path, monkeypatch):
+    train = script("train_mini_drawing")
+    with pytest.raises(UserError, match="run the phase 'tokenizer' first"):
+        train.Pretraining("target", tmp_path)
+    monkeypatch.setattr(train, "WRITTEN", 3)
+    monkeypatch.setattr(train, "JUDGED", 2)
+    monkeypatch.setattr(train, "ANSWER", 8)
+    train.train_tokenizer(tmp_path / "drawing_tokenizer.json", 300)
+    for kind in train.SIZES:
+        phase = train.Pretraining(kind, tmp_path)
+        assert "right=" in phase.train_step(0.5)
+        phase.save()
+    train.export(tmp_path, tmp_path / "pair")
+    settings = json.loads((tmp_path / "pair" / "draftdiff.json").read_text())
+    assert set(settings["workload"]) == {"target", "draft"} and len(settings["sha256"]) == 2

@@ -71,15 +71,15 @@ class World:
     level: str
 
 
-def world(seed: str, days: int, level: str, noise: float, rows: int = 9) -> World:
+def world(seed: str, days: int, level: str, noise: float, rows: int = 9, others: int = 1) -> World:
     """A wish, its sandbox and a plan that passes.
 
     seed: any text.  noise: from 0 to 1, of further cities, rows and columns; 1 makes about 10,000 tokens.  rows:
-    restaurants of a city without noise.
+    restaurants of a city without noise.  others: cities beside those of the region, without noise.
     """
     for attempt in range(1000):
         chance = random.Random(f"{seed} {attempt}")
-        made = _Maker(chance, days, noise, rows)
+        made = _Maker(chance, days, noise, rows, others)
         sandbox = made.sandbox()
         query = made.query(level)
         gold = solve(sandbox, query)
@@ -93,14 +93,14 @@ def world(seed: str, days: int, level: str, noise: float, rows: int = 9) -> Worl
 class _Maker:
     """Draws names, tables and a wish."""
 
-    def __init__(self, chance: random.Random, days: int, noise: float, rows: int) -> None:
+    def __init__(self, chance: random.Random, days: int, noise: float, rows: int, others: int) -> None:
         self.chance, self.days, self.noise = chance, days, noise
         self.rows = rows + round(12 * noise)
         self.names: set[str] = set()
         self.start = date(2026, 1, 1) + timedelta(days=chance.randrange(365))
         count = (days - 1) // 2
         self.region = tuple(self.town() for _ in range(count + (1 if count > 1 else 0)))
-        self.others = tuple(self.town() for _ in range(1 + round(2 * noise)))
+        self.others = tuple(self.town() for _ in range(others + round(2 * noise)))
         self.origin, self.region_name = self.town(), self.town()
 
     def fresh(self, make: Iterator[str]) -> str:

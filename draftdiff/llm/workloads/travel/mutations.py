@@ -1,7 +1,7 @@
 """One way to break each rule of a good plan and no other; for tests, and to see what a score makes of a mistake.
 
-Built from what the generator promises, not by asking the rules. None where the wish leaves no such mistake. A plan with
-a hole or an invention in it fails all that the wish states too, as the rules say.
+Built from what the generator promises, not by asking the rules. None where the wish, or a sandbox of few rows, leaves
+no such mistake. A plan with a hole or an invention in it fails all that the wish states too, as the rules say.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ def _plain_meal(world: World, chance: random.Random) -> str:
     return chance.choice([meal for meal in MEALS if not set(_restaurant(world, getattr(day, meal)).cuisines) & asked])
 
 
-def _route(world: World, chance: random.Random) -> Plan:
+def _route(world: World, chance: random.Random) -> Plan | None:
     """Stays where it is instead of going home."""
     city = world.gold[-2].current_city
     meals = _spare(world, chance, city, plain=False)
     used = {sight for day in world.gold for sight in day.sights}
     sights = [f"{one.name}, {city}" for one in world.sandbox.sights if one.city == city]
     free = [sight for sight in sights if sight not in used]
+    if len(meals) < len(MEALS) or not free:
+        return None
     return (*world.gold[:-1], Day(city, NONE, meals[0], meals[1], meals[2], chance.choice(free), NONE))
 
 

@@ -15,7 +15,7 @@ from draftdiff.llm.workloads.base import Case, Score, Workload
 from draftdiff.llm.workloads.travel.generator import DAYS, LEVELS, World, world
 from draftdiff.llm.workloads.travel.plan import NoPlan, parse, written
 from draftdiff.llm.workloads.travel.rules import COMMONSENSE, HARD, Trip, grounded, verdicts
-from draftdiff.llm.workloads.travel.sandbox import Sandbox
+from draftdiff.llm.workloads.travel.sandbox import Query, Sandbox
 from draftdiff.llm.workloads.travel.scrubber import constraints, scrub
 from draftdiff.llm.workloads.travel.tables import tables
 
@@ -92,8 +92,13 @@ class TravelWorkload(Workload):
         return found
 
 
+def reference(query: Query, sandbox: Sandbox) -> str:
+    """The tables and the wish."""
+    return f"{tables(sandbox, query)}\n\n{query.in_words()}"
+
+
 def _prompt(made: World, sandbox: Sandbox) -> str:
-    return f"{RULES}\n\n{tables(sandbox, made.query)}\n\n{made.query.in_words()}\nplan: "
+    return f"{RULES}\n\n{reference(made.query, sandbox)}\nplan: "
 
 
 def _figures(holds: dict[str, bool | None], grounded: float | None) -> Score:
