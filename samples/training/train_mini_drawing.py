@@ -7,7 +7,7 @@ saves a checkpoint once a minute and when interrupted, and resumes from it:
 
     python samples/training/train_mini_drawing.py tokenizer
     python samples/training/train_mini_drawing.py draft --minutes 31
-    python samples/training/train_mini_drawing.py target --minutes 15
+    python samples/training/train_mini_drawing.py target --minutes 8
     python samples/training/train_mini_drawing.py export
 """
 
@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
 RATES = {"draft": (3e-3, 0.02), "target": (2e-3, 0.01)}  # at their peak, of Adam and Muon
 TRAINING, HELD_OUT = 1_000_000, 999_999  # seeds of cases; smaller ones are for comparisons
 LENGTH = 5  # of the draft's chains
-WRITTEN, JUDGED, ANSWER = 48, 240, 256  # cases whose tokens are counted, cases of the scores, tokens of an answer
+WRITTEN, JUDGED, ANSWER = 24, 48, 256  # cases whose tokens are counted, cases of the scores, tokens of an answer
 
 
 def new_model(kind: str) -> LlamaForCausalLM:
