@@ -19,7 +19,7 @@ def script(monkeypatch):
 
 def test_drafters_are_measured_over_a_stream(script, tmp_path, capsys):
     files = ["--json", str(tmp_path / "stream.json"), "--plot", str(tmp_path / "stream.png")]
-    script("drawing_stream").main(["--cases", "6", "--block", "3", *files])
+    script("drawing_stream").main(["--cases", "4", "--block", "2", *files])
     rows = json.loads((tmp_path / "stream.json").read_text())["rows"]
     assert [row["drafter"] for row in rows] == [
         "n-grams, kept", "n-grams, anew", "OmniDraft, learning", "OmniDraft, anew",
@@ -78,7 +78,11 @@ def test_rows_of_feedback_aware_tuning_are_reference_wish_feedback_and_plan(scri
         ("drawing_stream", ["--plot", "x.pdf"], "argument --plot: output 'x.pdf' must end in .png"),
         ("workload_curves", ["--workload", "chess"], "argument --workload: invalid choice: 'chess'"),
         ("workload_curves", ["--workload", "travel", "--noise", "2"], "argument --noise: must be above"),
-        ("workload_curves", ["--workload", "travel", "--model", "no/such"], "model 'no/such' cannot be loaded"),
+        (
+            "workload_curves",
+            ["--workload", "travel", "--model", "no/such/folder"],
+            "model 'no/such/folder' cannot be loaded",
+        ),
         ("feedback_tuning", ["--steps", "0"], "argument --steps: must be a whole number from 1 on, got '0'"),
     ],
 )

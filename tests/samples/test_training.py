@@ -115,7 +115,7 @@ def test_a_phase_of_the_video_autoencoder_takes_a_step(script, tmp_path):
 def test_the_drawing_phases_follow_one_another(script, tmp_path, monkeypatch):
     train = script("train_mini_drawing")
     with pytest.raises(UserError, match="run the phase 'tokenizer' first"):
-        train.Pretraining("target", tmp_path)
+        train.Pretraining("draft", tmp_path)
     monkeypatch.setattr(train, "WRITTEN", 3)
     monkeypatch.setattr(train, "JUDGED", 2)
     monkeypatch.setattr(train, "ANSWER", 8)

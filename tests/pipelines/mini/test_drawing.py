@@ -9,7 +9,7 @@ from draftdiff.compare.llm_workload import Judgement
 from draftdiff.llm.workloads.drawing.workload import DrawingWorkload
 from draftdiff.models.llm import EMBEDDED_DRAWING, encode, load
 from draftdiff.models.llm_methods import METHODS, generate_options, methods_of
-from draftdiff.pipelines.mini.llm import DRAWING_WEIGHTS, FILES, mini_llm_defaults
+from draftdiff.pipelines.mini.llm import DRAWING_WEIGHTS, FILES, HEADS, mini_llm_defaults
 
 WORK = DrawingWorkload(compact=True)
 CASES = WORK.cases(11, 12)
@@ -58,4 +58,4 @@ def test_a_chain_says_the_same_and_a_prompt_cut_to_48_tokens_costs_points(said):
 
 
 def test_it_has_all_methods_but_those_of_heads(model):
-    assert set(METHODS) - set(methods_of(model)) == {"hydra", "medusa"}
+    assert set(METHODS) - set(methods_of(model)) == set(HEADS)
