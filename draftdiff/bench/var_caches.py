@@ -45,14 +45,13 @@ _TEXT = {"text_dim": 128}
 SHAPES: dict[str, BenchModel] = {
     "infinity-2b": BenchModel(
         {"num_layers": 32, "num_attention_heads": 16, "bits": 32, "size": "1M"},
-        {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 64, "bits": 32, "size": "0.25M", **_TEXT},
+        {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32, "bits": 32, "size": "0.25M", **_TEXT},
     ),
     "infinity-8b": BenchModel(
         {"num_layers": 40, "num_attention_heads": 28, "bits": 56, "size": "1M"},
-        {"num_layers": 8, "num_attention_heads": 4, "attention_head_dim": 64, "bits": 56, "size": "0.25M", **_TEXT},
+        {"num_layers": 5, "num_attention_heads": 4, "attention_head_dim": 32, "bits": 56, "size": "0.25M", **_TEXT},
     ),
 }
-MODELS = (EMBEDDED, *SHAPES)
 CALIBRATION = 10  # pictures, as many as the paper of ScaleKV needs
 
 
@@ -82,13 +81,13 @@ class Caches(Routine):
 
     def __init__(self, options: Namespace) -> None:
         super().__init__(options)
-        check_names("--models", options.models or [], MODELS)
+        check_names("--models", options.models or [], [EMBEDDED, *SHAPES])
         with user_errors():
             for value in options.budgets:
                 check_cache_budget(value)
 
     def cases(self) -> list[str]:
-        return self.options.models or list(MODELS)
+        return self.options.models or [EMBEDDED, *SHAPES]
 
     def about(self) -> dict[str, Any]:
         return {"pictures": self.options.pictures}

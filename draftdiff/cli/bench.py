@@ -224,8 +224,11 @@ def _common(
     device: str | None = None,
     warm_up: bool = True,
 ) -> None:
-    """routine: module and class.  rounds: None where nothing is timed.  warm_up: whether an untimed round comes first.  The others are defaults."""
-    if rounds is not None:
+    """routine: module and class.  rounds: None where nothing is timed.  warm_up: whether an untimed round comes first.
+    The others are defaults."""
+    if rounds is None:
+        parser.set_defaults(rounds=None)
+    else:
         said = "timed, after an untimed one" if warm_up else "of all settings"
         parser.add_argument("--rounds", type=whole(1), default=rounds, help=f"{said} (default: {rounds})")
     parser.add_argument(

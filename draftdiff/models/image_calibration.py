@@ -78,7 +78,7 @@ def _missed(path: Path, values: Any, config: Any) -> Tensor:
     try:
         found = torch.tensor(_listed(values, none=math.nan), dtype=torch.float64)
         return check_missed(found, config.num_layers, config.num_attention_heads)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"drafters file {str(path)!r} does not fit this model: {error}") from None
 
 

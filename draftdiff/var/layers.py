@@ -80,15 +80,9 @@ class CosineAttention(nn.Module):
         def raw_query(heads: slice | Tensor = slice(None)) -> Tensor:
             return (projected - self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1))[:, heads]
 
-        groups = [] if step.cache is None else _groups(step.cache, step.layer)
-        if not groups:
+        out = None if step.cache is None else _by_groups(step.cache, step, self._attend, q, k, v, raw_query)
+        if out is None:
             out = self._attend(step, step.layer, q, k, v, raw_query)
-        else:
-            outs = [
-                self._attend(step, place, q[:, heads], k[:, heads], v[:, heads], partial(raw_query, heads))
-                for place, heads in groups
-            ]
-            out = torch.cat(outs, dim=1)[:, torch.cat([heads for _, heads in groups]).argsort()]
         return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
 
     def _attend(
@@ -119,8 +113,15 @@ class CosineAttention(nn.Module):
 
 # Outside of compiled graphs: a cache differs from layer to layer and scale to scale, and each would be traced anew.
 @torch.compiler.disable
-def _groups(cache: KVCache, layer: int) -> list[tuple[Place, Tensor]]:
-    return cache.groups(layer)
+def _by_groups(
+    cache: KVCache, step: Step, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, raw_query: Callable
+) -> Tensor | None:
+    """Attention of a layer whose heads hold different numbers of tokens, None of one where they do not."""
+    groups = cache.groups(step.layer)
+    if not groups:
+        return None
+    outs = [attend(step, place, q[:, at], k[:, at], v[:, at], partial(raw_query, at)) for place, at in groups]
+    return torch.cat(outs, dim=1)[:, torch.cat([at for _, at in groups]).argsort()]
 
 
 @torch.compiler.disable

@@ -58,7 +58,7 @@ def test_late_scales_are_the_conditional_half_alone_and_early_ones_as_before(mak
     pipe.enable_unguided_scales(last)
     found = []
     with seen_rows(pipe.transformer if make is not pair else pipe.refiner, found):
-        late, late_logits, late_rows, late_held = run(pipe, **call)
+        late, late_logits, late_rows, _ = run(pipe, **call)
     assert rows == [{4}] * scales
     assert late_rows == [{4}] * (scales - unguided) + [{2}] * unguided
     assert found == [4 if scale < scales - unguided else 2 for scale in range(scales)][-len(found) :]

@@ -423,3 +423,29 @@ def test_the_heads_of_a_refiner_have_their_own_budgets():
 def test_budgets_per_head_that_cannot_be_are_named(infinity, options, message):
     with pytest.raises(ValueError, match=message):
         infinity.enable_scale_kv(0.1, **options)
+
+
+def test_budgets_per_head_go_together_with_draft_attention(infinity):
+    call = {"size": "0.06M"}
+    infinity.enable_scale_kv(0.1, per="head", missed=calibrated(infinity, "a green square", **call))
+    alone, held = watched(infinity, "a red circle", **call)
+    infinity.enable_draft_attention(0.5, min_tokens=128)
+    try:
+        drafted, held_too = watched(infinity, "a red circle", **call)
+    finally:
+        infinity.disable_draft_attention()
+    assert drafted.isfinite().all() and not torch.equal(drafted, alone)
+    assert [nbytes for nbytes, _ in held] == [nbytes for nbytes, _ in held_too]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_budgets_per_head_give_the_same_picture(infinity):
+    call = {"size": "0.06M"}
+    infinity.enable_scale_kv(0.1, per="head", missed=calibrated(infinity, "a green square", **call))
+    alone, _ = watched(infinity, "a red circle", **call)
+    pipe = tiny_infinity.infinity_pipeline(num_layers=4)
+    pipe.scale_kv = infinity.scale_kv
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        pipe.transformer.compile_repeated_blocks(backend="eager", dynamic=True)
+        assert torch.equal(watched(pipe, "a red circle", **call)[0], alone)
