@@ -85,7 +85,7 @@ class SelectivityCache(KVCache):
             value = float(current.sum(-1).mean() * strongest.mean())
             gained = past.mean(2).gather(-1, self._order[place]).mean(0).double().cumsum(-1)
             counts = [round(share * history) for share in SHARES]
-            missed = (gained[:, -1:] - F.pad(gained, (1, 0))[:, counts]).cpu()
+            missed = (gained[:, -1:] - F.pad(gained, (1, 0))[:, counts]).clamp(0, 1).cpu()  # fp32 sums may be above 1
         self.measured.setdefault(place, []).append(value)
         self.missed.setdefault(place, []).append(missed)
         if history + new < sum(height * width for height, width in self.scales):

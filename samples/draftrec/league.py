@@ -22,14 +22,16 @@ STATS = 4
 @dataclass
 class Rules:
     """champions: how many.  users: of the league.  taste, synergy, counter: how strongly a player's own taste, the
-    champions beside and those opposite move a pick.  edge: how strongly skill, synergies and counters move the result.
+    champions beside and those opposite move a pick.  whim: of a taste what is of the player alone, beside what goes by
+    kinds of champions.  edge: how strongly skill, synergies and counters move the result.
     """
 
     champions: int = 40
-    users: int = 200
+    users: int = 600
     taste: float = 1.6
-    synergy: float = 1.0
-    counter: float = 1.0
+    synergy: float = 1.5
+    counter: float = 1.5
+    whim: float = 0.4
     edge: float = 1.6
     seed: int = 0
     preference: Tensor = field(init=False)
@@ -46,7 +48,9 @@ class Rules:
 
         # Players and champions of a few kinds: what is liked, mastered and goes together is of low rank.
         kinds, ranks = normal(self.champions, 4), 4
-        self.preference = normal(self.users, ranks) @ kinds.T / ranks**0.5 + 0.8 * normal(self.users, self.champions)
+        self.preference = normal(self.users, ranks) @ kinds.T / ranks**0.5 + self.whim * normal(
+            self.users, self.champions
+        )
         self.skill = 0.6 * self.preference + 0.8 * normal(self.users, self.champions)
         pairs = kinds @ normal(ranks, ranks) @ kinds.T / ranks
         self.pairs = (pairs + pairs.T) / 2

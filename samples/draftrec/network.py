@@ -77,7 +77,7 @@ class DraftRec(nn.Module):
         self.order, self.roles = torch.tensor(ORDER), torch.tensor(ROLES) + SPECIAL
         for module in self.modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.3)  # champions must be told apart beside positions
 
     def players(self, champions: Tensor, roles: Tensor, outcomes: Tensor, stats: Tensor) -> Tensor:
         """What a history tells of its player, [players, dim]: champions, roles and outcomes int64 [players, length],
