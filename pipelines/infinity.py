@@ -229,8 +229,15 @@ class InfinityPipeline(NextScalePipeline):
 
         def forward(inputs: Tensor | None, *, first_scale: int, **options: Any) -> tuple[Tensor]:
             here = scales[first_scale : first_scale + 1]
+            rows = len(text) if inputs is None else len(inputs)  # fewer once guidance is off
             return self.transformer(
-                inputs, text, here, reference, encoder_attention_mask=mask, first_scale=first_scale, **options
+                inputs,
+                text[:rows],
+                here,
+                reference,
+                encoder_attention_mask=mask[:rows],
+                first_scale=first_scale,
+                **options,
             )
 
         return ScaleDecoder(forward, self._make_cache(scales, self.transformer, key_dtype), len(scales))

@@ -71,9 +71,13 @@ class NextScalePipeline(ScaleKVMixin, DiffusionPipeline):
         edit: what becomes of the latents after a scale.
         """
         guided = guidance["guidance_scale"] is not None
+        unguided_from = len(scales) - min(self.unguided_scales, len(scales) - 1)
         with self.progress_bar(total=len(scales)) as bar:
             for scale in range(len(scales)):
                 inputs = None
+                if guided and scale == unguided_from:
+                    guided, guidance = False, guidance | {"guidance_scale": None}
+                    decoder.cache.keep_rows(len(latents))
                 if scale:
                     inputs = self.scheduler.scale_model_input(latents, scale, scales).to(self.transformer.dtype)
                     inputs = inputs.repeat(2, 1, 1) if guided else inputs

@@ -1,4 +1,5 @@
-"""What both next-scale pipelines share of their caches: ScaleKV on, off and calibrated, draft attention on and off."""
+"""What both next-scale pipelines can be spared, on and off: cache by ScaleKV, with its calibration, attention by draft
+attention, and the unconditional half of late scales."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from draftdiff.errors import UserError
 from draftdiff.var.cache import KVCache
 from draftdiff.var.last_scales import LastScales
-from draftdiff.var.scale_kv import ScaleKVCache, ScaleKVConfig, WideLayers
+from draftdiff.var.scale_kv import ScaleKVConfig, WideLayers
+from draftdiff.var.scale_kv_cache import ScaleKVCache
 from draftdiff.var.selectivity import Selectivity, SelectivityCache, selectivity
 
 Arguments = ParamSpec("Arguments")
@@ -41,6 +43,7 @@ class ScaleKVMixin:
     transformer: Any
     scale_kv: ScaleKVConfig | None = None
     last_scales: LastScales | None = None
+    unguided_scales: int = 0
     _measuring: list[SelectivityCache] | None = None
 
     @accepts_old_names
@@ -53,13 +56,15 @@ class ScaleKVMixin:
         scoring: str = "paper",
         pooling: str | None = None,
         kernel: int = 5,
+        per: str = "layer",
+        missed: Any = None,
     ) -> None:
         """Keep a share of the cache (ScaleKV, arXiv 2505.19602); see ScaleKVConfig for the arguments and their units.
 
         Raises ValueError for one that cannot be.
         """
-        config = ScaleKVConfig(budget, wide_layers, allocation, scoring, pooling, kernel)
-        config.check_wide_layers(self.transformer.config.num_layers)
+        config = ScaleKVConfig(budget, wide_layers, allocation, scoring, pooling, kernel, per, missed)
+        config.check_model(self.transformer.config.num_layers, self.transformer.config.num_attention_heads)
         self.scale_kv = config
 
     def disable_scale_kv(self) -> None:
@@ -69,8 +74,9 @@ class ScaleKVMixin:
     def calibrate_scale_kv(self, prompts: Iterable[Any], **call: Any) -> Selectivity:
         """Measure how widely each layer looks, over one generation per prompt (or class label) with the whole cache.
 
-        call: further arguments of the pipeline. `enable_scale_kv(wide_layers=found.wide_layers())` puts the result to
-        use; ten prompts are enough, says the paper. Raises ValueError without prompts or if there are two models.
+        call: further arguments of the pipeline. `enable_scale_kv(wide_layers=found.wide_layers())` or
+        `enable_scale_kv(per="head", missed=found.missed)` puts the result to use; ten prompts are enough, says the
+        paper. Raises ValueError without prompts or if there are two models.
         """
         prompts = list(prompts)
         if not prompts:
@@ -98,9 +104,24 @@ class ScaleKVMixin:
         """Dense attention at every scale again."""
         self.last_scales = None
 
+    def enable_unguided_scales(self, scales: int = 2) -> None:
+        """Make the last `scales` scales by the conditional half of the model alone, at half the work, its guidance off
+        (the unconditional branch replaced by the conditional, as in SkipVAR, arXiv 2506.08908).
+
+        Changes pictures: guidance is what late scales of VAR are sharpened by. At least the first scale is guided.
+        Raises ValueError for what is no whole number from 1 on.
+        """
+        if isinstance(scales, bool) or not isinstance(scales, int) or scales < 1:
+            raise UserError(f"unguided scales must be a whole number from 1 on, got {scales!r}")
+        self.unguided_scales = scales
+
+    def disable_unguided_scales(self) -> None:
+        """Guidance at every scale again."""
+        self.unguided_scales = 0
+
     def _make_cache(self, scales: Sequence[tuple[int, int]], model: Any, key_dtype: torch.dtype | None) -> KVCache:
         if self._measuring is not None:
-            self._measuring.append(SelectivityCache(key_dtype))
+            self._measuring.append(SelectivityCache(scales, key_dtype))
             return self._measuring[-1]
         config = self._scale_kv_for(model)
         last_scales = None if self.last_scales is None else replace(self.last_scales, scales=tuple(scales))

@@ -99,17 +99,26 @@ class VARPipeline(NextScalePipeline):
         self.register_to_config(draft_scales=None)
 
     @accepts_old_names
-    def enable_scale_kv(self, budget: float = 0.1, *, refiner_wide_layers: WideLayers = None, **options: Any) -> None:
-        """See ScaleKVMixin; refiner_wide_layers: the layers of the refiner that look widely, like `wide_layers`."""
+    def enable_scale_kv(
+        self,
+        budget: float = 0.1,
+        *,
+        refiner_wide_layers: WideLayers = None,
+        refiner_missed: Any = None,
+        **options: Any,
+    ) -> None:
+        """See ScaleKVMixin; refiner_wide_layers, refiner_missed: of the refiner, like `wide_layers` and `missed`."""
+        of_refiner = {"wide_layers": refiner_wide_layers, "missed": refiner_missed}
         if self.refiner is not None:
-            ScaleKVConfig(budget, refiner_wide_layers).check_wide_layers(self.refiner.config.num_layers)
+            config = ScaleKVConfig(budget, **options | of_refiner)
+            config.check_model(self.refiner.config.num_layers, self.refiner.config.num_attention_heads)
         super().enable_scale_kv(budget, **options)
-        self._refiner_wide_layers = refiner_wide_layers
+        self._of_refiner = of_refiner
 
     def _scale_kv_for(self, model: VARTransformer2DModel) -> ScaleKVConfig | None:
         if self.scale_kv is None or model is not self.refiner or model is self.transformer:
             return self.scale_kv
-        return replace(self.scale_kv, wide_layers=self._refiner_wide_layers)
+        return replace(self.scale_kv, **self._of_refiner)
 
     def get_label_ids(self, labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
         """Class ids of names or ids, one or several. Raises ValueError for one that this model does not have."""
@@ -144,7 +153,8 @@ class VARPipeline(NextScalePipeline):
 
         def new_decoder(model: VARTransformer2DModel) -> ScaleDecoder:
             def forward(inputs: Tensor | None, **options: Any) -> tuple[Tensor]:
-                return model(inputs, labels, **options)
+                rows = len(labels) if inputs is None else len(inputs)  # fewer once guidance is off
+                return model(inputs, labels[:rows], **options)
 
             return ScaleDecoder(forward, self._make_cache(scales, model, key_dtype), len(scales))
 

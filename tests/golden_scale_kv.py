@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from draftdiff.var.cache import KVCache
-from draftdiff.var.scale_kv import ScaleKVCache, ScaleKVConfig, window
+from draftdiff.var.scale_kv import ScaleKVConfig, window
+from draftdiff.var.scale_kv_cache import ScaleKVCache
 from tests.golden_cases import Case, tolerances
 from tests.golden_infinity import infinity_pipeline, run
 

@@ -30,6 +30,7 @@ def add_bench(parser: Parser) -> None:
     var = parts.add_parser("var", help="next-scale models: CoDe and ScaleKV; the attention of their last scales")
     of_var = var.add_subparsers(title="parts", required=True, metavar="PART")
     of_var.add_parser("models", help="VAR and Infinity plain, with CoDe, with ScaleKV, with both", fill=_var)
+    of_var.add_parser("caches", help="what ScaleKV per layer and per head and unguided scales change", fill=_caches)
     of_var.add_parser("attention", help="the last scales' attention, dense and sparse", fill=_last_scales)
     llm = parts.add_parser("llm", help="language models: the loop, when speculation pays, sparse prefill")
     of_llm = llm.add_subparsers(title="parts", required=True, metavar="PART")
@@ -124,6 +125,15 @@ def _var(parser: Parser) -> None:
     _common(parser, "var.Var", rounds=3, picture="var")
 
 
+def _caches(parser: Parser) -> None:
+    _add_models(parser)
+    parser.add_argument("--pictures", type=whole(1), default=40, help="of the embedded model (default: 40)")
+    budgets, unguided = [0.4, 0.2, 0.1], [1, 2, 3]
+    parser.add_argument("--budgets", type=float, nargs="*", default=budgets, help="ScaleKV (default: 0.4 0.2 0.1)")
+    parser.add_argument("--unguided", type=whole(1), nargs="*", default=unguided, help="last scales (default: 1 2 3)")
+    _common(parser, "var_caches.Caches")
+
+
 def _last_scales(parser: Parser) -> None:
     kept = number(above=0, most=1)
     parser.add_argument("--density", type=kept, nargs="+", default=[1.0, 0.5, 0.25], help="kept (default: 1 0.5 0.25)")
@@ -208,15 +218,19 @@ def _add_dtype(parser: Parser) -> None:
 def _common(
     parser: Parser,
     routine: str,
-    rounds: int,
+    rounds: int | None = None,
     picture: str | None = None,
     threads: int | None = None,
     device: str | None = None,
     warm_up: bool = True,
 ) -> None:
-    """routine: module and class.  warm_up: whether an untimed round comes first.  The others are defaults."""
-    said = "timed, after an untimed one" if warm_up else "of all settings"
-    parser.add_argument("--rounds", type=whole(1), default=rounds, help=f"{said} (default: {rounds})")
+    """routine: module and class.  rounds: None where nothing is timed.  warm_up: whether an untimed round comes first.
+    The others are defaults."""
+    if rounds is None:
+        parser.set_defaults(rounds=None)
+    else:
+        said = "timed, after an untimed one" if warm_up else "of all settings"
+        parser.add_argument("--rounds", type=whole(1), default=rounds, help=f"{said} (default: {rounds})")
     parser.add_argument(
         "--device", default=device, help=f"cpu, cuda or cuda:N (default: {device or 'a GPU if there is'})"
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftdiff.cli.options import Parser, add_place, add_seed, whole
 from draftdiff.cli.output import deliver, print_json
-from draftdiff.errors import UserError, user_errors
+from draftdiff.errors import UserError
 from draftdiff.files import prepare_file, replacing
 
 if TYPE_CHECKING:
@@ -53,16 +53,32 @@ def add_image(image: Parser) -> None:
     )
     image.add_argument("--scale-kv-drafters", metavar="FILE", help="made by: draftdiff image calibrate")
     image.add_argument(
+        "--scale-kv-per",
+        choices=("layer", "head"),
+        nargs="+",
+        default=[],
+        help="whose budgets: of layers, or of heads by --scale-kv-drafters (default: layer)",
+    )
+    image.add_argument(
+        "--unguided-scales",
+        type=whole(1),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="make the last N scales without guidance, at half the work (default: none)",
+    )
+    image.add_argument(
         "--compare",
         action="store_true",
-        help="measure plain, CoDe, ScaleKV and both; --draft-scales and --scale-kv then take several values",
+        help="measure plain, CoDe, ScaleKV and both; --draft-scales, --scale-kv, --scale-kv-per and --unguided-scales "
+        "then take several values",
     )
     image.add_argument("--repeat", type=int, help="timed rounds of --compare (default: 3)")
     image.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     image.set_defaults(func=_image)
 
     more = image.add_subparsers(title="further commands", metavar="[calibrate]")
-    calibrate = more.add_parser("calibrate", help="measure which layers look widely, for --scale-kv-drafters")
+    calibrate = more.add_parser("calibrate", help="measure layers and heads, for --scale-kv-drafters")
     _add_subjects(calibrate)
     calibrate.add_argument("-o", "--output", type=Path, metavar="FILE", help="a .json file")
     calibrate.add_argument("--refiner", metavar="MODEL", help="also measure this smaller model")
@@ -132,7 +148,7 @@ def _image(options: Namespace) -> int:
     if options.output is None:
         raise UserError("-o FILE is needed: where to write the picture")
     prepare_file(options.output, IMAGE_SUFFIXES)
-    for name in ("draft_scales", "scale_kv"):
+    for name in ("draft_scales", "scale_kv", "scale_kv_per", "unguided_scales"):
         if len(getattr(options, name)) > 1:
             raise UserError(f"--{name.replace('_', '-')} takes one value, or several with --compare")
     if options.repeat is not None:
@@ -148,7 +164,12 @@ def _image(options: Namespace) -> int:
         prepare_file(path, IMAGE_SUFFIXES)
     model = _with_drafters(model, options)
     draft_scales = options.draft_scales[0] if options.draft_scales else model.saved_setting.draft_scales
-    setting = Setting(draft_scales, options.scale_kv[0] if options.scale_kv else None)
+    setting = Setting(
+        draft_scales,
+        options.scale_kv[0] if options.scale_kv else None,
+        options.scale_kv_per[0] if options.scale_kv_per else "layer",
+        options.unguided_scales[0] if options.unguided_scales else None,
+    )
     model.check(setting, call)
     model.apply(setting)
     seconds, right = 0.0, []
@@ -216,12 +237,13 @@ def _compare(options: Namespace) -> int:
     model = _with_drafters(model, options)
     scales = model.scales(call)
     drafted, budgets = default_settings(scales, model.refiner is not None)
-    if options.draft_scales or options.scale_kv:  # only what was asked for
+    if options.draft_scales or options.scale_kv or options.unguided_scales:  # only what was asked for
         drafted, budgets = options.draft_scales, options.scale_kv
+    per = list(dict.fromkeys(options.scale_kv_per)) or ["layer"]
     comparison = compare_images(
         model,
         subjects,
-        settings_of(drafted, budgets, scales),
+        settings_of(drafted, budgets, scales, per, options.unguided_scales),
         repeat=3 if options.repeat is None else options.repeat,
         seed=options.seed,
         call=call,
@@ -230,47 +252,24 @@ def _compare(options: Namespace) -> int:
     return deliver(comparison, image_page.write, folder, options)
 
 
-_DRAFTERS = {"drafters": "transformer", "refiner_drafters": "refiner"}
-
-
 def _with_drafters(model: ImageModel, options: Namespace) -> ImageModel:
-    """The model with the drafters of a file, checked. Raises UserError for one that does not fit."""
+    """The model with the calibration of a file. Raises UserError for one that does not fit."""
+    for option in ("per", "drafters"):
+        if getattr(options, f"scale_kv_{option}") and not options.scale_kv and not options.compare:
+            raise UserError(f"--scale-kv-{option} needs --scale-kv BUDGET")
     if options.scale_kv_drafters is None:
         return model
-    if not options.scale_kv and not options.compare:
-        raise UserError("--scale-kv-drafters needs --scale-kv BUDGET")
-    from draftdiff.stored import read_json
+    from draftdiff.models.image_calibration import with_calibration
 
-    path = Path(options.scale_kv_drafters)
-    with user_errors(FileNotFoundError):
-        content = read_json(path, "file of draftdiff image calibrate")
-    found = {name: content[name] for name in _DRAFTERS if content.get(name) is not None}
-    if "drafters" not in found or not all(map(_are_layers, found.values())):
-        raise UserError(f"drafters file {str(path)!r} was not made by draftdiff image calibrate")
-    found = {name: {int(scale): tuple(layers) for scale, layers in wide.items()} for name, wide in found.items()}
-    if content.get("layers") != model.pipeline.transformer.config.num_layers:
-        raise UserError(
-            f"drafters file {str(path)!r} is of a model with {content.get('layers')} layers, "
-            f"this one has {model.pipeline.transformer.config.num_layers}"
-        )
-    if any(layer >= content["layers"] for layers in found["drafters"].values() for layer in layers):
-        raise UserError(f"drafters file {str(path)!r} names layers that its model does not have")
-    return replace(model, drafters=found)
-
-
-def _are_layers(wide: Any) -> bool:
-    """Whether it is lists of layers by the number of their scale, as JSON has them."""
-    return isinstance(wide, dict) and all(
-        scale.isdecimal() and isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
-        for scale, layers in wide.items()
-    )
+    return with_calibration(model, Path(options.scale_kv_drafters))
 
 
 def _calibrate(options: Namespace) -> int:
     if options.output is None:
         raise UserError("-o FILE is needed: where to write the layers")
     prepare_file(options.output, (".json",))
-    from draftdiff.models.image import PLAIN, calibrated
+    from draftdiff.models.image import PLAIN
+    from draftdiff.models.image_calibration import DRAFTERS, calibrated
     from draftdiff.var.selectivity import WIDE_SHARE
 
     share = WIDE_SHARE if options.share is None else options.share
@@ -297,7 +296,7 @@ def _calibrate(options: Namespace) -> int:
     if options.json:
         print(json.dumps(content))
         return 0
-    for name, which in _DRAFTERS.items():
+    for name, which in DRAFTERS.items():
         if name in content:
             layers = sorted({layer for row in content[name].values() for layer in row})
             print(f"{which}: layers {', '.join(map(str, layers)) or 'none'} draft at some scale")

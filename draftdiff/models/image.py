@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,15 +31,19 @@ Judge = Callable[[Any, np.ndarray], bool]
 @dataclass(frozen=True)
 class Setting:
     """What is switched on. draft_scales: scales that CoDe's drafter draws.  budget: share of the cache that ScaleKV
-    keeps. None: off."""
+    keeps.  unguided: so many last scales without their unconditional half. None: off.  per: "layer" or "head", whose
+    budget it is."""
 
     draft_scales: int | None = None
     budget: float | None = None
+    per: str = "layer"
+    unguided: int | None = None
 
     @property
     def name(self) -> str:
         parts = [] if self.draft_scales is None else [f"CoDe N={self.draft_scales}"]
-        parts += [] if self.budget is None else [f"ScaleKV {100 * self.budget:g}%"]
+        parts += [] if self.budget is None else [f"ScaleKV {100 * self.budget:g}%{' per head' * (self.per == 'head')}"]
+        parts += [] if self.unguided is None else [f"last {self.unguided} unguided"]
         return " + ".join(parts) or "plain"
 
 
@@ -100,6 +103,13 @@ class ImageModel:
         if setting.budget is not None:
             with user_errors():
                 check_cache_budget(setting.budget)
+            needed = ["missed", *(["refiner_missed"] if setting.draft_scales is not None else [])]
+            if setting.per == "head" and not all(name in self.drafters for name in needed):
+                raise UserError(
+                    "--scale-kv-per head needs --scale-kv-drafters FILE: draftdiff image calibrate makes one"
+                )
+        if setting.unguided is not None and not 1 <= setting.unguided < self.scales(call):
+            raise UserError(f"--unguided-scales must be from 1 to {self.scales(call) - 1}, got {setting.unguided}")
 
     def check_subjects(self, subjects: Sequence[Any]) -> None:
         """Raise UserError for a class that the model does not know, and prompts that are empty or not understood."""
@@ -112,20 +122,24 @@ class ImageModel:
             raise UserError("--prompt is empty: say what the picture shall show")
 
     def apply(self, setting: Setting) -> None:
-        """Switch CoDe and ScaleKV on or off. Raises UserError for drafters that are not of this model."""
+        """Switch all on or off. Raises UserError for drafters that are not of this model."""
         if self.by_class:
             self.pipeline.disable_collaborative()
             if setting.draft_scales is not None:
                 assert self.refiner is not None
                 self.pipeline.enable_collaborative(self.refiner, setting.draft_scales)
+        if setting.unguided is None:
+            self.pipeline.disable_unguided_scales()
+        else:
+            self.pipeline.enable_unguided_scales(setting.unguided)
         if setting.budget is None:
             self.pipeline.disable_scale_kv()
-        else:
-            wide = {name.replace("drafters", "wide_layers"): layers for name, layers in self.drafters.items()}
-            if setting.draft_scales is None:
-                wide.pop("refiner_wide_layers", None)
-            with user_errors():
-                self.pipeline.enable_scale_kv(setting.budget, **wide)
+            return
+        kind = "missed" if setting.per == "head" else "drafters"
+        names = [kind] if setting.draft_scales is None else [kind, f"refiner_{kind}"]
+        found = {name.replace("drafters", "wide_layers"): self.drafters.get(name) for name in names}
+        with user_errors():
+            self.pipeline.enable_scale_kv(setting.budget, per=setting.per, **found)
 
     def pictures(self, subjects: Sequence[Any], seed: int, **call: Any) -> np.ndarray:
         """One picture per subject (class or prompt), the i-th drawn from seed + i whatever the others are: uint8
@@ -197,28 +211,17 @@ def default_settings(scales: int, pair: bool) -> tuple[list[int], list[float]]:
     return list(range(max(scales - 4, 1), scales)) if pair else [], [0.2, 0.1, 0.04]
 
 
-def settings_of(draft_scales: Sequence[int], budgets: Sequence[float], scales: int) -> list[Setting]:
+def settings_of(
+    draft_scales: Sequence[int],
+    budgets: Sequence[float],
+    scales: int,
+    per: Sequence[str] = ("layer",),
+    unguided: Sequence[int] = (),
+) -> list[Setting]:
     """Each alone, and each budget with the number of drafted scales nearest to the paper's (all but two)."""
-    alone = [Setting(n) for n in draft_scales] + [Setting(budget=budget) for budget in budgets]
+    cut = [Setting(budget=budget, per=whose) for whose in per for budget in budgets]
+    alone = [Setting(n) for n in draft_scales] + cut + [Setting(unguided=n) for n in unguided]
     if not draft_scales:
         return alone
     middle = min(draft_scales, key=lambda n: (abs(n - (scales - 2)), n))
-    return alone + [Setting(middle, budget) for budget in budgets]
-
-
-def calibrated(model: ImageModel, subjects: Sequence[Any], seed: int, share: float, call: dict[str, Any]) -> dict:
-    """Drafter layers by scale of the model, and of its refiner where there is one, with the index that they were chosen
-    by: [layers][scales], None where there is no history. The model must be plain."""
-    found: dict[str, Any] = {}
-    pipeline = model.pipeline
-    models = {"drafters": pipeline}
-    if model.refiner is not None:
-        models["refiner_drafters"] = VARPipeline(model.refiner, pipeline.vae, pipeline.scheduler)
-    for name, pipe in models.items():
-        pipe.set_progress_bar_config(disable=True)  # there is one over the subjects
-        ids = pipeline.get_label_ids(subjects) if model.by_class else subjects
-        measured = pipe.calibrate_scale_kv(ids, generator=torch.Generator().manual_seed(seed), **call)
-        found[name] = {scale: list(layers) for scale, layers in measured.wide_layers(share).items()}
-        index = [[None if math.isnan(value) else value for value in row] for row in measured.index.tolist()]
-        found[name.replace("drafters", "index")] = index
-    return found
+    return alone + [replace(setting, draft_scales=middle) for setting in cut]

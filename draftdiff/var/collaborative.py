@@ -68,6 +68,7 @@ class CollaborativeDecoder:
         self.active.cache.clear()  # before the refiner's grows
         self.active = self.new_decoder(self.refiner)
         self.hand_over()
-        history = torch.cat(self.drafted, dim=1)
+        rows = len(self.drafted[-1])  # those at work now: of the unconditional half none, once guidance is off
+        history = torch.cat([drafted[:rows] for drafted in self.drafted], dim=1)
         self.drafted.clear()
         return self.active.logits(scale, history, first_scale=0)

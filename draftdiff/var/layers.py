@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from draftdiff.var.cache import KVCache
+from draftdiff.var.cache import KVCache, Place
 from draftdiff.var.checkpoint import OriginalCheckpointMixin
 from draftdiff.var.last_scales import attend_scale
 
@@ -75,7 +76,20 @@ class CosineAttention(nn.Module):
         if step.rotate is not None:
             q, k = step.rotate(q.float()), step.rotate(k.float())
         q = q.to(v.dtype)
-        keys, values = (k.to(v.dtype), v) if step.cache is None else _extend(step.cache, step, k, v)
+
+        def raw_query(heads: slice | Tensor = slice(None)) -> Tensor:
+            return (projected - self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1))[:, heads]
+
+        out = None if step.cache is None else _by_groups(step.cache, step, self._attend, q, k, v, raw_query)
+        if out is None:
+            out = self._attend(step, step.layer, q, k, v, raw_query)
+        return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+
+    def _attend(
+        self, step: Step, place: Place, q: Tensor, k: Tensor, v: Tensor, raw_query: Callable[[], Tensor]
+    ) -> Tensor:
+        """Attention of the heads at a place, [batch, heads, tokens, head_dim] each; raw_query: see KVCache.observe."""
+        keys, values = (k.to(v.dtype), v) if step.cache is None else _extend(step.cache, place, step.keep, k, v)
 
         # A call per scale needs no mask: fewer products than under a block-causal one, and the same as without prefill.
         history = keys.shape[2] - q.shape[2]
@@ -93,15 +107,26 @@ class CosineAttention(nn.Module):
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if step.cache is not None:
             scaled = q if self.softmax_scale == 1 else q * self.softmax_scale
-            bias = self.to_qkv.bias[: x.shape[-1]].view(self.heads, 1, -1)
-            _observe(step.cache, step.layer, scaled, keys, lambda: projected - bias)
-        return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+            _observe(step.cache, place, scaled, keys, raw_query)
+        return out
 
 
 # Outside of compiled graphs: a cache differs from layer to layer and scale to scale, and each would be traced anew.
 @torch.compiler.disable
-def _extend(cache: KVCache, step: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return cache.extend(step.layer, key, value, keep=step.keep)
+def _by_groups(
+    cache: KVCache, step: Step, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, raw_query: Callable
+) -> Tensor | None:
+    """Attention of a layer whose heads hold different numbers of tokens, None of one where they do not."""
+    groups = cache.groups(step.layer)
+    if not groups:
+        return None
+    outs = [attend(step, place, q[:, at], k[:, at], v[:, at], partial(raw_query, at)) for place, at in groups]
+    return torch.cat(outs, dim=1)[:, torch.cat([at for _, at in groups]).argsort()]
+
+
+@torch.compiler.disable
+def _extend(cache: KVCache, place: Place, keep: bool, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return cache.extend(place, key, value, keep=keep)
 
 
 @torch.compiler.disable
@@ -110,8 +135,8 @@ def _attend_scale(*arguments: Any) -> Tensor:
 
 
 @torch.compiler.disable
-def _observe(cache: KVCache, layer: int, query: Tensor, key: Tensor, raw_query: Callable[[], Tensor]) -> None:
-    cache.observe(layer, query, key, raw_query)
+def _observe(cache: KVCache, place: Place, query: Tensor, key: Tensor, raw_query: Callable[[], Tensor]) -> None:
+    cache.observe(place, query, key, raw_query)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -1,27 +1,25 @@
-"""A cache that layers cut down after each scale, each to its own budget (ScaleKV, arXiv 2505.19602).
+"""How many keys every layer, or every head, keeps of the scales so far (ScaleKV, arXiv 2505.19602).
 
 Wide layers, which look at everything, keep nearly everything; local layers, which look at the current scale, share what
-is left. (The paper's words are drafters and refiners, which here are CoDe's.) What a layer keeps is decided by the
-attention of a few tokens spread over the scale just generated.
+is left. (The paper's words are drafters and refiners, which here are CoDe's.)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draftdiff.core.importance import POOLINGS, attention_mass, gather_kv, keep_topk, smooth
+from draftdiff.core.importance import POOLINGS
 from draftdiff.errors import UserError
-from draftdiff.var.cache import KVCache
-from draftdiff.var.last_scales import LastScales
+from draftdiff.var.head_budgets import check_missed, head_capacities
 
 SCORINGS = {"paper": "average", "upstream": "max"}  # and the pooling that goes with it
 ALLOCATIONS = ("full", "linear")
+PER = ("layer", "head")
 
 # Of the authors, in tokens at a mean of 650 per layer: least of a local layer, first of the linear decay, its step.
 _MEAN, _FLOOR, _START, _STEP = 650, 200, 600, 70
@@ -34,6 +32,7 @@ RELEASED_WIDE_LAYERS: Mapping[int, Mapping[int, Collection[int]]] = {
 }
 
 WideLayers = Sequence[int] | Mapping[int, Collection[int]] | None
+Capacities = Sequence[int] | Sequence[Sequence[int]]  # by layer, or by layer and head
 
 
 def check_cache_budget(budget: float) -> float:
@@ -108,6 +107,8 @@ class ScaleKVConfig:
     without bias, normalisation and rotation, no softmax, maximum over neighbours). At a budget of a tenth, "paper"
     changed fewer bits of the golden data's toy Infinity, 1.7 against 1.9 %.  pooling: "average" or "max" instead.
     kernel: neighbours that are pooled.
+    per: "layer", or "head": a budget for every head and scale instead of wide and local layers, from `missed`, which a
+    calibration on the same model finds: fp64 [layers, scales, heads, shares], see Selectivity.
     """
 
     budget: float = 0.1
@@ -116,6 +117,8 @@ class ScaleKVConfig:
     scoring: str = "paper"
     pooling: str | None = None
     kernel: int = 5
+    per: str = "layer"
+    missed: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_cache_budget(self.budget)
@@ -123,11 +126,22 @@ class ScaleKVConfig:
             ("allocation", self.allocation, ALLOCATIONS),
             ("scoring", self.scoring, tuple(SCORINGS)),
             ("pooling", self.pooling, (None, *POOLINGS)),
+            ("per", self.per, PER),
         ):
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"kernel must be odd and positive, got {self.kernel}")
+        if (self.per == "head") != (self.missed is not None):
+            raise UserError("per='head' and missed=, what calibrate_scale_kv found for this model, need each other")
+        if self.per == "head" and (self.wide_layers is not None or self.allocation != "full"):
+            raise UserError("wide_layers and allocation are for per='layer'")
+
+    def check_model(self, layers: int, heads: int) -> None:
+        """Raise ValueError for wide layers or a calibration that are not of such a model."""
+        self.check_wide_layers(layers)
+        if self.missed is not None:
+            check_missed(self.missed, layers, heads)
 
     def check_wide_layers(self, layers: int) -> None:
         """Raise ValueError for a wide layer that is no layer of such a model."""
@@ -147,76 +161,17 @@ class ScaleKVConfig:
         chosen = {int(scale): row for scale, row in chosen.items()}  # numbers are texts after a detour through JSON
         return [set(chosen.get(scale, ())) for scale in range(scales)]
 
-    def capacities(self, tokens: Sequence[int], layers: int) -> list[list[int] | None]:
-        """Keys each layer may keep after each scale but the last, None for all; `tokens` of each scale."""
+    def capacities(self, tokens: Sequence[int], layers: int) -> Sequence[Capacities | None]:
+        """Keys each layer or head may keep after each scale but the last, None for all; `tokens` of each scale."""
         mean = max(int(self.budget * sum(tokens[:-1])), 1)
+        floor = max(mean * _FLOOR // _MEAN, 1)
+        if self.missed is not None:
+            return head_capacities(tokens, mean, torch.as_tensor(self.missed), floor=floor)
         decay = (_START * mean // _MEAN, _STEP * mean / _MEAN) if self.allocation == "linear" else None
-        wide = self.wide_by_scale(len(tokens), layers)
-        return scale_capacities(tokens, mean, layers, wide, floor=max(mean * _FLOOR // _MEAN, 1), decay=decay)
+        return scale_capacities(tokens, mean, layers, self.wide_by_scale(len(tokens), layers), floor=floor, decay=decay)
 
 
 def window(scale: tuple[int, int], side: int = WINDOW_SIDE) -> Tensor:
     """Raster positions, int64 [side^2], of the middles of side x side patches of a scale (height, width)."""
     rows, columns = (torch.arange(side) * (n // side) + (n // side - 1) // 2 for n in scale)
     return (rows[:, None] * scale[1] + columns).flatten()
-
-
-class ScaleKVCache(KVCache):
-    """A KVCache that evicts after each scale.
-
-    scales: (height, width) of each.  capacities: keys per layer after each scale, None for all; rows may be missing at
-    the end.
-    """
-
-    def __init__(
-        self,
-        scales: Sequence[tuple[int, int]],
-        capacities: Sequence[Sequence[int] | None],
-        config: ScaleKVConfig,
-        key_dtype: torch.dtype | None = None,
-        last_scales: LastScales | None = None,
-    ) -> None:
-        super().__init__(key_dtype, last_scales)
-        self.scales = [tuple(scale) for scale in scales]
-        self.capacities = capacities
-        self.config = config
-        self.window_side = WINDOW_SIDE
-        self._ends = {sum(h * w for h, w in self.scales[: n + 1]): n for n in range(len(self.scales))}
-        self._seen: dict[int, int] = {}
-        self._keeping = True
-
-    def extend(self, layer: int, key: Tensor, value: Tensor, *, keep: bool = True) -> tuple[Tensor, Tensor]:
-        """See KVCache."""
-        self._seen[layer] = self._seen.get(layer, 0) + key.shape[2]
-        self._keeping = keep
-        return super().extend(layer, key, value, keep=keep)
-
-    def clear(self) -> None:
-        """See KVCache."""
-        super().clear()
-        self._seen.clear()
-
-    def observe(self, layer: int, query: Tensor, key: Tensor, raw_query: Callable[[], Tensor]) -> None:
-        """Cut the layer down to its capacity after the scale that has just been attended."""
-        scale = self._ends[self._seen[layer]]
-        row = self.capacities[scale] if scale < len(self.capacities) else None
-        if not self._keeping or row is None or self.tokens(layer) <= row[layer]:
-            return
-        height, width = self.scales[scale]
-        side = min(self.window_side, height, width, max(math.isqrt(min(row) // 2), 1))
-        at = self.once(("window", scale), lambda: window((height, width), side).to(key.device))
-        new = height * width
-        always = at + key.shape[2] - new
-        if self.config.scoring == "paper":
-            scores = attention_mass(query[:, :, -new:][:, :, at], key, scale=1.0)
-        else:
-            raw = raw_query()[:, :, -new:][:, :, at].sum(2, keepdim=True)
-            scores = (raw @ key.transpose(-1, -2))[:, :, 0].float() / math.sqrt(key.shape[-1])
-            scores = scores.index_fill(-1, always, -torch.inf)
-        scores = smooth(scores, self.config.kernel, self.config.pooling or SCORINGS[self.config.scoring])
-        indices = self.choose(layer, scale, scores, keep_topk(scores, row[layer], always))
-        self.keys[layer], self.values[layer] = gather_kv(self.keys[layer], self.values[layer], indices)
-
-    def choose(self, layer: int, scale: int, scores: Tensor, best: Tensor) -> Tensor:
-        """Which keys stay, int64 [batch, heads, kept], given their scores [batch, heads, keys] and the best of them."""
-        return best

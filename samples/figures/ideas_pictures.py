@@ -10,7 +10,7 @@ from ideas_style import AMBER, BLUE, GRAY, ORANGE, PALE, SOFT, panels, picture
 from matplotlib.patches import Rectangle
 
 from draftdiff.models.image import PLAIN, ImageModel, Setting, load
-from draftdiff.models.image import calibrated as measured
+from draftdiff.models.image_calibration import calibrated as measured
 from draftdiff.pipelines.mini.pictures import class_names
 from draftdiff.var.scale_kv import ScaleKVConfig
 

@@ -339,3 +339,43 @@ def test_the_embedded_pair_is_the_default_and_its_pictures_are_judged(tmp_path, 
         "CoDe N=5 + ScaleKV 20%",
     ]
     assert len(compared["subjects"]) == 8 and compared["settings"][0]["accuracy"] >= 0.5
+
+
+def test_a_calibration_serves_budgets_per_head_too(pair, tmp_path, capsys):
+    file, out = tmp_path / "drafters.json", tmp_path / "out.png"
+    content = run(capsys, "image", "calibrate", "--model", pair, "-o", file)
+    assert np.shape(content["missed"]) == (4, 6, 2, 12) and np.shape(content["refiner_missed"]) == (1, 6, 1, 12)
+    argv = ["image", "--model", pair, "--class", 1, "--scale-kv", 0.2, "-o", out]
+    result = run(capsys, *argv, "--scale-kv-per", "head", "--scale-kv-drafters", file)
+    assert result["per"] == "head" and result["setting"] == "CoDe N=4 + ScaleKV 20% per head"
+    missing = "--scale-kv-per head needs --scale-kv-drafters FILE: draftdiff image calibrate makes one"
+    assert missing in fails_in_one_line(capsys, *argv, "--scale-kv-per", "head")
+    del content["refiner_missed"]  # as files from before there were budgets per head
+    file.write_text(json.dumps(content))
+    of_heads = [*argv, "--scale-kv-per", "head", "--scale-kv-drafters", file]
+    assert missing in fails_in_one_line(capsys, *of_heads)
+    for wrong in ([1.0], content["missed"][0], "heads", {"0": []}, [[[["a"]]]]):
+        file.write_text(json.dumps(content | {"missed": wrong}))
+        assert f"drafters file {str(file)!r} does not fit this model" in fails_in_one_line(capsys, *of_heads)
+    argv = ["image", "--model", pair, "--class", 1, "--scale-kv-per", "head", "-o", out]
+    assert "--scale-kv-per needs --scale-kv BUDGET" in fails_in_one_line(capsys, *argv)
+
+
+def test_late_scales_without_guidance_are_an_option(alone, tmp_path, capsys):
+    argv = ["image", "--model", alone, "--class", 1, "-o", tmp_path / "out.png"]
+    plain, late = run(capsys, *argv), run(capsys, *argv, "--unguided-scales", 2)
+    assert plain["setting"] == "plain" and late["setting"] == "last 2 unguided" and late["unguided"] == 2
+    assert "--unguided-scales must be from 1 to 5, got 6" in fails_in_one_line(capsys, *argv, "--unguided-scales", 6)
+    assert "one value, or several with" in fails_in_one_line(capsys, *argv, "--unguided-scales", 1, 2)
+
+
+def test_a_comparison_tries_budgets_of_layers_and_of_heads_and_unguided_scales(alone, tmp_path, capsys):
+    file = tmp_path / "drafters.json"
+    run(capsys, "image", "calibrate", "--model", alone, "-o", file)
+    argv = ["image", "--compare", "--model", alone, "--class", 1, "--count", 1, "--repeat", 1, "--scale-kv", 0.2]
+    argv += ["--scale-kv-per", "layer", "head", "--scale-kv-drafters", file, "--unguided-scales", 1, 2]
+    rows = {row["setting"]: row for row in run(capsys, *argv, "-o", tmp_path / "folder")["settings"]}
+    assert list(rows) == ["plain", "ScaleKV 20%", "ScaleKV 20% per head", "last 1 unguided", "last 2 unguided"]
+    assert 0.9 * rows["ScaleKV 20%"]["cache"] <= rows["ScaleKV 20% per head"]["cache"] <= rows["ScaleKV 20%"]["cache"]
+    assert rows["ScaleKV 20%"]["psnr"] != rows["ScaleKV 20% per head"]["psnr"]
+    assert rows["last 2 unguided"]["predicted_speedup"] > rows["last 1 unguided"]["predicted_speedup"] > 1

@@ -17,10 +17,10 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from draftdiff.cli.image import _with_drafters
 from draftdiff.errors import UserError
 from draftdiff.kernels import autotune
 from draftdiff.llm import DistillationSet, NGramTable, load_trimmed, save_trimmed, trim
+from draftdiff.models.image_calibration import with_calibration
 from draftdiff.var.checkpoint import read_checkpoint
 from tests.fuzz.engine import Case, Family
 from tests.llm.tiny_models import tiny_model
@@ -28,6 +28,7 @@ from tests.llm.tiny_models import tiny_model
 WEIGHTS = {f"blocks.{i}.weight": torch.arange(12.0).view(3, 4) + i for i in range(3)} | {
     "pos_1LC": torch.zeros(1, 5, 2)
 }
+MISSED = [[[[None] * 12] * 2, [[0.5] * 12] * 2]] * 4
 # Where a number of a JSON file once stood, and what may stand there after another program has been at it.
 FOREIGN = [
     "null",
@@ -49,6 +50,7 @@ FOREIGN = [
 @dataclass(frozen=True)
 class _Sizes:
     num_layers: int = 4
+    num_attention_heads: int = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class _Model:
     """As much of an image model as a file of drafters is checked against."""
 
     drafters: dict[str, Any] = field(default_factory=dict)
+    refiner: None = None
 
     @property
     def pipeline(self) -> Any:
@@ -72,7 +75,7 @@ def _write_shards(folder: Path) -> None:
 
 
 def _drafters(path: Path) -> Any:
-    return _with_drafters(_Model(), Namespace(scale_kv_drafters=str(path), scale_kv=0.1, compare=False))  # type: ignore[arg-type]
+    return with_calibration(_Model(), path)  # type: ignore[arg-type]
 
 
 def _tuned(path: Path) -> Any:
@@ -111,7 +114,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], Callable[[Path], Any]]] = {
     ),
     "drafters": (
         "drafters.json",
-        lambda path: path.write_text(json.dumps({"layers": 4, "drafters": {"3": [0, 1], "5": [2]}})),
+        lambda path: path.write_text(json.dumps({"layers": 4, "drafters": {"3": [0, 1], "5": [2]}, "missed": MISSED})),
         _drafters,
     ),
     "autotune": ("tuned.json", lambda path: path.write_text(json.dumps({"3.4 hopper": "Config(64)"})), _tuned),
