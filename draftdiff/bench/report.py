@@ -78,11 +78,14 @@ KINDS = (
     _kind("Rules and schedules", "summary psnr setting", "summary", "bench.quality.COLUMNS", picture="quality"),
     _kind("Pictures scale by scale", "subjects settings", "settings", "compare.image.COLUMNS"),
     _kind("Next-scale models", "results measured_on", "results", "bench.var.COLUMNS", "rows", "var"),
+    _kind("Caches of next-scale models", "results pictures model", "results", "bench.var_caches.COLUMNS", "rows"),
     _kind("Attention of the last scales", "scale history density", "rows", "bench.last_scales.COLUMNS"),
     _kind("Accuracy of pictures", "setting interval shape colour", "rows"),
     _kind("Specialised training of pictures", "loss before after gain", "rows"),
     _kind("Language models, methods side by side", "methods prompt_tokens", "methods", "compare.llm.COLUMNS"),
     _kind("Language models on real weights", "model new_tokens capacity", "rows"),
+    _kind("What a smaller cache costs in answers", "floor headline refusal", "rows"),
+    _kind("Drafters on a stream of answers", "drafter accepted second_half", "rows"),
     _kind("The loop of speculation", "what nodes ms", "rows", "bench.llm.COLUMNS"),
     _kind(
         "When speculation pays",
@@ -96,6 +99,7 @@ KINDS = (
     _kind("Several drafts, and what is possible", "temperature drafts sampler optimum", "rows"),
     _kind("Trimmed vocabularies", "calibration size tokens_per_forward", "rows"),
     _kind("Training of drafts", "scores draft_parameters", "scores"),
+    _kind("DraftRec on a synthetic league", "rules losses settings", "rows"),
 )
 
 
