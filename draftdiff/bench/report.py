@@ -119,7 +119,9 @@ def _rows(found: Any) -> list[dict[str, Any]]:
 
 def _written(value: Any) -> str:
     if isinstance(value, Mapping):
-        return with_spread("", 3)(dict(value))
+        if "median" in value:
+            return with_spread("", 3)(dict(value))
+        return ", ".join(f"{name} {_written(part)}" for name, part in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

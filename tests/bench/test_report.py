@@ -43,6 +43,7 @@ def test_a_row_of_a_benchmark_is_known_by_its_columns(module, tmp_path):
 
 def test_files_are_told_apart_from_each_other():
     kinds = {file.stem: read(file).kind.title for file in RESULTS.glob("*.json")}
+    assert not report.gather([RESULTS])[1], "refused"
     assert kinds["cpu-demo"] != kinds["cpu-image-compare"] != kinds["llm-compare"]
     assert kinds["cpu-quality"] == kinds["cpu-schedules-8-steps"] == "Rules and schedules"
     assert kinds["cpu-kernels"] == kinds["nvidia-h200-kernels-wrong"] == "Attention kernels"
