@@ -66,6 +66,10 @@ class Expected:
     out_bound: Tensor
     lse_bound: Tensor
 
+    def after(self, row: int) -> Expected:
+        """Of the rows from this one on."""
+        return Expected(*(part[:, :, row:] for part in (self.out, self.lse, self.out_bound, self.lse_bound)))
+
     def check(self, out: Tensor, lse: Tensor | None = None) -> None:
         """Raise AssertionError, with the worst excess, unless out and lse are within the bounds."""
         found = [("output", out, self.out, self.out_bound)]
