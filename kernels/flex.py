@@ -32,6 +32,10 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
+# PyTorch's own choice for Hopper does not divide a block of 64: it refuses.
+_OPTIONS = {64: dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 64)}
+
+
 @lru_cache(maxsize=2)
 def _attention(compiled: bool) -> Any:
     return torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
@@ -84,6 +88,7 @@ def run(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None]:
         score_mod=weigh if tail is not None else None,
         block_mask=block_mask,
         scale=problem.factor,
+        kernel_options=_OPTIONS.get(block),
         return_aux=flex.AuxRequest(lse=True),
     )
     split = (tiles, block)

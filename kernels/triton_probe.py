@@ -22,7 +22,7 @@ from draftdiff.kernels.triton_lists import STEP, on_device_of, tables_for
 
 MOST = 8192  # tiles, or sampled keys: a row is ranked in registers
 _GROUP = 32  # key tiles of one program
-_WORDS = 1024  # of bits, read at once
+_LANES = 1024  # words of bits, or marks, at once
 _HELD = 1 << 29  # bytes of sampled errors, or of what is ranked, at once
 _HIGHEST = tl.constexpr(40 * math.log2(math.e))  # as in core.probe
 _ROUGH = tl.constexpr(12)  # bits of a bound that is an estimate anyway
@@ -221,7 +221,9 @@ def _mark(
                 q, k_ptr, strides[1], position, sums_ptr, at, tiles * BLOCK, center[:, None], scale_log2,
                 D, D_PAD, PRECISION, WIDEN,
             )  # fmt: skip
-            bits = (squares >= least[:, None]).to(tl.int32) << (slot % 32)[None, :]
+            # Of a kept tile none: its center is -inf, which makes no bound.
+            reaches = (squares >= least[:, None]) & (center > float("-inf"))[:, None]
+            bits = reaches.to(tl.int32) << (slot % 32)[None, :]
             words = tl.sum(bits.reshape(ROWS, WORDS, 32), 2)
             to = (rows * tiles + tile)[:, None] * (BLOCK // 32) + part * WORDS + word[None, :]
             tl.store(bits_ptr + to, words, mask=(rows < tiles)[:, None])
@@ -238,34 +240,49 @@ def _ones(x):
 
 @triton.jit
 def _marked(
-    bits_ptr, slots_ptr, singles_ptr, taken_ptr, tiles, room, BLOCK: tl.constexpr, WORDS: tl.constexpr
+    bits_ptr, before_ptr, slots_ptr, singles_ptr, taken_ptr, tiles, room,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """Positions of the slots marked in a row, in their order and as long as there is room, then -1; and how many of
-    each tile they are."""
+    each tile they are. before: place for the number of marks before each word. TOP: half the power of two that all
+    words fit into."""
     row = tl.program_id(0).to(tl.int64)
     PER: tl.constexpr = BLOCK // 32
     words = tiles * PER
     bits_ptr += row * words
+    before_ptr += row * words
     singles_ptr += row * room
-    taken = 0
-    for start in range(0, words, WORDS):
-        at = start + tl.arange(0, WORDS)
-        word = tl.load(bits_ptr + at, mask=at < words, other=0)
-        number = _ones(word)
-        place = taken + tl.cumsum(number, 0) - number
-        number = tl.minimum(number, tl.maximum(room - place, 0))
-        tile = start // PER + tl.arange(0, WORDS // PER)
-        in_tile = tl.sum(number.reshape(WORDS // PER, PER), 1)
+    marks = 0
+    for start in range(0, words, LANES):
+        at = start + tl.arange(0, LANES)
+        number = _ones(tl.load(bits_ptr + at, mask=at < words, other=0))
+        before = marks + tl.cumsum(number, 0) - number
+        tl.store(before_ptr + at, before, mask=at < words)
+        in_tile = tl.sum(tl.minimum(number, tl.maximum(room - before, 0)).reshape(LANES // PER, PER), 1)
+        tile = start // PER + tl.arange(0, LANES // PER)
         tl.store(taken_ptr + row * tiles + tile, in_tile.to(tl.uint8), mask=tile < tiles)
-        for turn in range(tl.max(number, 0)):
-            there = turn < number
-            slot = at * 32 + _ones((word & -word) - 1)  # of its lowest bit
-            tl.store(singles_ptr + place + turn, tl.load(slots_ptr + slot, mask=there), mask=there)
-            word &= word - 1
-        taken += tl.sum(number, 0)
-    for start in range(taken // WORDS * WORDS, room, WORDS):
-        place = start + tl.arange(0, WORDS)
-        tl.store(singles_ptr + place, -1, mask=(place >= taken) & (place < room))
+        marks += tl.sum(number, 0)
+    tl.debug_barrier()
+    for start in range(0, room, LANES):
+        place = start + tl.arange(0, LANES)
+        there = place < tl.minimum(marks, room)
+        at = tl.zeros([LANES], tl.int32)  # the last word with no more marks before it than places before this one
+        step = tl.full((), TOP, tl.int32)
+        while step > 0:
+            before = tl.load(before_ptr + at + step, mask=there & (at + step < words), other=0x7FFFFFFF)
+            at = tl.where(before <= place, at + step, at)
+            step = step >> 1
+        rest = place - tl.load(before_ptr + at, mask=there, other=0)  # marks of the word that go first
+        word = tl.load(bits_ptr + at, mask=there, other=0)
+        slot = at * 32
+        for bit in tl.static_range(5):
+            number = _ones(word & ((1 << (16 >> bit)) - 1))
+            above = rest >= number
+            rest = tl.where(above, rest - number, rest)
+            word = tl.where(above, word >> (16 >> bit), word)
+            slot = tl.where(above, slot + (16 >> bit), slot)
+        position = tl.load(slots_ptr + slot, mask=there, other=-1)
+        tl.store(singles_ptr + place, position, mask=place < room)
 
 
 @triton.jit
@@ -388,13 +405,15 @@ def singles(
             )
             _marked[(rows,)](
                 bits,
+                torch.empty_like(bits),
                 call.slots,
                 to,
                 taken.view(call.of_all, call.tiles, call.tiles)[first:],
                 call.tiles,
                 room,
                 BLOCK=tiling.block_size,
-                WORDS=_WORDS,
+                LANES=_LANES,
+                TOP=triton.next_power_of_2(words) // 2,
                 num_warps=4,
             )
     return found, taken

@@ -20,10 +20,9 @@ from draftdiff.compare.table import Column, spread, text_table, with_spread
 from draftdiff.core.devices import dtype_named
 from draftdiff.core.draft import Tail, draft_map
 from draftdiff.core.grid import LatentGrid, choose_tile, tiling_for
-from draftdiff.core.probe import worst
 from draftdiff.core.select import with_text
 from draftdiff.kernels.block_sparse import BACKENDS, block_sparse_attention, unavailable
-from draftdiff.kernels.drafting import errors, pool, select, singles
+from draftdiff.kernels.drafting import errors, pool, select, singles, worst
 from draftdiff.kernels.sampled import attention_of, some_rows
 
 

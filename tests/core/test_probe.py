@@ -177,6 +177,17 @@ def test_a_gpu_marks_no_more_than_there_is_room_for(monkeypatch):
     assert torch.equal((tokens >= 0).sum(-1), taken.sum(-1))
 
 
+def test_a_gpu_reads_no_kept_tile_again_where_all_other_keys_are_read(monkeypatch):
+    triton_probe = pytest.importorskip("draftdiff.kernels.triton_probe")
+    monkeypatch.setattr(triton_probe, "MOST", 128)
+    q_mean, k, v, means, tiling = inputs((3, 9, 22), (1, 8, 8), 7, 3)
+    keep = torch.rand(2, 2, tiling.video_tiles, tiling.video_tiles, generator=torch.Generator().manual_seed(1)) < 0.75
+    tokens, taken = triton_probe.singles(q_mean, k, v, means, tiling, keep, scale=SCALE, tokens=400)
+    assert taken is not None and not taken[keep].any()
+    assert torch.equal(taken.long(), tiling.counts[: tiling.video_tiles] * ~keep)
+    assert torch.equal((tokens >= 0).sum(-1), taken.sum(-1))
+
+
 def test_the_kernel_finds_what_the_definition_in_pytorch_finds():
     for grid, tile, block, dim in (((5, 20, 20), (2, 8, 8), 128, 96), ((8, 16, 16), (4, 4, 4), 64, 64)):
         generator = torch.Generator().manual_seed(5)
