@@ -49,7 +49,7 @@ def log_ticks(axes: Any, ticks: Sequence[float]) -> None:
 
 def kernels(payload: Mapping[str, Any], path: Path) -> None:
     """Time against dense, and rate per kept FLOP, over density: a column per case."""
-    measured = [row for row in payload["rows"] if row.get("seconds")]
+    measured = sorted((row for row in payload["rows"] if row.get("seconds")), key=lambda row: row["density"])
     ticks = sorted({row["density"] for row in measured})
     names = dict.fromkeys(row["backend"] for row in measured)
     style = {
