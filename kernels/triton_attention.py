@@ -1,12 +1,12 @@
 """Device code of the `triton` backend: a query tile walks its kept key tiles, read in place, with an online softmax.
 
-A program owns one query tile of one head. It reads, in this order: whole video tiles, ragged video tiles and text
-tiles (a bias per key, -inf where there is none), single tokens, then the pooled tail. Softmax in base 2 with the scale
+A program owns one query tile of one head. It reads, in this order: boxes of video, other full tiles, partial ones and
+text (a bias per key, -inf where there is none), single tokens, then the pooled tail. Softmax in base 2 with the scale
 folded in.
 
-Video tiles are boxes of the model's own [frames, height, width] layout. With descriptors a box is one bulk tensor load
-(Hopper and later); otherwise its rows are addressed by arithmetic, or through a table of positions if the tile is no
-box. Entries of the tile lists are corners of boxes, packed by `triton_lists`, or tile numbers.
+Boxes lie in the model's own [frames, height, width] layout. With descriptors a box is one bulk tensor load (Hopper and
+later), and what is no box is read from a copy; otherwise a box's rows are addressed by arithmetic, and the others
+through a table of positions. Entries of the tile lists are corners of boxes, packed by `triton_lists`, or tile numbers.
 
 `state` is the running softmax of a query tile: (sums of weighted values, largest score, sum of weights).
 """
@@ -57,51 +57,44 @@ def _part_corner(corner, part, BOX: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def _overhang(start, size, extent):
-    """0 if [start, start + size) lies inside [0, extent), 1 if its end is cut, 2 if nothing of it is inside."""
-    return (start + size > extent).to(tl.int32) + (start >= extent).to(tl.int32)
-
-
-@triton.jit
 def _boxes(
-    q, k_box, v_box, outer, inner, list_ptr, parts, video, bias_ptr, state, scale_log2,
-    BOX: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    q, k_box, v_box, outer, inner, list_ptr, parts, state, scale_log2, BOX: tl.constexpr, PART: tl.constexpr
 ):  # fmt: skip
-    """As many `parts` of the listed boxes, by descriptors; MASKED if they may hang over the grid."""
+    """As many `parts` of the listed boxes, by descriptors."""
     acc, row_max, row_sum = state
     KEYS: tl.constexpr = PART[0] * PART[1] * PART[2]
     PARTS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // KEYS
     bias = tl.zeros([KEYS], tl.float32)
     entry = tl.load(list_ptr)
-    for i in tl.range(0, parts, num_stages=STAGES):
+    for i in tl.range(0, parts):
         corner = entry
         entry = tl.load(list_ptr + (i + 1) // PARTS)
         t, y, x = _part_corner(corner, i % PARTS, BOX, PART)
         k = k_box.load([outer, t, y, x, inner]).reshape(KEYS, q.shape[1])
         v = v_box.load([outer, t, y, x, inner]).reshape(KEYS, q.shape[1])
-        if MASKED:
-            kind = _overhang(t, PART[0], video[0]) * 9 + _overhang(y, PART[1], video[1]) * 3
-            kind += _overhang(x, PART[2], video[2])
-            bias = tl.load(bias_ptr + kind * KEYS + tl.arange(0, KEYS))
-        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, MASKED)
+        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, False)
     return acc, row_max, row_sum
 
 
 @triton.jit
-def _text(
-    q, k_text, v_text, bh, list_ptr, count, bias_ptr, first_tile, state, scale_log2,
-    TILE: tl.constexpr, KEYS: tl.constexpr,
+def _rest(
+    q, k_rest, v_rest, bh, list_ptr, parts, bias_ptr, boxes, state, scale_log2,
+    TILE: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The listed text tiles [batch * heads, text tiles * TILE, D], by descriptors."""
+    """As many parts of the listed tiles that are no boxes [batch * heads, tiles * TILE, D], by descriptors; MASKED if
+    they may have slots without a token."""
     acc, row_max, row_sum = state
     PARTS: tl.constexpr = TILE // KEYS
-    for i in tl.range(0, count * PARTS, num_stages=1):
-        tile = tl.load(list_ptr + i // PARTS)
-        start = (tile - first_tile) * TILE + i % PARTS * KEYS
-        k = k_text.load([bh, start, 0]).reshape(KEYS, q.shape[1])
-        v = v_text.load([bh, start, 0]).reshape(KEYS, q.shape[1])
-        bias = tl.load(bias_ptr + start + tl.arange(0, KEYS))
-        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, True)
+    bias = tl.zeros([KEYS], tl.float32)
+    entry = tl.load(list_ptr)
+    for i in tl.range(0, parts, num_stages=STAGES):
+        start = (entry - boxes) * TILE + i % PARTS * KEYS
+        entry = tl.load(list_ptr + (i + 1) // PARTS)
+        k = k_rest.load([bh, start, 0]).reshape(KEYS, q.shape[1])
+        v = v_rest.load([bh, start, 0]).reshape(KEYS, q.shape[1])
+        if MASKED:
+            bias = tl.load(bias_ptr + start + tl.arange(0, KEYS))
+        acc, row_max, row_sum = _step(q, k, v, bias, (acc, row_max, row_sum), scale_log2, MASKED)
     return acc, row_max, row_sum
 
 
@@ -110,7 +103,7 @@ def _box_rows(
     q, k_ptr, v_ptr, tokens_at, list_ptr, parts, video, state, scale_log2,
     BOX: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """As many `parts` of the listed boxes, all inside the grid, by address. Entries are first tokens of boxes.
+    """As many `parts` of the listed boxes by address. Entries are first tokens of boxes.
     tokens_at: strides of k and v; a box spans less than 2^31 elements."""
     acc, row_max, row_sum = state
     KEYS: tl.constexpr = PART[0] * PART[1] * PART[2]
@@ -234,24 +227,24 @@ def _finish(state, out_ptr, lse_ptr, query_slots_ptr, tile_q, b, h, heads, token
 
 @triton.jit
 def forward(
-    q_ptr, k, v, k_text, v_text, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, singles, scale_log2,
+    q_ptr, k, v, k_rest, v_rest, k_pool, v_pool, out_ptr, lse_ptr, tables, lists, singles, scale_log2,
     shape, video, strides, layout,
     KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr,
-    ACCESS: tl.constexpr, TEXT: tl.constexpr, SINGLES: tl.constexpr, TAIL: tl.constexpr,
+    ACCESS: tl.constexpr, REST: tl.constexpr, PARTIAL: tl.constexpr, SINGLES: tl.constexpr, TAIL: tl.constexpr,
     LSE: tl.constexpr, WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per (batch, head, query tile), a head's longest rows first.
 
-    k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_text, v_text count for the former.
-    tables: pointers to query slots, key slots, biases of ragged parts, text and tail.
+    k, v, k_pool, v_pool: descriptors if ACCESS is "descriptors", else pointers; k_rest, v_rest count for the former.
+    tables: pointers to query slots, key slots, biases of what is no box, and of the tail.
     lists: pointers to order, counts, entries.  singles: pointers to the positions of single tokens, the number of
-    places of a row, k and v.  shape: heads, tokens, tiles, those of the video, of the first grid, with queries.
+    places of a row, k and v.  shape: heads, tokens, tiles, those of the video, boxes, tiles with queries.
     video: frames, height, width.  strides: of q, k and v (batch, token, head), then the batch strides of the key slots
-    and of the text's bias.  layout: as `Interleave` has it, (outer per batch, outer per head, inner per head).
+    and of what is no box.  layout: as `Interleave` has it, (outer per batch, outer per head, inner per head).
     """
-    query_slots_ptr, key_slots_ptr, ragged_bias_ptr, text_bias_ptr, tail_bias_ptr = tables
+    query_slots_ptr, key_slots_ptr, rest_bias_ptr, tail_bias_ptr = tables
     order_ptr, counts_ptr, list_ptr = lists
-    heads, tokens, tiles, video_tiles, first_tiles, rows = shape
+    heads, tokens, tiles, video_tiles, boxes, rows = shape
     q_at, k_at, v_at, tables_at = strides
     turn = tl.program_id(0)
     bh = turn // rows
@@ -270,55 +263,51 @@ def forward(
     tokens_at = (k_at[1], k_at[1] if ALIKE else v_at[1])
     PARTS: tl.constexpr = TILE // KEYS
     list_ptr += row.to(tl.int64) * (tiles + 1)  # one more, for the entry that is fetched ahead
-    whole = tl.load(counts_ptr + row * 4)
-    ragged = tl.load(counts_ptr + row * 4 + 1)
+    of_boxes = tl.load(counts_ptr + row * 4)
+    full = tl.load(counts_ptr + row * 4 + 1)
+    partial = tl.load(counts_ptr + row * 4 + 2)
     at_ptr, places, k_rows, v_rows = singles
-    full = 0
+    even = 0
     rest = 0
     if SINGLES:
         at_ptr += (bh.to(tl.int64) * video_tiles + tl.minimum(tile_q, video_tiles - 1)) * places  # text reads none
         k_rows += b * k_at[0] + h * k_at[2]
         v_rows += b * v_at[0] + h * v_at[2]
         count = tl.load(counts_ptr + row * 4 + 3)
-        full = count // KEYS * KEYS
-        rest = (count > full).to(tl.int32)
+        even = count // KEYS * KEYS
+        rest = (count > even).to(tl.int32)
     if ACCESS == "descriptors":
         outer = (b * layout[0] + h * layout[1]).to(tl.int32)
         inner = (h * layout[2]).to(tl.int32)
-        state = _boxes(
-            q, k, v, outer, inner, list_ptr, whole * PARTS, video, ragged_bias_ptr, state, scale_log2,
-            BOX, PART, False, None,
-        )  # fmt: skip
-        list_ptr += whole
-        state = _boxes(
-            q, k, v, outer, inner, list_ptr, ragged * PARTS, video, ragged_bias_ptr, state, scale_log2,
-            BOX, PART, True, MASKED_STAGES,
-        )  # fmt: skip
-        if TEXT:
-            list_ptr += ragged
-            text = tl.load(counts_ptr + row * 4 + 2)
-            text_bias_ptr += b * tables_at[1]
-            state = _text(
-                q, k_text, v_text, bh, list_ptr, text, text_bias_ptr, first_tiles, state, scale_log2, TILE, KEYS
-            )
+        state = _boxes(q, k, v, outer, inner, list_ptr, of_boxes * PARTS, state, scale_log2, BOX, PART)
+        list_ptr += of_boxes
+        if REST:
+            state = _rest(
+                q, k_rest, v_rest, bh, list_ptr, full * PARTS, rest_bias_ptr, boxes, state, scale_log2,
+                TILE, KEYS, False, None,
+            )  # fmt: skip
+        if PARTIAL:
+            state = _rest(
+                q, k_rest, v_rest, bh, list_ptr + full, partial * PARTS, rest_bias_ptr + b * tables_at[1], boxes,
+                state, scale_log2, TILE, KEYS, True, 1,
+            )  # fmt: skip
         if SINGLES:
-            state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
+            state = _singles(q, k_rows, v_rows, tokens_at, at_ptr, even, state, scale_log2, KEYS, D, MASKED_STAGES)
             state = _slots(
-                q, k_rows, v_rows, tokens_at, list_ptr, 0, key_slots_ptr, at_ptr + full, rest, state, scale_log2,
+                q, k_rows, v_rows, tokens_at, list_ptr, 0, key_slots_ptr, at_ptr + even, rest, state, scale_log2,
                 TILE, KEYS, D, True, 1,
             )  # fmt: skip
     else:
         k += b * k_at[0] + h * k_at[2]
         v += b * v_at[0] + h * v_at[2]
         if ACCESS == "strided":
-            state = _box_rows(q, k, v, tokens_at, list_ptr, whole * PARTS, video, state, scale_log2, BOX, PART, D)
-            list_ptr += whole
+            state = _box_rows(q, k, v, tokens_at, list_ptr, of_boxes * PARTS, video, state, scale_log2, BOX, PART, D)
+            list_ptr += of_boxes
         if SINGLES:
-            state = _singles(q, k, v, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
-        masked = ragged + tl.load(counts_ptr + row * 4 + 2)
+            state = _singles(q, k, v, tokens_at, at_ptr, even, state, scale_log2, KEYS, D, MASKED_STAGES)
         key_slots_ptr += b * tables_at[0]
         state = _slots(
-            q, k, v, tokens_at, list_ptr, masked, key_slots_ptr, at_ptr + full, rest, state, scale_log2,
+            q, k, v, tokens_at, list_ptr, full + partial, key_slots_ptr, at_ptr + even, rest, state, scale_log2,
             TILE, KEYS, D, SINGLES, MASKED_STAGES,
         )  # fmt: skip
     if TAIL:

@@ -29,7 +29,7 @@ try:
 
     from draftdiff.kernels import triton_attention, triton_int8
     from draftdiff.kernels.autotune import DoesNotCompile, fastest
-    from draftdiff.kernels.triton_lists import WHOLE, TileLists, TileTables, list_tiles, on_device_of, tables_for
+    from draftdiff.kernels.triton_lists import TileLists, TileTables, list_tiles, on_device_of, tables_for
 except ImportError:
     triton = None
 
@@ -137,9 +137,8 @@ class Call:
     """One problem, ready to be launched with any configuration.
 
     q, k, v: the problem's, head_dim contiguous.  key_slots int32 [batch or 1, tiles, block_size], -1 where none may be
-    read.  text_bias fp32 [batch or 1, text tiles, block_size].  text: k and v of the text tiles
-    [batch, heads, text tiles, block_size, head_dim], 0 where none may be read; only descriptors need it. The tiles of
-    further grids are among the text's here.
+    read.  rest: k and v of the tiles that are no boxes of the first grid [batch, heads, tiles, block_size, head_dim], 0
+    where none may be read; only descriptors need it.  rest_bias fp32 [batch or 1, tiles, block_size].
     singles: whether there are single tokens.  pooled: means of k and v in their dtype.  packed: q, k and v where access
     is "int8", which reads video tiles from there.
     """
@@ -152,8 +151,8 @@ class Call:
     access: str
     lists: TileLists
     key_slots: Tensor
-    text_bias: Tensor
-    text: tuple[Tensor, Tensor] | None
+    rest_bias: Tensor
+    rest: tuple[Tensor, Tensor] | None
     singles: bool
     pooled: tuple[Tensor, Tensor] | None
     scale_log2: float
@@ -164,26 +163,24 @@ class Call:
     def prepare(cls, problem: Problem, want_lse: bool) -> Call:
         """Everything that does not depend on the configuration."""
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
-        tiling, tail, first = problem.tiling, problem.tail, problem.tiling.first_tiles
+        tiling, tail = problem.tiling, problem.tail
         tables = tables_for(tiling)
+        boxes = len(tables.corners)
         access = access_to(k, v, tiling) if problem.precision == "full" else "int8"
         numbers = torch.arange(tiling.tiles, dtype=torch.int32, device=q.device)
         entries = numbers
         if access not in ("gather", "int8"):
-            corners = tables.corners
-            if access == "strided":  # ragged tiles go by the positions of their slots
-                corners = torch.where(tables.kinds[:first] == WHOLE, tables.slots[:first, 0], numbers[:first])
-            entries = torch.cat([corners, numbers[first:]])
+            first_of = tables.slots[:boxes, 0] if access == "strided" else tables.corners
+            entries = torch.cat([first_of, numbers[boxes:]])
         key_slots = tables.slots[None]
         if problem.text_mask is not None:
-            text = tables.slots[first:].where(problem.readable[:, first:], -1)
-            key_slots = torch.cat([tables.slots[:first].expand(len(text), -1, -1), text], dim=1)
-        absent = key_slots[:, first:] < 0
-        text_bias = torch.zeros(absent.shape, dtype=torch.float32, device=q.device).masked_fill_(absent, float("-inf"))
-        text = None
+            key_slots = tables.slots.where(problem.readable, -1)
+        absent = key_slots[:, boxes:] < 0
+        rest_bias = torch.zeros(absent.shape, dtype=torch.float32, device=q.device).masked_fill_(absent, float("-inf"))
+        rest = None
         # Descriptors fetch whole tiles, and 0 times a NaN beside the text is NaN.
-        if tiling.tiles > first and access in _DESCRIPTORS:
-            text = to_tiles(k, tables.slots[first:], absent), to_tiles(v, tables.slots[first:], absent)
+        if tiling.tiles > boxes and access in _DESCRIPTORS:
+            rest = to_tiles(k, tables.slots[boxes:], absent), to_tiles(v, tables.slots[boxes:], absent)
         scale_log2 = problem.factor * math.log2(math.e)
         packed = None
         if access == "int8":
@@ -206,8 +203,8 @@ class Call:
                 queries=problem.queries,
             ),
             key_slots=key_slots,
-            text_bias=text_bias,
-            text=text,
+            rest_bias=rest_bias,
+            rest=rest,
             singles=problem.tokens is not None and problem.tokens.shape[-1] > 0,
             pooled=tail and (tail.k_mean.to(k.dtype).contiguous(), tail.v_mean.to(v.dtype).contiguous()),
             scale_log2=scale_log2,
@@ -222,9 +219,9 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes that both kernels take: heads, tokens, tiles, those of the video, of the first grid, with queries."""
-        tiling, queries = self.tiling, self.lists.order.shape[1]
-        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles, tiling.first_tiles, queries
+        """Sizes that both kernels take: heads, tokens, tiles, those of the video, boxes, tiles with queries."""
+        tiling, boxes, queries = self.tiling, len(self.tables.corners), self.lists.order.shape[1]
+        return self.q.shape[2], tiling.tokens, tiling.tiles, tiling.video_tiles, boxes, queries
 
     def launch(self, config: Config) -> tuple[Tensor, Tensor | None]:
         """Run it. Raises DoesNotCompile if the GPU or the compiler cannot take the configuration."""
@@ -246,7 +243,7 @@ class Call:
         return out, lse
 
     def _descriptors(self, part: tuple[int, int, int], keys: int, padded: int) -> list[Any]:
-        """k and v as boxes of video, their text tiles and their pooled tiles, for `forward`."""
+        """k and v as boxes of video, their other tiles and their pooled tiles, for `forward`."""
         layout = interleave(self.k)
         assert layout is not None
         grid, lead = self.tiling.grid, self.tiling.lead
@@ -257,7 +254,7 @@ class Call:
             shape = [layout.outer, *grid.shape, layout.columns]
             strides = [layout.outer_stride, frame * token, row * token, token, 1]
             operands.append(TensorDescriptor(x[:, lead:], shape, strides, [1, *part, padded]))
-        for pair, rows in ((self.text, keys), (self.pooled, min(keys, triton_attention.TAIL_KEYS.value))):
+        for pair, rows in ((self.rest, keys), (self.pooled, min(keys, triton_attention.TAIL_KEYS.value))):
             # What a call does without, the kernel does not touch.
             tiles = [x.flatten(0, 1).flatten(1, -2) for x in pair or ()]
             described = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, padded]) for x in tiles]
@@ -266,11 +263,12 @@ class Call:
 
     def _switches(self, config: Config) -> dict[str, Any]:
         """What the kernels for all kinds of tiles are compiled for."""
+        tiling = self.tiling
         return {
             "KEYS": config.keys,
-            "TILE": self.tiling.block_size,
+            "TILE": tiling.block_size,
             "D": self.q.shape[-1],
-            "TEXT": self.tiling.tiles > self.tiling.first_tiles,
+            "PARTIAL": tiling.tokens < tiling.video_tiles * tiling.block_size or tiling.text > 0,
             "SINGLES": self.singles,
             "TAIL": self.pooled is not None,
             "LSE": self.want_lse,
@@ -290,15 +288,14 @@ class Call:
         layout = interleave(k)
         described = self.access in _DESCRIPTORS
         operands = self._descriptors(part, config.keys, padded) if described else [k, v, k, v, *(self.pooled or (k, v))]
-        biases = (ragged_bias(part, self.tiling.grid.shape, q.device), self.text_bias, lists.tail_bias)
-        of_tables = tuple(x.stride(0) if len(x) > 1 else 0 for x in (self.key_slots, self.text_bias))
+        of_tables = tuple(x.stride(0) if len(x) > 1 else 0 for x in (self.key_slots, self.rest_bias))
         options = {"maxnreg": config.registers} if config.registers and not _INTERPRETED else {}
         triton_attention.forward[(lists.order.numel(),)](
             q,
             *operands,
             out,
             lse if lse is not None else tables.tokens,
-            tables=(tables.slots, self.key_slots, *biases),
+            tables=(tables.slots, self.key_slots, self.rest_bias, lists.tail_bias),
             lists=(lists.order, lists.counts, lists.lists),
             singles=(lists.singles, lists.singles.shape[1], k, v),
             scale_log2=self.scale_log2,
@@ -310,6 +307,7 @@ class Call:
             BOX=box,
             PART=part,
             ACCESS="descriptors" if described else self.access,
+            REST=self.rest is not None,
             ALIKE=k.stride(1) == v.stride(1),
             **self._switches(config),
             **options,
@@ -348,19 +346,3 @@ def split(box: tuple[int, int, int], keys: int) -> tuple[int, int, int]:
         axis = next(i for i in range(3) if part[i] > 1)
         part[axis] //= 2
     return part[0], part[1], part[2]
-
-
-@lru_cache(maxsize=64)
-def ragged_bias(part: tuple[int, int, int], grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """0 for the tokens of a part that lie inside the grid, -inf for the others, fp32 [27, tokens of a part].
-
-    Row 9 i + 3 j + k: i, j, k say for frames, rows and columns whether the part is inside (0), cut (1) or outside (2).
-    """
-    inside = []
-    for size, extent in zip(part, grid):
-        cell = torch.arange(size, device=device)
-        inside.append(torch.stack([cell >= 0, cell < extent % size, cell < 0]))
-    t, y, x = inside
-    every = t[:, None, None, :, None, None] & y[None, :, None, None, :, None] & x[None, None, :, None, None, :]
-    bias = torch.zeros(every.shape, device=device).masked_fill_(~every, float("-inf"))
-    return bias.reshape(27, math.prod(part)).contiguous()

@@ -16,7 +16,7 @@ class Config:
     """One way to run `triton_attention.forward` or, as access "int8", `triton_int8.forward`.
 
     keys: keys per step.  warps, stages: as Triton's.  registers: cap per thread, 128 lets two programs of 8 warps share
-    a multiprocessor.  masked_stages: stages of the loops over ragged tiles and the tail.
+    a multiprocessor.  masked_stages: stages of the loops over single tokens and the tail.
     """
 
     keys: int

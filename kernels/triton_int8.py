@@ -58,7 +58,7 @@ def mean_key(k: Tensor, tiling: Tiling, k_mean: Tensor | None) -> Tensor:
 def pack(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, off: Tensor, scale_log2: float) -> Packed:
     """off: `mean_key`.  scale_log2: of the scores, in base 2."""
     batch, _, heads, head_dim = q.shape
-    padded, tiles, video = max(32, triton.next_power_of_2(head_dim)), tiling.tiles, tiling.first_tiles
+    padded, tiles, video = max(32, triton.next_power_of_2(head_dim)), tiling.tiles, tiling.video_tiles
     outer, block_size = batch * heads, tiling.block_size
     packed = Packed(
         q=torch.empty((outer, tiles, block_size, padded), dtype=torch.int8, device=q.device),
@@ -104,10 +104,10 @@ def quantise(
     """Grid: one program per (batch, head, tile). A query that is not finite, or a tile with such a key, gets a scale of
     NaN; values that are not finite stay.
 
-    packed: pointers as `Packed` has them.  shape: heads, tiles, those of the first grid.  strides: of q, k and v.
+    packed: pointers as `Packed` has them.  shape: heads, tiles, those of the video.  strides: of q, k and v.
     """
     q8_ptr, rows_ptr, k8_ptr, v16_ptr, scales_ptr = packed
-    heads, tiles, first_tiles = shape
+    heads, tiles, video_tiles = shape
     q_at, k_at, v_at = strides
     row = tl.program_id(0)
     tile = row % tiles
@@ -131,8 +131,8 @@ def quantise(
     tl.store(rows_ptr + slot, tl.where(known, scale, float("nan")))
     tl.store(rows_ptr + TILE + slot, offset)
 
-    if tile < first_tiles:
-        at = (bh * first_tiles + tile).to(tl.int64)
+    if tile < video_tiles:
+        at = (bh * video_tiles + tile).to(tl.int64)
         token = position.to(tl.int64)[:, None]
         k = tl.load(k_ptr + b * k_at[0] + h * k_at[2] + token * k_at[1] + dim[None, :], mask=there, other=0.0)
         k = tl.where(there, k.to(tl.float32) - off[None, :], 0.0)
@@ -149,21 +149,13 @@ def quantise(
 
 
 @triton.jit
-def _step(q, factor, offset, k, v, v_scale, bias, state, MASKED: tl.constexpr):
-    """One block of keys into the running softmax. factor, offset [queries]: from products to scores in base 2.
-    bias [keys] counts if MASKED."""
+def _step(q, factor, offset, k, v, v_scale, state):
+    """One block of keys into the running softmax. factor, offset [queries]: from products to scores in base 2."""
     acc, row_max, row_sum = state
     products = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
-    if MASKED:
-        scores = products * factor[:, None] + (offset[:, None] + bias[None, :])
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.math.exp2(scores - (shift - UP)[:, None])
-    else:
-        new_max = tl.maximum(row_max, tl.max(products, 1) * factor + offset)
-        shift = new_max
-        p = tl.math.exp2(products * factor[:, None] - (shift - offset - UP)[:, None])
-    rescale = tl.math.exp2(row_max - shift)
+    new_max = tl.maximum(row_max, tl.max(products, 1) * factor + offset)
+    p = tl.math.exp2(products * factor[:, None] - (new_max - offset - UP)[:, None])
+    rescale = tl.math.exp2(row_max - new_max)
     down = tl.math.exp2(-UP)
     row_sum = row_sum * rescale + tl.sum(p, 1) * down
     # GeForce sums products of fp16 in fp16 at full rate; only a step's are.
@@ -173,34 +165,29 @@ def _step(q, factor, offset, k, v, v_scale, bias, state, MASKED: tl.constexpr):
 
 @triton.jit
 def _tiles(
-    q, factor, offset, k8_ptr, v16_ptr, scales_ptr, list_ptr, count, slots_ptr, state,
-    TILE: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    q, factor, offset, k8_ptr, v16_ptr, scales_ptr, list_ptr, count, state, TILE: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """The listed video tiles of one head; MASKED if they may have slots without a token."""
+    """The listed video tiles of one head, whose every slot holds a token."""
     acc, row_max, row_sum = state
     D_PAD: tl.constexpr = q.shape[1]
     PARTS: tl.constexpr = TILE // KEYS
     slot = tl.arange(0, KEYS)
     within = slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
-    bias = tl.zeros([KEYS], tl.float32)
-    for i in tl.range(0, count * PARTS, num_stages=STAGES):
+    for i in tl.range(0, count * PARTS):
         tile = tl.load(list_ptr + i // PARTS)
         first = tile * TILE + i % PARTS * KEYS
         k = tl.load(k8_ptr + first.to(tl.int64) * D_PAD + within)
         v = tl.load(v16_ptr + first.to(tl.int64) * D_PAD + within)
         k_scale = tl.load(scales_ptr + tile * 2)
         v_scale = tl.load(scales_ptr + tile * 2 + 1)
-        if MASKED:
-            bias = tl.where(tl.load(slots_ptr + first + slot) >= 0, 0.0, float("-inf"))
-        state = _step(q, factor * k_scale, offset, k, v, v_scale, bias, (acc, row_max, row_sum), MASKED)
-        acc, row_max, row_sum = state
+        acc, row_max, row_sum = _step(q, factor * k_scale, offset, k, v, v_scale, (acc, row_max, row_sum))
     return acc, row_max, row_sum
 
 
 @triton.jit
 def forward(
     q_ptr, k_ptr, v_ptr, k_pool, v_pool, out_ptr, lse_ptr, packed, tables, lists, singles, scale_log2, shape, strides,
-    KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TEXT: tl.constexpr,
+    KEYS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTIAL: tl.constexpr,
     SINGLES: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr, WIDEN: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per (batch, head, query tile), a head's longest rows first.
@@ -213,7 +200,7 @@ def forward(
     query_slots_ptr, key_slots_ptr, tail_bias_ptr = tables
     order_ptr, counts_ptr, list_ptr = lists
     at_ptr, places = singles
-    heads, tokens, tiles, video_tiles, first_tiles, rows = shape
+    heads, tokens, tiles, video_tiles, _, rows = shape
     q_at, k_at, v_at, slots_at = strides
     turn = tl.program_id(0)
     bh = turn // rows
@@ -224,26 +211,18 @@ def forward(
     list_ptr += row * (tiles + 1)
     counts_ptr += row * 4
     slot = tl.arange(0, TILE)
-    whole = tl.load(counts_ptr)
-    ragged = tl.load(counts_ptr + 1)
+    full = tl.load(counts_ptr) + tl.load(counts_ptr + 1)
 
     q8 = tl.load(q8_ptr + row * (TILE * D_PAD) + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :])
     factor = tl.load(rows_ptr + row * (2 * TILE) + slot)
     offset = tl.load(rows_ptr + row * (2 * TILE) + TILE + slot)
-    head = bh.to(tl.int64) * first_tiles
+    head = bh.to(tl.int64) * video_tiles
     k8_ptr += head * (TILE * D_PAD)
     v16_ptr += head * (TILE * D_PAD)
     scales_ptr += head * 2
-    state = _tiles(
-        q8, factor, offset, k8_ptr, v16_ptr, scales_ptr, list_ptr, whole, query_slots_ptr, _nothing(TILE, D_PAD),
-        TILE, KEYS, False, None,
-    )  # fmt: skip
-    state = _tiles(
-        q8, factor, offset, k8_ptr, v16_ptr, scales_ptr, list_ptr + whole, ragged, query_slots_ptr, state,
-        TILE, KEYS, True, MASKED_STAGES,
-    )  # fmt: skip
+    state = _tiles(q8, factor, offset, k8_ptr, v16_ptr, scales_ptr, list_ptr, full, _nothing(TILE, D_PAD), TILE, KEYS)
 
-    if TEXT or SINGLES or TAIL:
+    if PARTIAL or SINGLES or TAIL:
         position = tl.load(query_slots_ptr + tile_q * TILE + slot)
         q = _queries(q_ptr + b * q_at[0] + h * q_at[2], position, q_at[1], D, D_PAD)
         if WIDEN:
@@ -251,18 +230,18 @@ def forward(
     k_ptr += b * k_at[0] + h * k_at[2]
     v_ptr += b * v_at[0] + h * v_at[2]
     tokens_at = (k_at[1], v_at[1])
-    full = 0
+    even = 0
     rest = 0
     if SINGLES:
         at_ptr += (bh.to(tl.int64) * video_tiles + tl.minimum(tile_q, video_tiles - 1)) * places  # text reads none
         count = tl.load(counts_ptr + 3)
-        full = count // KEYS * KEYS
-        rest = (count > full).to(tl.int32)
-        state = _singles(q, k_ptr, v_ptr, tokens_at, at_ptr, full, state, scale_log2, KEYS, D, MASKED_STAGES)
-    if TEXT or SINGLES:
-        text = tl.load(counts_ptr + 2)
+        even = count // KEYS * KEYS
+        rest = (count > even).to(tl.int32)
+        state = _singles(q, k_ptr, v_ptr, tokens_at, at_ptr, even, state, scale_log2, KEYS, D, MASKED_STAGES)
+    if PARTIAL or SINGLES:
+        partial = tl.load(counts_ptr + 2)
         state = _slots(
-            q, k_ptr, v_ptr, tokens_at, list_ptr + whole + ragged, text, key_slots_ptr + b * slots_at, at_ptr + full,
+            q, k_ptr, v_ptr, tokens_at, list_ptr + full, partial, key_slots_ptr + b * slots_at, at_ptr + even,
             rest, state, scale_log2, TILE, KEYS, D, SINGLES, MASKED_STAGES,
         )  # fmt: skip
     if TAIL:

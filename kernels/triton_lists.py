@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
 from draftdiff.core.grid import Tiling
 
-WHOLE, RAGGED, TEXT = range(3)
+BOX, FULL, PARTIAL = range(3)
 STEP = tl.constexpr(128)  # the most keys of a step of `triton_attention.forward`
 _SCAN = 1024  # single tokens at once
 _MOST_TOKENS = 1023  # per axis, so that a corner packs into 32 bits
@@ -36,9 +34,9 @@ class TileTables:
     """What a tiling is to the kernels, on its device.
 
     box: tile as a power-of-two box (frames, rows, columns) of block_size tokens, None if it is not one.
-    slots [tiles, block_size] int32: model position of each slot, -1 for none; a box in raster order, holes included.
-    kinds [tiles] int32: WHOLE, RAGGED or TEXT; tiles of other grids than the first are read as text is.
-    corners [tiles of the first grid] int32: first token of a tile's box, packed.
+    slots [tiles, block_size] int32: model position of each slot, -1 for none.
+    kinds [tiles] int32: BOX, those of the first grid; FULL, other tiles of video whose every slot holds a token;
+    PARTIAL, all others, text among them.  corners [boxes] int32: first token of each box, packed.
     tokens [video_tiles] fp32: how many are in each.  tile_of [tokens] int32: the tile of each token.
     """
 
@@ -53,31 +51,23 @@ class TileTables:
 @lru_cache(maxsize=32)
 def tables_for(tiling: Tiling) -> TileTables:
     """The tables of a tiling."""
-    first, device = tiling.first_tiles, tiling.device
     is_box = (
         math.prod(tiling.tile) == tiling.block_size
         and all(n & (n - 1) == 0 for n in tiling.tile)
         and max(tiling.grid.shape) <= _MOST_TOKENS
     )
-    slots = tiling.slots
-    if is_box:
-        positions = torch.arange(tiling.grid.tokens, device=device).view(tiling.grid.shape) + tiling.lead
-        extra = [boxes * size - n for boxes, size, n in zip(tiling.boxes, tiling.tile, tiling.grid.shape)]
-        positions = F.pad(positions, (0, extra[2], 0, extra[1], 0, extra[0]), value=-1)
-        t, h, w = tiling.tile
-        in_boxes = rearrange(positions, "(f t) (y h) (x w) -> (f y x) (t h w)", t=t, h=h, w=w)
-        slots = torch.cat([in_boxes, slots[first:]])
-    index = torch.arange(tiling.tiles, device=device)
+    index = torch.arange(tiling.tiles, device=tiling.device)
     tile_of = index.repeat_interleave(tiling.counts, output_size=tiling.tokens)[tiling.restore]
-    is_whole = (tiling.counts == tiling.block_size) & is_box
-    kinds = torch.where(index < first, torch.where(is_whole, WHOLE, RAGGED), TEXT)
-    index = index[:first]
-    _, boxes_h, boxes_w = tiling.boxes
-    frame, row, column = index // (boxes_h * boxes_w), index // boxes_w % boxes_h, index % boxes_w
+    boxes = math.prod(tiling.boxes) if is_box else 0
+    is_full = (tiling.counts == tiling.block_size) & (index < tiling.video_tiles)
+    kinds = torch.where(index < boxes, BOX, torch.where(is_full, FULL, PARTIAL))
+    index = index[:boxes]
+    _, height, width = (max(1, size) for size in tiling.boxes)
+    frame, row, column = index // (height * width), index // width % height, index % width
     corners = frame * tiling.tile[0] << 20 | row * tiling.tile[1] << 10 | column * tiling.tile[2]
     return TileTables(
         box=tiling.tile if is_box else None,
-        slots=slots.to(torch.int32).contiguous(),
+        slots=tiling.slots.to(torch.int32).contiguous(),
         kinds=kinds.to(torch.int32),
         corners=corners.to(torch.int32),
         tokens=tiling.counts[: tiling.video_tiles].to(torch.float32),
@@ -89,7 +79,7 @@ def tables_for(tiling: Tiling) -> TileTables:
 class TileLists:
     """The kept key tiles of each query tile.
 
-    A row is a query tile of a head.  counts [rows, 4] int32: whole, ragged and text tiles, single tokens.
+    A row is a query tile of a head.  counts [rows, 4] int32: tiles of each kind, single tokens.
     lists [rows, tiles + 1] int32: the tiles' entries in this order, ascending in each; the rest is undefined.
     singles [rows of the video, any] int32: positions of single tokens, then -1 up to a multiple of STEP; the rest is
     undefined.  order [batch * heads, tiles with queries] int32: these, longest first.  tail_bias [rows, video_tiles]

@@ -79,7 +79,7 @@ def attend(
     with without_autocast(q.device):
         with part("draft"):
             q_mean, k_mean = summed(pool(q, tiling)), pool(k, tiling)
-            # The paper's map weighs all tiles alike, also ragged ones.
+            # The paper's map weighs all tiles alike, also those with fewer tokens.
             counts = None if rule.selection == "upstream" else tiling.counts[: tiling.video_tiles]
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
             tail = Tail(k_mean, pool(v, tiling)) if rule.tail else None

@@ -53,7 +53,7 @@ CASES = (
     Case("whole tiles, head_dim 64", (4, 16, 32), (2, 8, 8), 128, 64),
     Case("blocks of 64", (4, 16, 24), (4, 4, 4), 64, 128),
     Case("no tail", (4, 16, 24), (4, 4, 4), 64, 64, tail=False),
-    Case("ragged in every axis", (5, 13, 21), (2, 8, 8), 128, 128),
+    Case("a grid that no axis divides", (5, 13, 21), (2, 8, 8), 128, 128),
     Case("text around, padded", (3, 9, 22), (2, 4, 8), 64, 64, text=150, lead=70, padded=True),
     Case("single tokens", (5, 13, 21), (2, 8, 8), 128, 128, singles=100),
     Case("single tokens, text, no tail", (3, 9, 22), (2, 4, 8), 64, 64, text=77, tail=False, singles=33),

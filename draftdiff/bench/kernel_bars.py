@@ -8,7 +8,7 @@ from typing import Any
 ALL = ("cpu-64", "cpu-128", "cpu-ragged")
 EVEN = ALL[:2]
 # Backend, density, the largest share of dense SDPA's time that we allow ourselves, and where. The torch backend is the
-# fallback without a compiler and multiplies the holes of ragged tiles too: no bar there.
+# fallback without a compiler and multiplies empty slots too: no bar there.
 OF_DENSE_TIME = (
     ("cpu + tail + tokens", 0.1, 0.12, ALL),
     ("cpu + tail + tokens", 0.25, 0.28, ALL),

@@ -40,14 +40,14 @@ CASES = {
     "cpu": {
         "cpu-64": Case((8, 32, 32), 4, 64, "8,192 tokens"),
         "cpu-128": Case((8, 32, 32), 4, 128, "8,192 tokens"),
-        "cpu-ragged": Case((11, 30, 26), 4, 64, "8,580 tokens, ragged tiles"),
+        "cpu-ragged": Case((11, 30, 26), 4, 64, "8,580 tokens, no axis divides"),
     },
     "cuda": {
         "wan-1.3b": Case((21, 30, 52), 12, 128, "Wan 2.1 1.3B at 480p, 32,760 tokens"),
         "wan-14b": Case((21, 45, 80), 40, 128, "Wan 2.1 14B at 720p, 75,600 tokens"),
         "hunyuan": Case((33, 45, 80), 24, 128, "HunyuanVideo at 720p, 118,800 tokens"),
         "wan-14b-64": Case((21, 45, 80), 40, 64, "as wan-14b with head_dim 64"),
-        "even": Case((20, 48, 80), 40, 128, "76,800 tokens, no ragged tile: what every peer can do"),
+        "even": Case((20, 48, 80), 40, 128, "76,800 tokens, boxes alone: what every peer can do"),
     },
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}

@@ -75,7 +75,7 @@ def _needs_gpu(inputs: Inputs) -> None:
 
 
 def _in_tile_order(inputs: Inputs) -> list[Tensor]:
-    """q, k, v as [1, heads, tiles * block, head_dim], zeros where a ragged tile has no token."""
+    """q, k, v as [1, heads, tiles * block, head_dim], zeros where a tile has no token."""
     slots = inputs.tiling.slots
     return [to_tiles(x, slots, (slots < 0)[None]).flatten(2, 3) for x in (inputs.q, inputs.k, inputs.v)]
 
@@ -129,7 +129,7 @@ def _compiled_flex() -> Any:
 
 
 def flex(inputs: Inputs) -> Prepared:
-    """FlexAttention with the same block mask, compiled; ragged tiles are partial blocks."""
+    """FlexAttention with the same block mask, compiled."""
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 
     _needs_gpu(inputs)
@@ -193,7 +193,7 @@ def flash4_sparse(inputs: Inputs) -> Prepared:
     interface = _package("flash_attn.cute.interface", "flash-attn-4")
     sparsity = _package("flash_attn.cute.block_sparsity", "flash-attn-4")
     if not inputs.is_even:
-        raise Absent("whole blocks only; this grid has ragged tiles")
+        raise Absent("whole blocks only; a tile of this grid has empty slots")
     q, k, v = (x.transpose(1, 2).contiguous() for x in _in_tile_order(inputs))
     counts, indices = tile_lists(inputs.keep)
     tensors = sparsity.BlockSparseTensorsTorch(
@@ -220,7 +220,7 @@ def sparsevideo(inputs: Inputs) -> Prepared:
     except ImportError as error:
         raise Absent(" ".join(str(error).split())[:120]) from error
     if not inputs.is_even or inputs.tiling.block_size != 128:
-        raise Absent("whole blocks of 128 only; this grid has ragged tiles")
+        raise Absent("whole blocks of 128 only; a tile of this grid has empty slots")
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in _in_tile_order(inputs))
     tokens, heads = q.shape[:2]
     ends = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)

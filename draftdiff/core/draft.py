@@ -1,7 +1,7 @@
 """The draft: queries, keys and values averaged over tiles, and the attention map between those averages.
 
-Source: DraftAttention (arXiv 2505.14708), section 3.1. Beyond it: ragged tiles (means over the tokens that are there),
-fp32 scores, and pooled values for the tail of skipped tiles (as in PISA, arXiv 2602.01077).
+Source: DraftAttention (arXiv 2505.14708), section 3.1. Beyond it: grids that boxes do not fill (means over the tokens
+that are there), fp32 scores, and pooled values for the tail of skipped tiles (as in PISA, arXiv 2602.01077).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -24,21 +23,27 @@ def pool(x: Tensor, tiling: Tiling) -> Tensor:
 
     Returns fp32 [batch, heads, video_tiles, head_dim], accumulated in fp32.
     """
-    sums = torch.cat([_sums(x, part) for part in tiling.parts], dim=2)
-    return sums / tiling.counts[: tiling.video_tiles, None]
+    sums, first = [], 0
+    for part in tiling.parts:
+        boxes, tiles = math.prod(part.boxes), part.tiles(tiling.block_size)
+        sums += [_of_boxes(x, part), _of_slots(x, tiling.slots[first + boxes : first + tiles])]
+        first += tiles
+    return torch.cat(sums, dim=2) / tiling.counts[:first, None]
 
 
-def _sums(x: Tensor, part: Part) -> Tensor:
-    """Sums over the tiles of one grid, fp32 [batch, heads, tiles, head_dim]."""
-    video = x[:, part.start : part.stop].unflatten(1, part.grid.shape)
-    missing = [boxes * t - n for n, t, boxes in zip(part.grid.shape, part.tile, part.boxes)]
-    if any(missing):
-        frames, rows, columns = missing
-        video = F.pad(video, (0, 0, 0, 0, 0, columns, 0, rows, 0, frames))
-    sums = video
+def _of_boxes(x: Tensor, part: Part) -> Tensor:
+    """Sums over the boxes of one grid, fp32 [batch, heads, boxes, head_dim]."""
+    frames, height, width = (boxes * size for boxes, size in zip(part.boxes, part.tile))
+    sums = x[:, part.start : part.stop].unflatten(1, part.grid.shape)[:, :frames, :height, :width]
     for axis in (3, 2, 1):  # columns first: one pass over the tokens, the others over ever fewer sums
-        sums = sums.unflatten(axis, (-1, part.tile[axis - 1])).sum(axis + 1, dtype=torch.float32)
+        sums = sums.unflatten(axis, (part.boxes[axis - 1], part.tile[axis - 1])).sum(axis + 1, dtype=torch.float32)
     return rearrange(sums, "b f h w n d -> b n (f h w) d")
+
+
+def _of_slots(x: Tensor, slots: Tensor) -> Tensor:
+    """Sums over tiles by their slots, fp32 [batch, heads, tiles, head_dim]."""
+    absent = (slots < 0)[..., None, None]
+    return rearrange(x[:, slots.clamp(min=0)].masked_fill(absent, 0).sum(2, dtype=torch.float32), "b t n d -> b n t d")
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
@@ -55,7 +60,7 @@ def draft_map(q_mean: Tensor, k_mean: Tensor, *, scale: float | None = None, cou
     """Low-resolution attention map: row-wise softmax of pooled scores (arXiv 2505.14708, Eq. 3).
 
     q_mean, k_mean: fp32 [batch, heads, tiles, head_dim].  scale: 1/sqrt(head_dim) if None.
-    counts [tiles]: if given, a tile weighs as many keys as it has, so that a ragged tile is not overrated.
+    counts [tiles]: if given, a tile weighs as many keys as it has, so that one of few is not overrated.
     Returns fp32 [batch, heads, tiles, tiles].
     """
     scores = q_mean @ k_mean.transpose(-1, -2) * softmax_scale(scale, q_mean.shape[-1])

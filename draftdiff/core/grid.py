@@ -1,7 +1,8 @@
 """The token grids of one attention call, and their partition into tiles.
 
 A tile is a small box of neighbouring video tokens: a rectangle inside a frame or a 3-D brick. Boxes are cut from the
-grid's origin, so the last ones of an axis may be smaller: they are kept ragged, never padded with tokens of their own.
+grid's origin. What is left at its far ends, too thin for a box, is cut into strips, and these into tiles that are full:
+a kernel multiplies empty slots, too, and padding every axis would cost a quarter of all work on a 720p grid.
 A sequence may hold several grids, such as a picture and the references it is made after; what is in none counts as
 text. Text tokens follow the video tiles in tiles of their own, in the order of the sequence.
 """
@@ -61,7 +62,7 @@ class LatentGrid:
 
 @dataclass(frozen=True)
 class Part:
-    """A grid in a sequence: its first token stands at `start`, its tiles are boxes `tile` (frames, rows, columns)."""
+    """A grid in a sequence: its first token stands at `start`, its boxes are `tile` (frames, rows, columns)."""
 
     start: int
     grid: LatentGrid
@@ -73,9 +74,34 @@ class Part:
 
     @property
     def boxes(self) -> tuple[int, int, int]:
-        """Number of tiles along each axis of the grid."""
-        frames, height, width = (math.ceil(n / t) for n, t in zip(self.grid.shape, self.tile))
+        """Number of boxes along each axis of the grid, whole ones alone."""
+        frames, height, width = (n // t for n, t in zip(self.grid.shape, self.tile))
         return frames, height, width
+
+    @property
+    def left(self) -> int:
+        """Number of tokens that are in no box."""
+        return self.grid.tokens - math.prod(self.boxes) * math.prod(self.tile)
+
+    def tiles(self, block_size: int) -> int:
+        """Number of tiles: the boxes, then what is left in tiles of block_size."""
+        return math.prod(self.boxes) + math.ceil(self.left / block_size)
+
+    @property
+    def order(self) -> Tensor:
+        """Tokens of the grid in the order of its tiles, int64 [tokens]: box by box, then the far ends of frames, of
+        rows and of columns, along strips as wide as a box and to and fro, so that neighbours follow one another."""
+        frame, row, column = torch.meshgrid(*map(torch.arange, self.grid.shape), indexing="ij")
+        box = [place // size for place, size in zip((frame, row, column), self.tile)]
+        behind = [at >= most for at, most in zip(box, self.boxes)]
+        end = torch.where(behind[0], 1, torch.where(behind[1], 2, torch.where(behind[2], 3, 0)))
+        strip = torch.where(behind[0], box[1], box[0])
+        along = torch.where(end == 3, row, column)
+        most = max(self.grid.shape)
+        along = torch.where(strip % 2 == 0, along, most - along)
+        in_strips = (end * (most + 1) + strip) * (most + 1) + along + math.prod(self.boxes)
+        in_boxes = (box[0] * self.boxes[1] + box[1]) * self.boxes[2] + box[2]
+        return torch.argsort(torch.where(end == 0, in_boxes, in_strips).flatten(), stable=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +111,8 @@ class Tiling:
     parts: the video tokens, one grid or more; the first is what kernels read best.  block_size: slots a tile has in a
     kernel.  text: number of tokens outside the grids.
 
-    Tiles are numbered video first (part by part, in raster order of boxes), then text. Tensors, all on `device`:
+    Tiles are numbered video first (part by part: its boxes in raster order, then its strips), then text. Tensors, all
+    on `device`:
     order [tokens] int64: model position of each token in tile order;  restore [tokens] int64: its inverse.
     counts [tiles] int64: real tokens of each tile;  slots [tiles, block_size] int64: model position per slot, -1 where
     the tile has no token.
@@ -117,17 +144,12 @@ class Tiling:
 
     @property
     def boxes(self) -> tuple[int, int, int]:
-        """Number of tiles along each axis of the first part."""
+        """Number of boxes along each axis of the first part, whole ones alone."""
         return self.parts[0].boxes
 
     @property
-    def first_tiles(self) -> int:
-        """Number of tiles of the first part."""
-        return math.prod(self.boxes)
-
-    @property
     def video_tiles(self) -> int:
-        return sum(math.prod(part.boxes) for part in self.parts)
+        return sum(part.tiles(self.block_size) for part in self.parts)
 
     @property
     def tiles(self) -> int:
@@ -165,7 +187,7 @@ def tiling_for(
     device: torch.device | str = "cpu",
     others: tuple[Part, ...] = (),
 ) -> Tiling:
-    """Build (or fetch) the tiling of a sequence. Tokens are in raster order inside a tile.
+    """Build (or fetch) the tiling of a sequence. Tokens are in raster order inside a box.
 
     lead: tokens before the grid, of whatever kind.  others: further grids.
     Raises ValueError for a tile that has more tokens than block_size, an unknown block size, or a grid that hangs over
@@ -188,10 +210,9 @@ def tiling_for(
 
     orders, sizes = [], []
     for part in parts:
-        axes = [torch.arange(n) // t for n, t in zip(part.grid.shape, part.tile)]
-        owner = (axes[0][:, None, None] * part.boxes[1] + axes[1][:, None]) * part.boxes[2] + axes[2]
-        orders.append(torch.argsort(owner.flatten(), stable=True) + part.start)
-        sizes.append(torch.bincount(owner.flatten()))
+        orders.append(part.order + part.start)
+        rest = [min(block_size, part.left - at) for at in range(0, part.left, block_size)]
+        sizes.append(torch.tensor([math.prod(part.tile)] * math.prod(part.boxes) + rest))
     # No text tile spans a grid: its tokens stand side by side in memory.
     for start, stop in zip(edges[::2], edges[1::2]):
         orders.append(torch.arange(start, stop))
@@ -210,18 +231,18 @@ def tiling_for(
 
 @lru_cache(maxsize=256)
 def choose_tile(grid: LatentGrid, block_size: int) -> tuple[int, int, int]:
-    """The box of exactly block_size tokens that wastes the fewest slots on this grid and keeps its tokens close.
+    """The box of exactly block_size tokens that keeps its tokens close and leaves few of the grid to strips.
 
-    Cost is the number of slots, times a weak penalty for long thin boxes: at equal waste a compact brick has the
-    more alike tokens, hence the truer draft. Boxes are powers of two, so that a kernel can read one as a unit.
+    A compact brick has the more alike tokens, hence the truer draft; what boxes leave is in tiles nearly as compact,
+    and counts a quarter more. Boxes are powers of two, so that a kernel can read one as a unit.
     """
     sizes = [2**i for i in range(block_size.bit_length())]
     boxes = [(t, h, w) for t in sizes for h in sizes for w in sizes if t * h * w == block_size]
 
     def cost(box: tuple[int, int, int]) -> float:
-        slots = math.prod(math.ceil(n / b) * b for n, b in zip(grid.shape, box))
+        left = Part(0, grid, box).left
         # A frame of latents spans several video frames, so a step in time is a longer way than a step in space.
-        surface = box[1] * box[2] + 2 * box[0] * (box[1] + box[2])
-        return slots * surface**0.25
+        surface = box[1] * box[2] + 3 * box[0] * (box[1] + box[2])
+        return (grid.tokens + left / 4) * surface**0.25
 
     return min(boxes, key=lambda box: (cost(box), box))

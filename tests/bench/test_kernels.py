@@ -10,7 +10,7 @@ from draftdiff.bench.kernel_bars import bars
 from draftdiff.bench.runner import Absent
 from draftdiff.cli import main
 
-TINY = kernels.Case((3, 10, 20), 2, 64, "600 tokens, ragged tiles")
+TINY = kernels.Case((3, 10, 20), 2, 64, "600 tokens, no axis divides")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Inputs that every kernel backend is tried on: ragged tiles, uneven rows, text on any side, padding text."""
+"""Inputs that every kernel backend is tried on: grids that no axis divides, uneven rows, text on any side, padding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class KernelCase:
 EMPTY_ROW = KernelCase("an empty row", (2, 8, 16), (1, 8, 8), 64, density=0.2, empty_row=True)
 KERNEL_CASES = [
     KernelCase("even tiles", (2, 8, 32), (1, 8, 16), 128),
-    KernelCase("ragged in every axis", (5, 13, 9), (2, 4, 8), 64),
+    KernelCase("no axis divides", (5, 13, 9), (2, 4, 8), 64),
     KernelCase("small tiles in large blocks", (3, 7, 10), (1, 5, 5), 64),
     KernelCase("text last with padding", (3, 9, 11), (2, 4, 8), 64, text=77, padded=True),
     KernelCase("text first", (2, 9, 16), (1, 8, 16), 128, text=30, lead=30),
@@ -69,7 +69,7 @@ SEVERAL_GRIDS = [
     ),
 ]
 KERNEL_CASES += SEVERAL_GRIDS
-SMALL = KernelCase("few ragged tiles, text last with padding", (2, 5, 9), (2, 4, 8), 64, text=77, padded=True)
+SMALL = KernelCase("few boxes, text last with padding", (2, 5, 9), (2, 4, 8), 64, text=77, padded=True)
 
 
 def make(case: KernelCase, head_dim: int, dtype: torch.dtype, tail: bool) -> Problem:

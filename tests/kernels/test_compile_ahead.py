@@ -36,7 +36,7 @@ def test_kernels_compile_without_spills_in_loops_and_use_what_the_chip_has(capab
         assert kernel["registers"] <= 255, kernel
         assert kernel["shared"] <= SHARED_KIB[capability] << 10, kernel
         # One spills, and its products wait, while another program on the multiprocessor works: the fastest on an H100.
-        crowded = str(Config(128, 8, 2, registers=128, masked_stages=1)) == kernel.get("config")
+        crowded = str(Config(128, 8, 2, registers=128, masked_stages=2)) == kernel.get("config")
         assert crowded or all(loop["spills"] == 0 for loop in kernel["loops"]), kernel
         if "config" not in kernel:  # the draft and the lists
             assert kernel["spills"] == 0, kernel

@@ -15,12 +15,12 @@ from draftdiff.core.select import select_draft
 from draftdiff.kernels import triton_backend, triton_configs, triton_draft, triton_lists
 from draftdiff.kernels.autotune import DoesNotCompile
 from draftdiff.kernels.problem import PRECISIONS
-from draftdiff.kernels.triton_lists import RAGGED, TEXT, WHOLE, list_tiles, tables_for
+from draftdiff.kernels.triton_lists import BOX, FULL, PARTIAL, list_tiles, tables_for
 from tests.kernels.cases import KERNEL_CASES, SEVERAL_GRIDS, KernelCase, assert_attends, make
 from tests.rounding import rounded
 
-RAGGED_TEXT = KernelCase("ragged boxes, text around", (2, 12, 20), (1, 8, 16), 128, 40, lead=5, padded=True, heads=1)
-RAGGED_CASE = KernelCase("ragged in every axis", (3, 7, 9), (2, 4, 8), 64, batch=1, heads=1)
+TEXT_AROUND = KernelCase("strips, text around", (2, 12, 20), (1, 8, 16), 128, 40, lead=5, padded=True, heads=1)
+NO_AXIS_DIVIDES = KernelCase("no axis divides", (3, 7, 9), (2, 4, 8), 64, batch=1, heads=1)
 ONE_TILE = KernelCase("one tile", (1, 8, 8), (1, 8, 8), 64, batch=1)
 SMALL_BOXES = KernelCase("bricks of 64, text last", (3, 6, 12), (2, 4, 8), 64, text=40, heads=1)
 
@@ -49,7 +49,7 @@ def test_every_configuration_equals_the_reference(monkeypatch, kind):
     config = KINDS[kind]
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
     head_dim, block = sizes
-    case = RAGGED_TEXT if block == 128 else SMALL_BOXES
+    case = TEXT_AROUND if block == 128 else SMALL_BOXES
     precision = "int8" if access == "int8" else "full"
     call, found, problem = launch(case, config, head_dim=head_dim, precision=precision)
     assert call.access == access
@@ -74,7 +74,7 @@ def test_every_way_of_reading_reads_further_grids(monkeypatch, access, case):
 @pytest.mark.parametrize("tail", [False, True], ids=["drop", "tail"])
 def test_both_ways_of_reading_agree_without_text_and_with_odd_head_sizes(monkeypatch, access, head_dim, tail):
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
-    call, found, problem = launch(RAGGED_CASE, triton_configs.Config(32, 4, 2), head_dim=head_dim, tail=tail)
+    call, found, problem = launch(NO_AXIS_DIVIDES, triton_configs.Config(32, 4, 2), head_dim=head_dim, tail=tail)
     assert call.access == access
     assert_attends(*found, problem)
 
@@ -122,15 +122,15 @@ def test_boxes_that_span_more_than_32_bits_can_count_are_gathered(monkeypatch):
 
 
 def test_lists_hold_the_kept_tiles_by_kind_and_rows_longest_first():
-    problem = make(RAGGED_TEXT, 64, torch.float16, False)
+    problem = make(TEXT_AROUND, 64, torch.float16, False)
     tiling = problem.tiling
     tables = tables_for(tiling)
-    assert set(tables.kinds.tolist()) == {WHOLE, RAGGED, TEXT}
+    assert set(tables.kinds.tolist()) == {BOX, FULL, PARTIAL}
     numbers = torch.arange(tiling.tiles, dtype=torch.int32)
     lists = list_tiles(problem.keep, tiling, entries=numbers, tail=True)
     keep = problem.keep.flatten(0, 2)
     for row in range(len(keep)):
-        expected = [numbers[keep[row] & (tables.kinds == kind)] for kind in (WHOLE, RAGGED, TEXT)]
+        expected = [numbers[keep[row] & (tables.kinds == kind)] for kind in (BOX, FULL, PARTIAL)]
         assert lists.counts[row].tolist() == [*map(len, expected), 0]
         assert lists.lists[row, : int(keep[row].sum())].tolist() == torch.cat(expected).tolist()
     video = tiling.video_tiles
@@ -165,7 +165,7 @@ def test_lists_hold_single_tokens_and_means_stand_for_the_others(monkeypatch):
 @pytest.mark.parametrize("count", [31, 32, 33, 64])
 def test_single_tokens_fill_blocks_or_not(monkeypatch, access, count):
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: access)
-    case = KernelCase("singles", (2, 9, 10), (2, 4, 8), 64, batch=1, heads=2, singles=count)
+    case = KernelCase("singles", (2, 10, 20), (2, 4, 8), 64, batch=1, heads=2, singles=count)
     _, found, problem = launch(case, triton_configs.Config(32, 4, 2), head_dim=96)
     assert int((problem.tokens[0, 0, 0] >= 0).sum()) == count
     assert_attends(*found, problem)
@@ -261,7 +261,7 @@ def test_a_tuned_choice_is_measured_once_and_kept(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_result_that_is_wrong_is_noticed_before_a_configuration_is_used(precision):
-    for case in (RAGGED_TEXT, next(case for case in KERNEL_CASES if case.singles)):
+    for case in (TEXT_AROUND, next(case for case in KERNEL_CASES if case.singles)):
         problem = replace(make(case, 64, torch.bfloat16, tail=True), precision=precision)
         out, _ = triton_backend.run(problem, False)
         assert triton_backend.is_right(problem, out)

@@ -47,7 +47,7 @@ SIZES = [(96, 64, torch.bfloat16), (128, 128, torch.bfloat16), (16, 64, torch.fl
 @pytest.mark.parametrize(("head_dim", "block", "dtype"), SIZES)
 def test_head_sizes_tile_sizes_and_types(run, head_dim, block, dtype):
     tile = (1, 8, 16) if block == 128 else (2, 4, 8)
-    case = KernelCase("few ragged tiles", (2, 9, 17), tile, block, text=20, batch=1, heads=1, singles=20)
+    case = KernelCase("few boxes", (2, 9, 17), tile, block, text=20, batch=1, heads=1, singles=20)
     problem = make(case, head_dim, dtype, True)
     check(run(problem), problem)
 

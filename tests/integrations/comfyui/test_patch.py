@@ -132,7 +132,7 @@ def test_what_is_kept_is_chosen_over_the_models_own_grid(family):
     (expected,) = patcher.sample([0.5], x, None, context, **given)
     assert torch.equal(out, expected) and not torch.allclose(out, dense, atol=1e-5)
     log = patch_of(patched).log
-    assert 0.25 <= log.means[0] < 0.55 and log.forwards[0].calls == patcher.model.layers and not log.reasons
+    assert 0.24 <= log.means[0] < 0.55 and log.forwards[0].calls == patcher.model.layers and not log.reasons
 
 
 def call(given: dict, patch=None, tells=(5, 8, 11), **tensors):
