@@ -1,7 +1,8 @@
 """When to draft, and how deep: what a round is expected to bring over what it takes, with no draft among the choices.
 
 What it brings follows from the shares accepted so far, by depth; what it takes from the clock or from a given cost.
-Where nothing pays, rounds go without drafts and a trial follows after a while, later each time it fails. The rule of
+Where nothing pays, rounds go without drafts and a trial follows after a while, later each time it fails. A drafter's
+next generation begins where its last one ended, if the clock decides, on which the text does not hang. The rule of
 length is that of arXiv 2211.17192, section 3.3, with what is measured in place of what is known.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from draftdiff.llm.checks import require
+from draftdiff.llm.reporting import Report
 
 _COSTS = ("auto", "clock", "bytes")
 _DEEPEST = 16  # considered; it stands for any more
@@ -43,9 +45,11 @@ class Pace:
 
 class Pacer:
     """The decisions of one generation. cost: of a level, None to measure it.  guess: of that, before.  whole: the
-    drafter keeps to a length of its own, and can only be let or not."""
+    drafter keeps to a length of its own, and can only be let or not.  earlier: what its last generation did; it counts
+    where the cost is measured."""
 
-    def __init__(self, cost: float | None, guess: float, *, whole: bool) -> None:
+    def __init__(self, cost: float | None, guess: float, *, whole: bool, earlier: Report | None = None) -> None:
+        measured = cost is None
         self.pauses = 0  # rounds without drafts
         if whole:  # what it takes is its own affair too: it may draft beside the target, and only the clock can tell
             cost, guess = None if cost is None else 0.0, 0.0
@@ -58,6 +62,12 @@ class Pacer:
         self._trial = False
         self._paid = 0  # rounds in a row that were expected to pay
         self._depth = _DEEPEST
+        if measured and earlier is not None and earlier.wait:
+            self._rest, self._wait = earlier.rest, earlier.wait
+            if not whole and earlier.level_cost is not None:
+                self._guess = max(earlier.level_cost, 0.0)
+            for known, counts in ((earlier.tried, self._reached), (earlier.accepted, self._accepted)):
+                counts[: len(known)] = [_FORGET * count for count in known[:_DEEPEST]]
 
     def depth(self) -> int | float:
         """Most levels of drafts in the round to come."""
@@ -99,6 +109,11 @@ class Pacer:
             return None
         depth = max(tried, key=lambda one: len(self._seconds[one]))
         return (self._typical[depth] / self._typical[0] - 1) / depth
+
+    def tell(self, report: Report) -> None:
+        """Write down what this generation learned, for its user and for the drafter's next one."""
+        report.pauses, report.level_cost = self.pauses, self.level_cost
+        report.rest, report.wait = self._rest, self._wait
 
     def _choose(self) -> int:
         depths = [_DEEPEST] if self._whole else range(1, _DEEPEST + 1)

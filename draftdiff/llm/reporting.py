@@ -19,9 +19,10 @@ class Report:
     rounds: rounds of each row, added.  tokens: emitted.  drafted: nodes proposed.  tried, accepted: how often a node at
     depth 1, 2, ... was there to be accepted, and how often one was.  target_forwards: with `replays` among them, which
     bring models with recurrent states back to what was accepted.  pauses: rounds without drafts, as they would not have
-    paid.  level_cost: what one more level of drafts took, in rounds without any; None if not measured.  seconds: of the
-    whole call, its drafting and its target forwards; prompt: those of the prompt in both models, part of the whole. A
-    GPU's work counts where its result is waited for.
+    paid.  level_cost: what one more level of drafts took, in rounds without any; None if not measured.  rest, wait:
+    such rounds until drafts are tried again, and how many will follow if that fails, too.  seconds: of the whole call,
+    its drafting and its target forwards; prompt: those of the prompt in both models, part of the whole. A GPU's work
+    counts where its result is waited for.
     """
 
     rounds: int = 0
@@ -33,6 +34,8 @@ class Report:
     cost: float = 0.0
     pauses: int = 0
     level_cost: float | None = None
+    rest: int = 0
+    wait: int = 0
     tried: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0

@@ -168,7 +168,7 @@ class _Generation:
             report.target_forwards, report.replays = target.forwards - prompt_forwards, target.replays
             report.draft_forwards = drafter.forwards
             if pacer is not None:
-                report.pauses, report.level_cost = pacer.pauses, pacer.level_cost
+                pacer.tell(report)
             report.seconds = time.perf_counter() - start
         finally:
             drafter.end()
@@ -194,7 +194,7 @@ class _Generation:
         exact = self.model.dtype in (torch.float32, torch.float64)
         clock = pace.cost == "clock" or (pace.cost == "auto" and exact and not chance)
         known = pace.cost if isinstance(pace.cost, float | int) else None if clock else self.report.cost
-        return Pacer(known, self.report.cost, whole=getattr(drafter, "whole", False))
+        return Pacer(known, self.report.cost, whole=getattr(drafter, "whole", False), earlier=drafter.last_report)
 
     def _paced(self, context: Context, pacer: Pacer) -> Context:
         """A round whose drafts are as deep as pays."""

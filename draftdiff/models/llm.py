@@ -28,7 +28,7 @@ class LanguageModel:
     draft: None without one that has the target's tokenizer.  length, nodes: of a chain and of a tree that suit them and
     the device.  counts: how often the target writes each token, [vocabulary], None if unknown.  cross: a drafter whose
     draft has another tokenizer, if there is one.  same_tokenizer: if the draft's is taken for the target's whatever its
-    size.  heads: drafters of the target's own heads, by kind.
+    size.  heads: drafters of the target's own heads, by kind.  reports: what each kind of drafter did last.
     """
 
     name: str
@@ -41,6 +41,7 @@ class LanguageModel:
     cross: CrossVocabDrafter | None = None
     same_tokenizer: bool = False
     heads: dict[str, Any] = field(default_factory=dict)
+    reports: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:

@@ -80,7 +80,11 @@ def _generate(
 
 def _speculation(make: Callable[[LanguageModel], Any]) -> Callable[..., Run]:
     def run(model: LanguageModel, ids: Tensor, options: dict[str, Any], capacity: int) -> Run:
-        return _generate(model, ids, options, make(model))
+        drafter = make(model)
+        drafter.last_report = model.reports.get(make)  # it is new for each prompt, but not the knowledge what pays
+        found = _generate(model, ids, options, drafter)
+        model.reports[make] = found.report
+        return found
 
     return run
 

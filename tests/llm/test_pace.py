@@ -10,6 +10,7 @@ import torch
 from draftdiff.llm import Chain, KBest, ModelDrafter, NGramDrafter, Pace, Sampled, report, speculative
 from draftdiff.llm import speculation as loop
 from draftdiff.llm.pace import Pacer
+from draftdiff.llm.reporting import Report
 from tests.llm.generation import both
 from tests.llm.tiny_models import prompt
 
@@ -48,6 +49,25 @@ def test_drafts_that_do_not_pay_cost_little_from_the_start():
         pacer = Pacer(None, 0.19, whole=False)
         speeds.append(simulate(pacer, lambda _: 0.3, 0.25, 60, verify=0.15, seed=seed)[1])
     assert sum(speeds) / 20 > 0.95
+
+
+def test_what_one_generation_learned_the_next_one_need_not_find_out():
+    earlier, trials = None, []
+    for seed in range(12):
+        pacer = Pacer(None, 0.19, whole=False, earlier=earlier)
+        depths, speed = simulate(pacer, lambda _: 0.1, 0.25, 60, verify=0.15, seed=seed)
+        trials.append(sum(map(bool, depths)))
+        pacer.tell(earlier := Report(level_cost=pacer.level_cost))
+    assert sum(trials[1:]) / 11 < 0.4 * trials[0] and speed > 0.97
+    changed = Pacer(None, 0.19, whole=False, earlier=earlier)
+    depths, _ = simulate(changed, lambda _: 0.95, 0.05, 600)
+    assert min(depths[-200:]) >= 3
+
+
+def test_what_was_learned_counts_by_the_clock_alone_or_the_text_would_hang_on_it():
+    learned = Report(level_cost=0.9, rest=200, wait=256, tried=[9, 1], accepted=[1, 0])
+    one, other = (Pacer(0.1, 0.1, whole=False, earlier=earlier) for earlier in (None, learned))
+    assert simulate(one, lambda _: 0.7, 0.1, 100) == simulate(other, lambda _: 0.7, 0.1, 100)
 
 
 def test_after_a_while_drafts_are_tried_again_later_each_time():
@@ -119,6 +139,16 @@ def test_a_perfect_draft_that_costs_as_much_as_its_target_is_left_aside(pair):
     assert torch.equal(plain, fast) and report(drafter).pauses > 60
     plain, fast = both(pair[0], drafter, prompt(12), max_new_tokens=100, pace=Pace(cost=0.1))
     assert torch.equal(plain, fast) and report(drafter).pauses == 0
+
+
+def test_a_second_generation_of_a_drafter_writes_what_a_first_one_does(pair):
+    target, draft = pair
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 40, "custom_generate": speculative}
+    texts, drafter = [], ModelDrafter(draft, Chain(4))
+    for _ in range(2):
+        torch.manual_seed(5)
+        texts.append(target.generate(prompt(12), drafter=drafter, **options))
+    assert torch.equal(*texts)
 
 
 def test_a_batch_has_one_pace(pair):
