@@ -44,6 +44,27 @@ def bf16_attention():
         pytest.skip(f"PyTorch {torch.__version__} cannot attend in bf16 here: {error}")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _interpreted_language_is_patched_once():
+    """Triton's interpreter swaps all functions of the language at every call of a device function: a third of its time.
+    They are in place from the launch on, or from the first call of one of the language's own files."""
+    try:
+        from triton import language
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+    patch = interpreter._patch_lang
+
+    def once(function):
+        modules = [one for one in function.__globals__.values() if one is language or one is language.core]
+        return patch(function) if any(language.core.is_builtin(one.load) for one in modules) else None
+
+    interpreter._patch_lang = once
+    yield
+    interpreter._patch_lang = patch
+
+
 @pytest.fixture
 def triton_interpreter():
     """Runs Triton kernels on CPU tensors."""
