@@ -1,5 +1,6 @@
 """Shared settings of the suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,15 @@ for path in Path(__file__).parent.glob("golden_*.py"):
 
 # Test workers share the cores; threads of their own would only get into each other's way.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collections, of which a measurement asks for dozens, need not go through it."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
