@@ -1,5 +1,6 @@
 """Shared settings of the suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,15 @@ for path in Path(__file__).parent.glob("golden_*.py"):
 
 # Test workers share the cores; threads of their own would only get into each other's way.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collections, of which a measurement asks for dozens, need not go through it."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +52,27 @@ def bf16_attention():
         if "pack_vnni2" not in str(error):
             raise
         pytest.skip(f"PyTorch {torch.__version__} cannot attend in bf16 here: {error}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreted_language_is_patched_once():
+    """Triton's interpreter swaps all functions of the language at every call of a device function: a third of its time.
+    They are in place from the launch on, or from the first call of one of the language's own files."""
+    try:
+        from triton import language
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+    patch = interpreter._patch_lang
+
+    def once(function):
+        modules = [one for one in function.__globals__.values() if one is language or one is language.core]
+        return patch(function) if any(language.core.is_builtin(one.load) for one in modules) else None
+
+    interpreter._patch_lang = once
+    yield
+    interpreter._patch_lang = patch
 
 
 @pytest.fixture

@@ -87,9 +87,13 @@ def add_attention(parser: Parser) -> None:
         group.add_argument(option, type=kind, metavar="X", help=f"{told} as ComfyUI has it")
 
 
-def add_model(parser: Parser, *, with_seed: bool = True) -> None:
+def add_model(parser: Parser, *, with_seed: bool = True, several: bool = False) -> None:
     group = parser.add_argument_group("model and size (defaults: the model's)")
-    group.add_argument("--model", help="folder or Hub id of a diffusers pipeline (default: the embedded mini model)")
+    told = "folder or Hub id of a diffusers pipeline"
+    if several:
+        group.add_argument("--model", action="append", help=f"{told}; repeat to offer several beside the embedded one")
+    else:
+        group.add_argument("--model", help=f"{told} (default: the embedded mini model)")
     group.add_argument("--negative-prompt")
     group.add_argument("--variant", metavar="NAME", help="of the weight files, for example fp16")
     group.add_argument("--image", metavar="FILE", help="first frame, or the picture to work on")

@@ -93,6 +93,16 @@ def sparse(
     return Done(out, stats, backend)
 
 
+def unmasked(
+    q: Tensor, k: Tensor, v: Tensor, config: DraftAttentionConfig, places: Places, scale: float
+) -> Tensor | str:
+    """The output of a call without a mask, as `sparse` takes it, or why it is to be dense."""
+    if (reason := why_dense(q, k, v, config, places)) is not None:
+        return reason
+    done = sparse(q, k, v, config, places, scale=scale)
+    return done if isinstance(done, str) else done.out
+
+
 def layer_of(name: str) -> int | None:
     """The number of the block that a module's dotted name tells, its first."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)

@@ -21,6 +21,7 @@ from draftdiff.errors import UserError, one_line
 from draftdiff.models.video import EMBEDDED, world_prompts
 from draftdiff.ui import view
 from draftdiff.ui.session import Asked, Cancelled, Progress, Session
+from draftdiff.ui.sessions import Sessions
 
 # Of the browser: gradio's page names fonts and scripts of other sites, which it does without.
 _POLICY = (
@@ -30,16 +31,22 @@ _POLICY = (
 # Gradio's ways to files and other sites, none of which the page uses.
 _CLOSED = ("/file", "/upload", "/proxy", "/stream", "/download", "/monitoring")
 _SPARSITY, _PROFILE = "sparsity", "profile"
+_EXAMPLES = "examples"
 
 
-def build(session: Session, told: Callable[[Exception], str | None]) -> gr.Blocks:
-    """The page of a session. told: the one line about an error of the machine, too little memory say, else None."""
-    model = session.model
-    defaults = {name: parameter.default for name, parameter in model.parameters.items()} | session.call
-    embedded = model.name == EMBEDDED
-    prompts = world_prompts() if embedded else []
+def build(sessions: Sessions, told: Callable[[Exception], str | None]) -> gr.Blocks:
+    """The page of these models, the first of which is shown. told: the one line about an error of the machine, too
+    little memory say, else None."""
+
+    def failed(error: Exception, title: str) -> gr.Error:
+        line = str(error) if isinstance(error, UserError) else told(error)
+        if line is None:
+            traceback.print_exception(error)
+            line = f"{one_line(error)} (the terminal tells more)"
+        return gr.Error(_plain(line), title=title, duration=15, print_exception=False)
 
     def run(
+        model: str,
         prompt: str,
         kind: str,
         sparsity: float,
@@ -60,34 +67,43 @@ def build(session: Session, told: Callable[[Exception], str | None]) -> gr.Block
 
         progress(None, desc="waiting for the model")
         try:
+            session = sessions.of(model)  # another visitor may have asked for another one
             shown = session.run(asked, tell, request.session_hash or "")
         except Cancelled:
             raise gr.Error("cancelled between two steps", title="Stopped", duration=4, print_exception=False) from None
         except Exception as error:
-            line = str(error) if isinstance(error, UserError) else told(error)
-            if line is None:
-                traceback.print_exc()
-                line = f"{one_line(error)} (the terminal tells more)"
-            raise gr.Error(_plain(line), title="Not made", duration=15, print_exception=False) from None
-        return view.clips(shown, model.fps), view.figures(shown), view.where(shown)
+            raise failed(error, "Not made") from None
+        return view.clips(shown, session.model.fps), view.figures(shown), view.where(shown)
+
+    def choose(model: str) -> list[Any]:
+        try:
+            fields = _fields(sessions.of(model))
+        except Exception as error:
+            raise failed(error, "Not loaded") from None
+        return [gr.update(**field) for field in fields.values()]
 
     def stop(request: gr.Request) -> None:
-        session.cancel(request.session_hash or "")
+        sessions.cancel(request.session_hash or "")
+
+    first = sessions.of(sessions.names[0])
+    own, prompts, profiled = _fields(first), world_prompts(), first.profile is not None
+    del first  # which is let go when another is chosen
 
     def number(label: str, name: str, step: int) -> gr.Number:
-        value = defaults.get(name)
-        value = value if isinstance(value, int) else None
-        return gr.Number(value, label=label, precision=0, step=step, minimum=0, min_width=90, visible=name in defaults)
+        return gr.Number(label=label, precision=0, step=step, minimum=0, min_width=90, **own[name])
 
     with gr.Blocks(title="draftdiff", analytics_enabled=False) as page:
-        what = "the embedded model" if embedded else model.name
-        gr.Markdown(f"# draftdiff\nDense and sparse attention on one prompt · {what}", elem_id="head")
+        gr.Markdown("# draftdiff\nDense and sparse attention on one prompt", elem_id="head")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                prompt = gr.Textbox(prompts[0] if prompts else "", label="Prompt", lines=2, elem_id="prompt")
-                if prompts:
-                    gr.Examples([[text] for text in prompts], prompt, label="Combinations it was not trained on")
-                choices = [_SPARSITY] + ([_PROFILE] if session.profile is not None else [])
+                model = gr.Dropdown(sessions.names, label="Model", elem_id="model")
+                prompt = gr.Textbox(
+                    prompts[0] if own[_EXAMPLES]["visible"] else "", label="Prompt", lines=2, elem_id="prompt"
+                )
+                examples = gr.Examples(
+                    [[text] for text in prompts], prompt, label="Combinations it was not trained on", **own[_EXAMPLES]
+                )
+                choices = [_SPARSITY] + ([_PROFILE] if profiled else [])
                 kind = gr.Radio(choices, value=choices[-1], label="Settings", visible=len(choices) > 1)
                 sparsity = gr.Slider(
                     0,
@@ -114,20 +130,33 @@ def build(session: Session, told: Callable[[Exception], str | None]) -> gr.Block
         where = gr.HTML(elem_id="where")
 
         kind.change(lambda one: gr.update(visible=one == _SPARSITY), kind, sparsity, api_visibility="private")
-        inputs = [prompt, kind, sparsity, seed, steps, frames, width, height]
+        # One queue: a model is not let go while it runs.
+        one_by_one: Any = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        shown = [examples.dataset, steps, frames, width, height]
+        model.input(choose, model, shown, show_progress_on=clips, **one_by_one)
         made = gr.on(
             [start.click, prompt.submit],
             run,
-            inputs,
+            [model, prompt, kind, sparsity, seed, steps, frames, width, height],
             [clips, figures, where],
             show_progress_on=clips,
             trigger_mode="once",
-            api_visibility="private",
+            **one_by_one,
         )
         # One that waits is taken from the queue, one that runs ends before its next step.
         cancel.click(stop, queue=False, cancels=made, api_visibility="private")
     page.queue(default_concurrency_limit=1, max_size=32)
     return page
+
+
+def _fields(session: Session) -> dict[str, dict[str, Any]]:
+    """What the fields of a model show, those that its pipeline has: its own sizes, and examples of the embedded one."""
+    defaults = {name: parameter.default for name, parameter in session.model.parameters.items()} | session.call
+    fields: dict[str, dict[str, Any]] = {_EXAMPLES: {"visible": session.model.name == EMBEDDED}}
+    for name in ("num_inference_steps", "num_frames", "width", "height"):
+        value = defaults.get(name)
+        fields[name] = {"value": value if isinstance(value, int) else None, "visible": name in defaults}
+    return fields
 
 
 def _plain(line: str) -> str:
@@ -159,7 +188,7 @@ class _Closed:
         await self._app(scope, receive, with_policy)
 
 
-def app(session: Session, told: Callable[[Exception], str | None], host: str) -> FastAPI:
+def app(sessions: Sessions, told: Callable[[Exception], str | None], host: str) -> FastAPI:
     """The page as a web application. host: where it listens; on this machine's own address no other name leads there,
     so that pages of other sites cannot reach it by one."""
     theme = gr.themes.Base(
@@ -171,7 +200,7 @@ def app(session: Session, told: Callable[[Exception], str | None], host: str) ->
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
     return gr.mount_gradio_app(
         outer,
-        build(session, told),
+        build(sessions, told),
         path="",
         server_name=host,
         footer_links=[],

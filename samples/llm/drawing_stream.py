@@ -13,20 +13,18 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from workload_script import parsed, save
 
-from draftdiff.bench.runner import NO_MATPLOTLIB, write_json
+from draftdiff.bench.runner import write_json
 from draftdiff.cli import run
-from draftdiff.cli.options import Parser, new_file, whole
+from draftdiff.cli.options import Parser, whole
 from draftdiff.compare.paired import mean_interval
-from draftdiff.errors import UserError
-from draftdiff.files import replacing
 from draftdiff.llm import CrossVocabDistiller, CrossVocabDrafter, NGramCache, NGramDrafter, speculative
 from draftdiff.llm.workloads.drawing.workload import DrawingWorkload
 from draftdiff.models.devices import device_name, versions
@@ -104,7 +102,6 @@ def summary(made: dict[str, list[dict[str, float]]], block: int) -> list[dict[st
 
 def draw(rows: Sequence[dict[str, Any]], block: int, file: Path) -> None:
     """Tokens per forward over the stream."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from draftdiff.compare.charts import PALETTE
@@ -119,27 +116,15 @@ def draw(rows: Sequence[dict[str, Any]], block: int, file: Path) -> None:
     axes.set_xlabel("answers so far")
     axes.set_ylabel("tokens per forward of the target")
     axes.set_ylim(bottom=1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    with replacing(file) as partial:
-        FigureCanvasAgg(figure).print_figure(partial, dpi=130)
+    save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="drawing_stream", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cases", type=whole(2), default=96, help="answers in all (default 96)")
     parser.add_argument("--block", type=whole(1), default=12, help="answers of a project (default 12)")
-    parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads (default 1)")
-    parser.add_argument("--model", help="folder or Hub id of the target (default: the embedded drawing pair)")
-    parser.add_argument("--draft", help="folder or Hub id of a draft; OmniDraft needs one of another tokenizer")
-    parser.add_argument("--json", type=new_file(".json"), help="file for the figures")
-    parser.add_argument("--plot", type=new_file(".png"), help="file for the curves (.png)")
-    options = parser.parse_args(argv)
-    if options.plot and find_spec("matplotlib") is None:
-        raise UserError(NO_MATPLOTLIB)
-    torch.set_num_threads(options.threads)
+    draft = "a draft; OmniDraft needs one of another tokenizer"
+    options = parsed(parser, argv, pair="the embedded drawing pair", draft=draft)
     model = load(options.model, options.draft, drawing=True)
     workload = DrawingWorkload(compact=options.model is None)
     cases = workload.stream(options.seed, options.cases, options.block)

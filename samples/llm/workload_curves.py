@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
+from workload_script import parsed, save
 
-from draftdiff.bench.runner import NO_MATPLOTLIB, write_json
+from draftdiff.bench.runner import write_json
 from draftdiff.cli import run
-from draftdiff.cli.options import Parser, new_file, number, whole
+from draftdiff.cli.options import Parser, whole
 from draftdiff.compare.llm_workload import Judgement, checked_cases
-from draftdiff.errors import UserError
-from draftdiff.files import replacing
 from draftdiff.llm.workloads.base import Case
 from draftdiff.llm.workloads.named import WORKLOADS, named_workload
 from draftdiff.llm.workloads.travel.workload import TravelWorkload
@@ -103,7 +100,6 @@ class Curves:
 
 def draw(rows: Sequence[dict[str, Any]], headline: str, file: Path) -> None:
     """The score over the tokens kept, with the intervals of its difference from plain decoding."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from draftdiff.compare.charts import PALETTE
@@ -121,11 +117,7 @@ def draw(rows: Sequence[dict[str, Any]], headline: str, file: Path) -> None:
         axes.plot([row["kept"]], [row["score"]], marker, color="black", label=row["name"])
     axes.set_xlabel("tokens kept of a prompt")
     axes.set_ylabel(headline)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    with replacing(file) as partial:
-        FigureCanvasAgg(figure).print_figure(partial, dpi=130)
+    save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,18 +125,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--capacity", type=whole(1), nargs="+", default=[32, 48, 64, 96, 128], help="tokens to keep")
     parser.add_argument("--cases", type=whole(2), default=48, help="(default 48)")
-    parser.add_argument("--noise", type=number(-1e-9, 1), default=0.3, help="of travel's tables (default 0.3)")
+    parser.add_argument("--noise", type=float, default=0.3, help="of travel's tables, 0 to 1 (default 0.3)")
     parser.add_argument("--tokens", type=whole(1), help="new tokens (default: what answers need)")
-    parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads (default 1)")
-    parser.add_argument("--model", help="folder or Hub id of the target (default: an embedded pair)")
-    parser.add_argument("--draft", help="folder or Hub id of a smaller model of the same tokenizer")
-    parser.add_argument("--json", type=new_file(".json"), help="file for the figures")
-    parser.add_argument("--plot", type=new_file(".png"), help="file for the curves (.png)")
-    options = parser.parse_args(argv)
-    if options.plot and find_spec("matplotlib") is None:
-        raise UserError(NO_MATPLOTLIB)
-    torch.set_num_threads(options.threads)
+    options = parsed(parser, argv, pair="an embedded pair", draft="a smaller model of the same tokenizer")
     curves = Curves(options)
     curves.all()
     judgement, rows = curves.judged()

@@ -1,9 +1,11 @@
 """The benchmark of rules and schedules, on the embedded model with two steps, and what it reckons."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from draftdiff.bench import quality
 from draftdiff.bench.quality import RULES, SCHEDULES, Schedule, summary
 from draftdiff.cli import main
 from draftdiff.video.config import DraftAttentionConfig
@@ -47,7 +49,14 @@ def test_a_summary_is_over_the_prompts_of_a_setting():
     assert one["vmaf"] is None and one["speedup"]["median"] == 2
 
 
-def test_the_command_writes_a_row_for_every_prompt_and_setting_and_draws_them(tmp_path, capsys):
+def test_the_command_writes_a_row_for_every_prompt_and_setting_and_draws_them(tmp_path, capsys, monkeypatch):
+    load = quality.load
+
+    def load_few_frames(*given, **options):
+        model = load(*given, **options)
+        return replace(model, defaults=model.defaults | {"num_frames": 9})
+
+    monkeypatch.setattr(quality, "load", load_few_frames)
     rules = ["mass", "error, tokens 1/4"]
     options = ["--steps", "2", "--prompts", "2", "--sparsity", "0.75", "--device", "cpu", "-o", str(tmp_path)]
     assert main(["bench", "quality", "--rules", *rules, *options, "--json"]) == 0

@@ -3,11 +3,11 @@
 import multiprocessing
 import os
 import socket
+from contextlib import ExitStack
 from unittest import mock
 
 import imageio
 import numpy as np
-import pytest
 
 from draftdiff.cli import main
 
@@ -15,51 +15,52 @@ CALL = ["--frames", "9", "--height", "128", "--width", "128", "--steps", "2", "-
 CALL += ["--dense-layers", "0"]  # diffusers has no dense ring attention on a CPU
 
 
-def process(rank: int, port: int, argv: list[str]) -> None:
+def process(rank: int, ports: list[int], commands: list[list[str]]) -> None:
     import torch
 
     from draftdiff.cli import main
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     # diffusers counts accelerators to place a process; a CPU has none.
     with mock.patch("torch.accelerator.device_count", return_value=1):
-        code = main(argv)
-    os._exit(code)  # gloo's threads need not end well
+        for port, argv in zip(ports, commands):
+            os.environ["MASTER_PORT"] = str(port)
+            if code := main(argv):
+                os._exit(code)
+    os._exit(0)  # gloo's threads need not end well
 
 
-def run_two(argv: list[str]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+def run_two(commands: list[list[str]]) -> list[int]:
+    """Exit codes of two processes that run the commands one after another: to start them takes longest."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in commands]
+        for free in sockets:
+            free.bind(("localhost", 0))
+        ports = [free.getsockname()[1] for free in sockets]
     start = multiprocessing.get_context("spawn").Process
-    processes = [start(target=process, args=(rank, port, argv)) for rank in range(2)]
+    processes = [start(target=process, args=(rank, ports, commands)) for rank in range(2)]
     for one in processes:
         one.start()
     for one in processes:
-        one.join(200)
+        one.join(300)
     return [one.exitcode for one in processes]
 
 
-def test_processes_share_the_prompts(model, tmp_path):
-    argv = ["generate", "--model", model, "--seed", "1", "2", "3", "--prompt", "a", "-o", str(tmp_path / "clips")]
-    assert run_two([*argv, *CALL]) == [0, 0]
+def test_processes_share_the_prompts_or_one_clip(model, tmp_path):
+    prompts = ["generate", "--model", model, "--seed", "1", "2", "3", "--prompt", "a", "-o", str(tmp_path / "clips")]
+    clip = ["generate", "--model", model, "--prompt", "a red circle", *CALL]
+    frames = {name: str(tmp_path / f"{name}-%02d.png") for name in ("alone", "ulysses", "ring")}
+    ways = [[*clip, "-o", frames[way], f"--{way}", "2"] for way in ("ulysses", "ring")]
+    assert run_two([[*prompts, *CALL], *ways]) == [0, 0]
     assert sorted(file.name for file in (tmp_path / "clips").iterdir()) == sorted(
         f"001-a-{seed}.{ending}" for seed in (1, 2, 3) for ending in ("mp4", "json")
     )
-
-
-@pytest.mark.parametrize("way", ["--ulysses", "--ring"])
-def test_processes_share_one_clip(model, tmp_path, way):
-    alone, together = tmp_path / "alone.png", tmp_path / "together.png"
-    argv = ["generate", "--model", model, "--prompt", "a red circle", *CALL]
-    frames = [str(path.with_name(f"{path.stem}-%02d.png")) for path in (alone, together)]
-    assert main([*argv, "-o", frames[0]]) == 0
-    assert run_two([*argv, "-o", frames[1], way, "2"]) == [0, 0]
-    pictures = [
+    assert main([*clip, "-o", frames["alone"]]) == 0
+    alone, *together = (
         np.stack([imageio.v3.imread(file) for file in sorted(tmp_path.glob(f"{name}-*.png"))]).astype(int)
-        for name in ("alone", "together")
-    ]
-    assert len(pictures[0]) == 9
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # of 255: rounding
+        for name in frames
+    )
+    assert len(alone) == 9
+    for pictures in together:
+        assert np.abs(pictures - alone).max() <= 1  # of 255: rounding

@@ -6,6 +6,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from draftdiff.cli import ui
+from draftdiff.errors import UserError
 from tests.cli.one_line import fails_in_one_line
 
 
@@ -44,3 +45,31 @@ def test_what_cannot_be_served_is_one_line(capsys, argv, told):
 
 def test_an_open_port_is_found():
     assert 0 < ui._free("127.0.0.1", 0) < 65536
+
+
+def test_models_are_offered_beside_the_embedded_one_and_the_first_is_loaded(monkeypatch):
+    from draftdiff.cli import main
+
+    loaded = []
+
+    def load(options, configs):
+        loaded.append((options.model, [config.min_tokens for config in configs]))
+        raise UserError("enough")
+
+    monkeypatch.setattr(ui, "load_model", load)
+    offered = []
+
+    class Watched(ui.Sessions):
+        def __init__(self, make):
+            super().__init__(make)
+            offered.append(self)
+
+    monkeypatch.setattr(ui, "Sessions", Watched)
+    assert main(["ui", "--port", "0", "--model", "one", "--model", "two"]) != 0
+    (sessions,) = offered
+    assert sessions.names == ["one", "two", "the embedded model"]
+    for name in sessions.names[1:]:
+        with pytest.raises(UserError, match="enough"):
+            sessions.of(name)
+    # The embedded model's few tokens are sparse, too.
+    assert loaded == [("one", [None]), ("two", [None]), (None, [0])]

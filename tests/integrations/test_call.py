@@ -7,7 +7,7 @@ import torch
 
 import draftdiff
 from draftdiff.core.grid import LatentGrid
-from draftdiff.integrations.call import Done, Places, layer_of, sparse, why_dense
+from draftdiff.integrations.call import Done, Places, layer_of, sparse, unmasked, why_dense
 from draftdiff.video.config import DraftAttentionConfig
 
 GRID = LatentGrid(2, 16, 16)
@@ -48,6 +48,16 @@ def test_where_dense_is_faster_it_says_so():
 )
 def test_what_speaks_against_a_sparse_call(change, config, reason):
     assert why_dense(*change(*qkv()), DraftAttentionConfig(**config), Places(GRID)) == reason
+
+
+def test_a_call_without_a_mask_is_its_output_or_a_reason():
+    q, k, v = qkv()
+    assert torch.equal(
+        unmasked(q, k, v, CONFIG, Places(GRID), 0.1), sparse(q, k, v, CONFIG, Places(GRID), scale=0.1).out
+    )
+    assert "fewer than min_tokens" in unmasked(q, k, v, DraftAttentionConfig(min_tokens=513), Places(GRID), 0.1)
+    dense = DraftAttentionConfig(sparsity=0.5, backend="torch", dense_above=0.4)
+    assert "dense attention is the faster one" in unmasked(q, k, v, dense, Places(GRID), 0.1)
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,10 @@ def tabular_model(seed=0, vocab_size=8, spread=1.5):
     return model
 
 
-def tabular_pair(vocab_size=8):
+def tabular_pair(vocab_size=8, noise=1.0):
     """(target, draft): the draft is the target with noise."""
     target, draft = tabular_model(0, vocab_size), tabular_model(0, vocab_size)
-    draft.table.data += tabular_model(1, vocab_size, spread=1.0).table.data
+    draft.table.data += tabular_model(1, vocab_size, spread=noise).table.data
     return target, draft
 
 

@@ -1,5 +1,6 @@
 """The gate that every drafter passes: greedy output equals `generate`, sampled output has the target's exact law."""
 
+import math
 from functools import partial
 from itertools import product
 
@@ -89,21 +90,14 @@ def cross_vocab(target, draft, verifier):
     return drafter
 
 
-OTHER_TOKENIZER = {
+DRAFTERS |= {
     f"another tokenizer, {verifier}": partial(cross_vocab, verifier=verifier) for verifier in ("match", "reject")
 }
-DRAFTERS |= OTHER_TOKENIZER
 
 
 @pytest.fixture(params=DRAFTERS, name="make")
 def _make(request):
     return DRAFTERS[request.param]
-
-
-@pytest.fixture(name="rows")
-def _rows(make):
-    """Of a batch that is sampled: those with another tokenizer each encode their text."""
-    return 700 if make in OTHER_TOKENIZER.values() else 2500
 
 
 def test_greedy_output_is_that_of_generate(make):
@@ -128,6 +122,23 @@ def test_greedy_output_of_a_padded_batch_is_that_of_generate(make):
         assert torch.equal(got, expected)
 
 
+LEVEL = 1e-4  # of the laws' tests
+
+
+def draws(cells, off):
+    """How many of `cells` outcomes show, with a power of 99 %, that a law is off by `off` (Cohen's w).
+
+    The rules' own laws are exact to the last digit in test_verify.py; here is to be noticed what hands a rule the wrong
+    p, q or tokens. Another node's q makes w 0.47 (without replacement), a residual that is left out 0.47 to 0.97.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import chi2, ncx2
+
+    freedom = cells - 1
+    lack = lambda apart: ncx2.sf(chi2.isf(LEVEL, freedom), freedom, apart) - 0.99  # noqa: E731
+    return math.ceil(brentq(lack, 1, 1000) / off**2)
+
+
 def p_value(counts, law):
     """Of Pearson's chi-squared test, with rare cells joined."""
     from scipy.stats import chisquare
@@ -144,32 +155,28 @@ def pairs_of(tokens, vocabulary):
     return torch.bincount(tokens[:, 0] * vocabulary + tokens[:, 1], minlength=vocabulary**2)
 
 
-def test_sampled_output_has_the_targets_exact_law(make, rows):
+def test_sampled_output_has_the_targets_exact_law(make):
     torch.manual_seed(1)
-    target, draft = tabular_pair()
-    ids = torch.tensor([[3, 5]]).expand(rows, -1)
-    rounds = [
-        target.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=4,
-            custom_generate=speculative,
-            pace=None,
-            drafter=make(target, draft),
-        )
-        for _ in range(2)
-    ]
-    tokens = torch.cat(rounds)[:, 2:]
-    assert p_value(pairs_of(tokens[:, :2], 8), pair_law(target, 3, 5)) > 1e-4
-    assert p_value(pairs_of(tokens[:, 2:], 8), next_pair_law(target, 3, 5)) > 1e-4
+    target, draft = tabular_pair(noise=2.0)
+    ids = torch.tensor([[3, 5]]).expand(draws(64, 0.25), -1)
+    tokens = target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=4,
+        custom_generate=speculative,
+        pace=None,
+        drafter=make(target, draft),
+    )[:, 2:]
+    assert p_value(pairs_of(tokens[:, :2], 8), pair_law(target, 3, 5)) > LEVEL
+    assert p_value(pairs_of(tokens[:, 2:], 8), next_pair_law(target, 3, 5)) > LEVEL
 
 
-def test_sampled_output_follows_the_logits_processors(make, rows):
+def test_sampled_output_follows_the_logits_processors(make):
     torch.manual_seed(2)
-    target, draft = tabular_pair()
-    ids = torch.tensor([[3, 5]]).expand(rows, -1)
+    target, draft = tabular_pair(noise=2.0)
+    ids = torch.tensor([[3, 5]]).expand(draws(4**2, 0.25), -1)
     tokens = target.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -186,19 +193,19 @@ def test_sampled_output_follows_the_logits_processors(make, rows):
         kept = logits.topk(4, dim=-1)
         return torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values) / 0.7
 
-    assert p_value(pairs_of(tokens[:, :2], 8), pair_law(target, 3, 5, warp)) > 1e-4
+    assert p_value(pairs_of(tokens[:, :2], 8), pair_law(target, 3, 5, warp)) > LEVEL
 
 
 def test_one_row_sampled_alone_has_the_exact_law(make):
     torch.manual_seed(3)
-    target, draft = tabular_pair(4)
+    target, draft = tabular_pair(4, noise=2.0)
     ids = torch.tensor([[3, 1]])
     drafter = make(target, draft)
     rows = [
         target.generate(
             ids, do_sample=True, top_k=0, max_new_tokens=3, custom_generate=speculative, pace=None, drafter=drafter
         )
-        for _ in range(300)
+        for _ in range(draws(4**2, 0.5))
     ]
     tokens = torch.cat(rows)[:, 2:]
-    assert p_value(pairs_of(tokens[:, :2], 4), pair_law(target, 3, 1)) > 1e-4
+    assert p_value(pairs_of(tokens[:, :2], 4), pair_law(target, 3, 1)) > LEVEL

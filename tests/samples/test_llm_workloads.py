@@ -77,7 +77,7 @@ def test_rows_of_feedback_aware_tuning_are_reference_wish_feedback_and_plan(scri
         ("drawing_stream", ["--cases", "1"], "argument --cases: must be a whole number from 2 on, got '1'"),
         ("drawing_stream", ["--plot", "x.pdf"], "argument --plot: output 'x.pdf' must end in .png"),
         ("workload_curves", ["--workload", "chess"], "argument --workload: invalid choice: 'chess'"),
-        ("workload_curves", ["--workload", "travel", "--noise", "2"], "argument --noise: must be above"),
+        ("workload_curves", ["--workload", "travel", "--noise", "2"], "noise must be from 0 to 1, got 2.0"),
         (
             "workload_curves",
             ["--workload", "travel", "--model", "no/such/folder"],

@@ -17,10 +17,10 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 @pytest.fixture
-def address(session):
-    """Of a server over the tiny pipeline."""
+def address(sessions):
+    """Of a server over the tiny pipelines."""
     ready = threading.Event()
-    server = page.Server(page.app(session, memory.told, "127.0.0.1"), "127.0.0.1", 0, ready.set, session.cancel_all)
+    server = page.Server(page.app(sessions, memory.told, "127.0.0.1"), "127.0.0.1", 0, ready.set, sessions.cancel_all)
     thread = threading.Thread(target=server.run)
     thread.start()
     assert ready.wait(60)
@@ -120,3 +120,23 @@ def test_a_mistake_is_told_and_cancel_ends_the_run(browser, session):
     assert session._lock.acquire(timeout=10)  # the run has ended, in the server too
     session._lock.release()
     assert not session._runs and not session._asked_to_stop
+
+
+@pytest.mark.slow
+def test_another_model_is_loaded_when_it_is_chosen_and_its_sizes_are_shown(browser, sessions):
+    def choose(name):
+        browser.get_by_label("Model", exact=True).click()
+        browser.get_by_role("option", name=name, exact=True).click()
+
+    frames = browser.get_by_label("Frames", exact=True)
+    assert frames.input_value() == "9"
+    choose("broken")
+    browser.wait_for_selector("text=model 'broken' cannot be loaded: no such file")
+    assert frames.input_value() == "9"
+    choose("other")
+    browser.wait_for_function("[...document.querySelectorAll('input')].some(one => one.value == '5')")
+    assert frames.input_value() == "5" and sessions.of("other").model.name == "other"
+    browser.fill("#prompt textarea", "a red circle")
+    browser.click("#run")
+    browser.wait_for_selector("#figures .tile", timeout=60_000)
+    assert browser.locator("dense-sparse").get_attribute("data-frames") == "5"

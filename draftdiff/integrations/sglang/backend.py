@@ -23,7 +23,7 @@ from sglang.multimodal_gen.runtime.utils.precision import get_compute_dtype
 from torch import Tensor
 
 from draftdiff.core.grid import LatentGrid
-from draftdiff.integrations.call import MIN_TOKENS, Places, layer_of, say_once, sparse, why_dense
+from draftdiff.integrations.call import MIN_TOKENS, Places, layer_of, say_once, unmasked
 from draftdiff.integrations.sglang import SLOT
 from draftdiff.video.config import DraftAttentionConfig
 
@@ -128,8 +128,4 @@ class DraftAttentionImpl(AttentionImpl):
             return "causal attention"
         if query.shape[1] != key.shape[1] or query.shape[1] != grid.tokens:
             return f"{query.shape[1]} queries and {key.shape[1]} keys are not the {grid.tokens} of the video {grid}"
-        places = Places(grid)
-        if (reason := why_dense(query, key, value, config, places)) is not None:
-            return reason
-        done = sparse(query, key, value, config, places, scale=self.scale)
-        return done if isinstance(done, str) else done.out
+        return unmasked(query, key, value, config, Places(grid), self.scale)

@@ -22,7 +22,7 @@ from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_
 
 from draftdiff.core.grid import LatentGrid
 from draftdiff.errors import UserError
-from draftdiff.integrations.call import MIN_TOKENS, Places, layer_of, say_once, sparse, why_dense
+from draftdiff.integrations.call import MIN_TOKENS, Places, layer_of, say_once, unmasked
 from draftdiff.integrations.vllm_omni import SLOT
 from draftdiff.video.config import DraftAttentionConfig
 
@@ -147,10 +147,7 @@ class DraftAttentionImpl(AttentionImpl):
         places = places_of(metadata.video_layout)
         if places is None or any(start > stop for start, stop in places.gaps(query.shape[1])):
             return f"a video layout without a target in {query.shape[1]} tokens: {metadata.video_layout}"
-        if (reason := why_dense(query, key, value, self.config, places)) is not None:
-            return reason
-        done = sparse(query, key, value, self.config, places, scale=self.scale)
-        return done if isinstance(done, str) else done.out
+        return unmasked(query, key, value, self.config, places, self.scale)
 
 
 def places_of(layout: VideoTokenLayout) -> Places | None:

@@ -20,7 +20,20 @@ from tests.integrations.comfyui import contract
 from tests.integrations.comfyui.workflow import as_prompt
 
 DEFAULTS = {given.name: given.options["default"] for given in nodes.NODES[0].inputs[1:]}
-_SOCKETS = ("MODEL", "LATENT", "CONDITIONING", "CLIP", "VAE", "IMAGE", "SAMPLER", "SIGMAS")
+_SOCKETS = (
+    "MODEL",
+    "LATENT",
+    "CONDITIONING",
+    "CLIP",
+    "VAE",
+    "IMAGE",
+    "SAMPLER",
+    "SIGMAS",
+    "NOISE",
+    "GUIDER",
+    "AUDIO",
+    "VIDEO",
+)
 
 
 def widgets_of(inputs: dict) -> list[str | None]:
@@ -142,7 +155,9 @@ def test_nothing_here_needs_comfyui():
     assert done.stdout.strip() == "set()"
 
 
-# ComfyUI's own nodes in the workflows: sockets, widgets (None: one of the canvas), outputs.
+# ComfyUI's own nodes in the workflows: sockets, widgets (None: one of the canvas), outputs. From its code at a125cd8;
+# those of LTX-2 and MiniMax-H3 from comfyui-embedded-docs 0.5.15, and their order on the canvas from the graphs in
+# comfyui-workflow-templates-json 0.1.123 (October 2026).
 NODES = {
     "UNETLoader": ([], ["unet_name", "weight_dtype"], ["MODEL"]),
     "CheckpointLoaderSimple": ([], ["ckpt_name"], ["MODEL", "CLIP", "VAE"]),
@@ -172,7 +187,27 @@ NODES = {
     "VAEDecode": (["samples", "vae"], [], ["IMAGE"]),
     "SaveImage": (["images"], ["filename_prefix"], []),
     "SaveAnimatedWEBP": (["images"], ["filename_prefix", "fps", "lossless", "quality", "method"], []),
+    "LTXAVTextEncoderLoader": ([], ["text_encoder", "ckpt_name", "device"], ["CLIP"]),
+    "LTXVAudioVAELoader": ([], ["ckpt_name"], ["VAE"]),
+    "LTXVEmptyLatentAudio": (["audio_vae"], ["frames_number", "frame_rate", "batch_size"], ["LATENT"]),
+    "LTXVConcatAVLatent": (["video_latent", "audio_latent"], [], ["LATENT"]),
+    "LTXVSeparateAVLatent": (["av_latent"], [], ["LATENT", "LATENT"]),
+    "LTXVAudioVAEDecode": (["samples", "audio_vae"], [], ["AUDIO"]),
+    "MiniMaxH3ImageToVideo": (
+        ["clip", "vae", "first_frame", "last_frame"],
+        ["prompt", "width", "height", "length"],
+        ["CONDITIONING", "LATENT"],
+    ),
+    "VAEDecodeAudio": (["samples", "vae"], [], ["AUDIO"]),
+    "BasicGuider": (["model", "conditioning"], [], ["GUIDER"]),
+    "CFGGuider": (["model", "positive", "negative"], ["cfg"], ["GUIDER"]),
+    "RandomNoise": ([], ["noise_seed", None], ["NOISE"]),
+    "BasicScheduler": (["model"], ["scheduler", "steps", "denoise"], ["SIGMAS"]),
+    "SamplerCustomAdvanced": (["noise", "guider", "sampler", "sigmas", "latent_image"], [], ["LATENT", "LATENT"]),
+    "CreateVideo": (["images", "audio"], ["fps"], ["VIDEO"]),
+    "SaveVideo": (["video"], ["filename_prefix", "format", "codec"], []),
 }
+OPTIONAL = ("first_frame", "last_frame")
 for _name, _node in v1.NODE_CLASS_MAPPINGS.items():
     _inputs = _node.INPUT_TYPES()
     _sockets = [name for name in _inputs["required"] if name not in widgets_of(_inputs)]
@@ -190,7 +225,8 @@ def test_a_workflows_nodes_links_and_widgets_fit_together(name):
         sockets, _, outputs = NODES[node["type"]]
         assert [socket["name"] for socket in node["inputs"]] == sockets
         assert [output["type"] for output in node["outputs"]] == outputs
-        held |= {(socket["link"], node["id"], at) for at, socket in enumerate(node["inputs"])}
+        linked = [at for at, name in enumerate(sockets) if node["inputs"][at]["link"] or name not in OPTIONAL]
+        held |= {(node["inputs"][at]["link"], node["id"], at) for at in linked}
         given |= {(link, node["id"], at) for at, output in enumerate(node["outputs"]) for link in output["links"]}
     assert held == {(number, target, at) for number, _, _, target, at, _ in workflow["links"]}
     assert given == {(number, source, at) for number, source, at, *_ in workflow["links"]}
@@ -207,4 +243,22 @@ def test_a_workflows_nodes_links_and_widgets_fit_together(name):
 
 
 def test_there_are_workflows_of_videos_and_pictures():
-    assert {"wan.json", "flux.json", "hunyuan_video.json", "ltx_video.json"} <= set(install.workflows())
+    families = ("wan", "flux", "hunyuan_video", "ltx_video", "ltx_2", "minimax_h3")
+    assert set(install.workflows()) == {f"{name}.json" for name in families}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "unit", "past"),
+    [("ltx_2", "EmptyLTXVLatentVideo", 8, 1), ("minimax_h3", "MiniMaxH3ImageToVideo", 17, 5)],
+)
+def test_sizes_are_ones_that_the_models_take_and_sound_goes_with_the_video(name, kind, unit, past):
+    workflow = json.loads(install.workflows()[f"{name}.json"])
+    prompt = as_prompt(workflow, {kind: widgets for kind, (_, widgets, _) in NODES.items()})
+    given = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    size, rate = given[kind], given["CreateVideo"]["fps"]
+    assert size["width"] % 32 == size["height"] % 32 == 0 and size["length"] % unit == past
+    assert rate == 24
+    if name == "ltx_2":
+        sound = given["LTXVEmptyLatentAudio"]
+        assert (sound["frames_number"], sound["frame_rate"]) == (size["length"], rate)
+        assert given["LTXVConditioning"]["frame_rate"] == rate

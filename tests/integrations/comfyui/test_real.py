@@ -159,6 +159,9 @@ def test_the_installed_folder_gives_both_nodes(nodes):
 def test_a_workflow_fits_comfyuis_nodes(name, nodes):
     workflow = json.loads(install.workflows()[name])
     types = {node["type"] for node in workflow["nodes"]}
+    ours = {kind for kind in types if kind.startswith("Draftdiff")}
+    if newer := sorted(types - ours - set(nodes.NODE_CLASS_MAPPINGS)):
+        pytest.skip(f"this ComfyUI has no {', '.join(newer)}")
     classes = {kind: nodes.NODE_CLASS_MAPPINGS[kind] for kind in types}
     prompt = as_prompt(workflow, {kind: widgets_of(node.INPUT_TYPES()) for kind, node in classes.items()})
     for node in prompt.values():

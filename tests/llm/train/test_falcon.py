@@ -4,25 +4,13 @@ import pytest
 import torch
 
 from draftdiff.errors import UserError
-from draftdiff.llm import FalconDrafter, FalconTrainer, StaticTree, generate_distillation_set, report
+from draftdiff.llm import FalconDrafter, FalconTrainer, StaticTree, report
 from draftdiff.llm.train.data import collate
 from draftdiff.llm.train.falcon import draw, glance, glance_share, glanced_positions, guess
 from tests.llm.generation import both
 from tests.llm.tiny_heads import falcon
-from tests.llm.tiny_models import prompt, tiny_model
+from tests.llm.tiny_models import prompt
 from tests.llm.train.test_heads import arguments
-
-
-@pytest.fixture(scope="module")
-def target():
-    return tiny_model(layers=2)
-
-
-@pytest.fixture(scope="module")
-def written(target):
-    return generate_distillation_set(
-        target, prompt(4, batch=24), max_new_tokens=24, temperatures=(0.0,), progress=False
-    )
 
 
 def test_fewer_are_replaced_as_time_goes_on():

@@ -10,7 +10,6 @@ from draftdiff.llm import (
     HydraDrafter,
     MedusaDrafter,
     StaticTree,
-    generate_distillation_set,
     packed_text,
     rank_acceptance,
     report,
@@ -21,18 +20,6 @@ from draftdiff.llm.train.losses import LOSSES
 from tests.llm.generation import both
 from tests.llm.tiny_heads import hydra, medusa
 from tests.llm.tiny_models import prompt, tiny_model
-
-
-@pytest.fixture(scope="module")
-def target():
-    return tiny_model(layers=2)
-
-
-@pytest.fixture(scope="module")
-def written(target):
-    return generate_distillation_set(
-        target, prompt(4, batch=24), max_new_tokens=24, temperatures=(0.0,), progress=False
-    )
 
 
 def arguments(folder, **options):

@@ -9,27 +9,14 @@ from draftdiff.llm import (
     HeadsTrainer,
     LongSpecDrafter,
     LongSpecTrainer,
-    generate_distillation_set,
     report,
 )
 from draftdiff.llm.train.data import collate
 from draftdiff.llm.train.losses import LOSSES
 from tests.llm.generation import both
 from tests.llm.tiny_heads import hydra, longspec
-from tests.llm.tiny_models import prompt, tiny_model
+from tests.llm.tiny_models import prompt
 from tests.llm.train.test_heads import arguments
-
-
-@pytest.fixture(scope="module")
-def target():
-    return tiny_model(layers=2)
-
-
-@pytest.fixture(scope="module")
-def written(target):
-    return generate_distillation_set(
-        target, prompt(4, batch=24), max_new_tokens=24, temperatures=(0.0,), progress=False
-    )
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
