@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftdiff.attention import key_groups
+from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.attention.rule import Rule, unpack
 from draftdiff.core import quality
 from draftdiff.core.devices import without_autocast
@@ -41,6 +43,7 @@ def attend(
     queries: Sequence[tuple[int, int]] = (),
     summed: Callable[[Tensor], Tensor] = lambda partial: partial,
     text_mask: Tensor | None = None,
+    groups: KeyGroups | None = None,
     scale: float | None = None,
     part: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
@@ -53,15 +56,16 @@ def attend(
     without it q may leave out the tokens before the grid where no token follows it.  summed: over the processes that
     have the other queries, so that all of a tile's choose together.
     density: kept share, float64 [heads].  text_mask: bool [batch, tokens in no grid], False for padding.
+    groups: of all tokens of k, if the scores have a bias; the grids' are of group 0.
     scale: 1/sqrt(head_dim) if None.  part: a context that is entered with the name of each part, to time it.
     Returns the output like q, and what was done, fp32 [2]: density over all token pairs, and the mass that the draft
     gives to the kept tiles; NaN if q or k hold a NaN. Raises ValueError for shapes that do not fit the grid.
     """
     check_tensors(q, k, v)
-    if (groups := q.shape[2] // k.shape[2]) > 1:  # a head of each group at a time: keys are never repeated
+    if (sharing := q.shape[2] // k.shape[2]) > 1:  # a head of each group at a time: keys are never repeated
         given: dict[str, Any] = {"grid": grid, "lead": lead, "others": others, "queries": queries, "summed": summed}
-        given |= {"text_mask": text_mask, "scale": scale, "part": part}
-        alike = [slice(head, None, groups) for head in range(groups)]
+        given |= {"text_mask": text_mask, "groups": groups, "scale": scale, "part": part}
+        alike = [slice(head, None, sharing) for head in range(sharing)]
         found = [attend(q[:, :, at], k, v, density[at], rule, **given) for at in alike]
         outs = torch.stack([out for out, _ in found], dim=3)
         return outs.flatten(2, 3), torch.stack([done for _, done in found]).mean(0)
@@ -100,7 +104,10 @@ def attend(
             stats = torch.stack([quality.density(keep, tiling, tokens, taken, asked).mean(), mass])
         with part("kernel"):
             problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, taken, rule.precision, asked)
-            out = block_sparse_attention(problem, backend=rule.backend)
+            if groups is None:
+                out = block_sparse_attention(problem, backend=rule.backend)
+            else:
+                out = key_groups.attention(problem, groups, backend=rule.backend)
     return out if places is None else out[:, places], stats
 
 
@@ -152,10 +159,17 @@ def attend_op(
     places: list[int],
     scale: float | None,
     rule: str,
+    group: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` as one node of a compiled or differentiated graph. places: `packed_places`.  rule: its `packed`."""
-    where = _unpacked_places(places)
-    return attend(q, k, v, density, unpack(rule), **where, text_mask=text_mask, scale=scale)
+    """`attend` as one node of a compiled or differentiated graph. places: `packed_places`.  rule: its `packed`.
+    group, bias: `of` and `bias` of its groups."""
+    where = _unpacked_places(places) | {"text_mask": text_mask, "groups": _groups(group, bias)}
+    return attend(q, k, v, density, unpack(rule), **where, scale=scale)
+
+
+def _groups(of: Tensor | None, bias: Tensor | None) -> KeyGroups | None:
+    return None if of is None or bias is None else KeyGroups(of, bias)
 
 
 def packed_places(
@@ -200,16 +214,19 @@ def attend_backward(
     places: list[int],
     scale: float | None,
     rule: str,
+    group: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through the `torch` backend, which has them, one head of one item at a time: any other
     way keeps the scores of all heads. What is kept is chosen again, and counts as a constant."""
     by_torch = dataclasses.replace(unpack(rule), backend="torch", precision="full")
     gradients = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    groups = q.shape[2] // k.shape[2]
+    sharing = q.shape[2] // k.shape[2]
     for item in range(q.shape[0]):
         mask = None if text_mask is None else text_mask[item : item + 1]
+        groups = _groups(group, None if bias is None else bias.expand(q.shape[0], -1, -1)[item : item + 1])
         for head in range(q.shape[2]):
-            own, shared = [(slice(item, item + 1), slice(None), slice(one, one + 1)) for one in (head, head // groups)]
+            own, shared = [(slice(item, item + 1), slice(None), slice(one, one + 1)) for one in (head, head // sharing)]
             with _recorded():
                 one_q, one_k, one_v = parts = [
                     x[at].detach().requires_grad_() for x, at in ((q, own), (k, shared), (v, shared))
@@ -222,6 +239,7 @@ def attend_backward(
                     by_torch,
                     **_unpacked_places(places),
                     text_mask=mask,
+                    groups=groups,
                     scale=scale,
                 )
                 of_q, of_k, of_v = torch.autograd.grad(out, parts, of_out[own])
@@ -237,13 +255,14 @@ def _(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tens
 
 
 def _remember(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.places, ctx.scale, ctx.rule = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.places, ctx.scale, ctx.rule, group, bias = inputs
+    ctx.save_for_backward(*tensors, group, bias)
 
 
 def _backward(ctx: Any, of_out: Tensor, of_stats: Tensor | None) -> tuple:
-    gradients = attend_backward(of_out, *ctx.saved_tensors, ctx.places, ctx.scale, ctx.rule)
-    return (*gradients, *[None] * 5)
+    *tensors, group, bias = ctx.saved_tensors
+    gradients = attend_backward(of_out, *tensors, ctx.places, ctx.scale, ctx.rule, group, bias)
+    return (*gradients, *[None] * 7)
 
 
 attend_op.register_autograd(_backward, setup_context=_remember)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from draftdiff.attention.attend import attend, attend_op, compute_dtype, needs_gradient, packed_places
+from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.attention.rule import Rule
 from draftdiff.core.grid import LatentGrid
 from draftdiff.hosts import diffusers as host
@@ -73,8 +74,8 @@ def _dense(task: Task, dense: Callable[[], Tensor], eager: bool) -> Tensor:
 class Over:
     """Where the tokens of a call stand, in the order of its model.
 
-    grid, lead, others, queries, text_mask: as `attend` takes them.  causal: frames of a block that sees no later ones,
-    0 if all see all.  share: what this process has of it.
+    grid, lead, others, queries, text_mask, groups: as `attend` takes them.  causal: frames of a block that sees no
+    later ones, 0 if all see all.  share: what this process has of it.
     pieces: tokens of each stream's pieces as processes brought them, those of the queries and those of the keys, if
     they are to be put in order first.
     """
@@ -84,6 +85,7 @@ class Over:
     others: list[tuple[int, list[int]]]
     queries: list[tuple[int, int]]
     text_mask: Tensor | None
+    groups: KeyGroups | None
     causal: int
     share: host.Share
     pieces: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None
@@ -107,6 +109,8 @@ def sequence_of(
         return "causal attention or dropout"
     if query.shape[2] != key.shape[2] and not options["gqa"]:
         return "fewer key heads than query heads"
+    if task.groups is not None and len(task.groups.of) != tokens:
+        return "a call of other tokens than the mask is for"
     if causal and (share.count < share.pieces or text > 0 or others):
         return "causal blocks of frames beside other tokens or over ring processes"
     if share.count < share.pieces and not eager:
@@ -143,7 +147,7 @@ def sequence_of(
     text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
 
     text_mask = task.keys
-    if text_mask is None and mask is not None and not causal:
+    if text_mask is None and task.groups is None and mask is not None and not causal:
         if text == 0 or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
             return "a mask that is not one flag per text token"
         text_mask = mask[:, 0, 0].expand(query.shape[0], -1)
@@ -154,7 +158,7 @@ def sequence_of(
         gaps = [text_mask[:, start:stop] for start, stop in zip(edges[::2], edges[1::2])]
         text_mask = torch.cat(gaps, dim=1) if text else None
     grid = [frames, height, width]
-    return Over(grid, lead, others, queries, text_mask, causal, share, pieces)
+    return Over(grid, lead, others, queries, text_mask, task.groups, causal, share, pieces)
 
 
 def sparse(
@@ -184,7 +188,8 @@ def sparse(
     density = task.density[first_head : first_head + query.shape[2]].to(query.device)
     if not eager or needs_gradient(query, key, value):
         places = packed_places(over.grid, over.lead, over.others, over.queries)
-        out, stats = attend_op(query, key, value, density, over.text_mask, places, scale, rule.packed)
+        groups = (None, None) if over.groups is None else (over.groups.of, over.groups.bias)
+        out, stats = attend_op(query, key, value, density, over.text_mask, places, scale, rule.packed, *groups)
     else:
         log = task.call.log
         log.backend = resolve(rule.backend, query.device, dtype, query.shape[-1], rule.precision)
@@ -200,6 +205,7 @@ def sparse(
             queries=over.queries,
             summed=over.share.summed,
             text_mask=over.text_mask,
+            groups=over.groups,
             scale=scale,
             part=log.clock.part,
         )
@@ -220,7 +226,7 @@ def _by_blocks(
         stop = min(start + over.causal, frames)
         first, last = start * height * width, stop * height * width
         queries = [(first, last)] if start else []
-        seen = Over([stop, height, width], 0, [], queries, None, 0, over.share, None)
+        seen = Over([stop, height, width], 0, [], queries, None, None, 0, over.share, None)
         out, stats = attended(query[:, first:last], key[:, :last], value[:, :last], seen)
         outs.append(out)
         done.append(stats)

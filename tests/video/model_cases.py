@@ -27,7 +27,7 @@ MODEL_CASES = WAN_CASES + HUNYUAN_CASES + COG_CASES + LTX_CASES + VIDEO_CASES + 
 def _kind(case: ModelCase) -> tuple:
     """What of its row the shared mechanism tells apart."""
     row = layout_for(case.build())
-    has = [getattr(row, name) is not None for name in ("lead", "others", "keys")]
+    has = [getattr(row, name) is not None for name in ("lead", "others", "keys", "mask")]
     return (row.route, row.text, row.queries, row.one_stream, row.inputs, *has, case.per_item)
 
 

@@ -268,13 +268,11 @@ def test_what_cannot_be_a_row_is_refused(name, row, told):
 
 CALLS_LEFT_DENSE = [
     ("ltx", "coordinates instead of a grid", {}, {"num_frames": None, "height": None, "width": None}),
-    ("ltx2", "a mask over video tokens", {}, {"video_self_attention_mask": torch.eye(270)[None]}),
     ("allegro", "a mask over video tokens", {}, {"attention_mask": torch.ones(1, 5, 12, 18)}),
     ("flux", "a part of the image", {}, {"img_ids": flux_ids(15, 18)[135:]}),
     ("minimax_h3", "positions that are no raster", {}, {"position_ids": torch.arange(870).view(290, 3)}),
     ("flux2", "references that attend to themselves", {}, {"kv_cache_mode": "extract"}),
     ("qwen_image_21", "causal text", {}, {"kv_cache_mode": "extract"}),
-    ("chroma", "a mask that is added", {}, {"attention_mask": (torch.arange(280) % 2)[None].float()}),
     ("z_image", "pictures of two sizes", {}, {"x": [torch.zeros(4, 1, 30, 36), torch.zeros(4, 1, 36, 30)]}),
     ("lumina2", "texts of two lengths", {}, {"encoder_attention_mask": torch.tensor([[1, 1], [1, 0]])}),
     ("bria_fibo2", "texts of two lengths", {}, {"encoder_attention_mask": torch.tensor([[1, 1], [1, 0]])}),

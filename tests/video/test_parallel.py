@@ -221,7 +221,7 @@ def test_references_behind_a_picture_are_in_its_stream():
     model = draftdiff.enable(CASES["flux"].build(), SPARSE)
     layer = patch._hook_of(model).layers[0]
     text, picture, reference = 9, 15 * 17, 4
-    layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, 17, text, 0, 0), keys=None)
+    layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, 17, text, 0, 0), keys=None, groups=None)
     query = torch.empty(1, text + picture + reference, 2, 8)
     options = dict.fromkeys(("mask", "scale", "dropout", "causal", "gqa"))
     over = calls.sequence_of(layer, query, query, options, Share(2, 0, 2), eager=True)

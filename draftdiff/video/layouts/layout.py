@@ -31,6 +31,7 @@ class Layout:
         that of a block for the picture alone, all other text is behind the grid, and so much less is in front.
     others: -> further grids in the sequence, such as references, each with the position of its first token.
     keys: -> which tokens of the sequence may be read, bool [batch, tokens], if the model masks pairs of them.
+    mask: -> what the model adds to the scores, [batch, tokens, tokens], if numbers that may differ by key.
     queries: in a call with more keys than queries, where the queries' tokens stand among those of the keys: "ends" says
         the grid at the end and the rest in front; "all" if the model makes none such.
     causal: -> frames of a block that see each other and those before, none behind, as the model's mask says; 0 if all
@@ -52,6 +53,7 @@ class Layout:
     lead: Callable[[Any, Arguments], int] | None = None
     others: Callable[[Any, Arguments], Places] | None = None
     keys: Callable[[Any, Arguments], Tensor | None] | None = None
+    mask: Callable[[Any, Arguments], Tensor | None] | None = None
     queries: Literal["all", "first", "last", "ends"] = "all"
     causal: Callable[[Any, Arguments], int] | None = None
     replaces: tuple[str, ...] = ()

@@ -6,7 +6,6 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from draftdiff.core.grid import LatentGrid
@@ -68,16 +67,10 @@ def _ltx_others(model: Any, arguments: Arguments) -> Places:
     return [] if arguments["video_coords"] is None else _ltx_places(arguments)[:-1]
 
 
-def _ltx2(model: Any, arguments: Arguments) -> LatentGrid | None:
-    # IC-LoRA may weigh pairs of tokens with a mask over all of them.
-    mask = arguments["video_self_attention_mask"]
-    return None if mask is not None and not bool((mask == 1).all()) else _told(model, arguments)
-
-
-def _ltx2_keys(model: Any, arguments: Arguments) -> Tensor | None:
-    """All, where the mask over pairs, which `_ltx2` has seen, leaves none out."""
-    mask = arguments["video_self_attention_mask"]
-    return None if mask is None else torch.ones(mask.shape[::2], dtype=torch.bool, device=mask.device)
+def _ltx2_mask(model: Any, arguments: Arguments) -> Tensor | None:
+    # Strengths of IC-LoRA, as the model makes them numbers to add.
+    strength = arguments["video_self_attention_mask"]
+    return None if strength is None else (1 - strength.to(arguments["hidden_states"].dtype)) * -10_000.0
 
 
 def _ltx2_others(model: Any, arguments: Arguments) -> Places:
@@ -184,12 +177,12 @@ VIDEO: dict[str, Layout] = {
     "LTX2VideoTransformer3DModel": Layout(
         "LTX-2",
         SELF,
-        _ltx2,
+        _told,
         "last",
         others=_ltx2_others,
-        keys=_ltx2_keys,
+        mask=_ltx2_mask,
         one_stream=True,
-        note="video only; dense under an attention strength below 1 (IC-LoRA)",
+        note="video only; references with an attention strength (IC-LoRA) keep it, and are attended exactly",
     ),
     "MochiTransformer3DModel": Layout("Mochi 1", SELF, channels_first, "last", "sdpa"),
     "AllegroTransformer3DModel": Layout("Allegro", SELF, _allegro, route="sdpa"),

@@ -565,6 +565,14 @@ TABLE: list[tuple[str, str, dict[str, Any], dict[str, Any], Any, dict[str, Any]]
         FLUX_LIKE_MORE,
     ),
     (
+        "chroma_weighed",
+        "ChromaTransformer2DModel",
+        CHROMA,
+        FLUX_LIKE_INPUTS | {"attention_mask": lambda asked: joint_flags(asked).float()},
+        packed,
+        FLUX_LIKE_MORE,
+    ),
+    (
         "hidream",
         "HiDreamImageTransformer2DModel",
         HIDREAM,
