@@ -99,7 +99,8 @@ def sequence_of(
     assert task.shape is not None
     frames, height, width, lead, causal, *rest = task.shape.shape[:-1]
     others = [(start, sizes) for *sizes, start in zip(*[iter(rest)] * 4)]
-    tokens, own, layout, mask = key.shape[1], frames * height * width, layer.hook.layout, options["mask"]
+    tokens, own, layout = key.shape[1], frames * height * width, layer.hook.layout
+    mask = None if layout.route == "flex" else options["mask"]
     if tokens == own:  # a block for the picture alone
         others = []
     text = tokens - own - sum(f * h * w for _, (f, h, w) in others)

@@ -92,7 +92,7 @@ class Hook:
             if getattr(current, "draft_layer", None) is not layer:
                 layer.stock = current
                 code = HunyuanVideo15Processor if self.layout.route == "own" else None
-                layer.module.processor = host.stand_in(current, layer, code, catches=self.layout.route == "sdpa")
+                layer.module.processor = host.stand_in(current, layer, code, self.layout.route)
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self.here.value is None or not self.here.value.wrapped:

@@ -13,6 +13,7 @@ import pytest
 from draftdiff.video.layouts import LAYOUTS, layout_for
 from tests.video.cases.base import TEXT, TEXT_WIDTH, WIDTH, ModelCase, bound_arguments, output_of, tiny
 from tests.video.cases.cog import COG_CASES
+from tests.video.cases.flex import FLEX_CASES
 from tests.video.cases.hunyuan import HUNYUAN_CASES
 from tests.video.cases.image import IMAGE_CASES, flux_ids
 from tests.video.cases.latest import LATEST_CASES
@@ -21,7 +22,17 @@ from tests.video.cases.newer import NEWER_CASES
 from tests.video.cases.other import VIDEO_CASES
 from tests.video.cases.wan import WAN, WAN_CASES, tiny_wan
 
-MODEL_CASES = WAN_CASES + HUNYUAN_CASES + COG_CASES + LTX_CASES + VIDEO_CASES + IMAGE_CASES + NEWER_CASES + LATEST_CASES
+MODEL_CASES = [
+    *WAN_CASES,
+    *HUNYUAN_CASES,
+    *COG_CASES,
+    *LTX_CASES,
+    *VIDEO_CASES,
+    *IMAGE_CASES,
+    *NEWER_CASES,
+    *LATEST_CASES,
+    *FLEX_CASES,
+]
 
 
 def _kind(case: ModelCase) -> tuple:

@@ -138,3 +138,25 @@ def test_strengths_are_those_of_the_hosts_pipeline():
         video, video + few, [first, second], torch.device("cpu")
     )
     assert torch.equal(mask, made)
+
+
+def test_blocks_that_are_made_behind_a_cache_are_sparse_and_those_that_fill_it_dense():
+    if "anyflow_far" not in CASES:
+        pytest.skip("this version of diffusers has no such model")
+    from diffusers import AnyFlowFARPipeline, FlowMapEulerDiscreteScheduler
+
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": FlowMapEulerDiscreteScheduler()}
+    pipe = AnyFlowFARPipeline(transformer=CASES["anyflow_far"].build(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 128, "width": 256, "num_frames": 33, "num_inference_steps": 2, "output_type": "latent"}
+    call |= {"chunk_partition": [1, 2, 3, 2, 1], "prompt_embeds": torch.randn(1, 10, 16), "guidance_scale": 1.0}
+
+    def run():
+        return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+
+    dense = rounded(run)
+    draftdiff.enable(pipe, FULL)
+    dense.check(run())
+    report = draftdiff.report(pipe).transformers[0]
+    told = "the grid of a call's tokens cannot be told (see the model's note)"
+    assert (report.passes, report.sparse_steps, report.reasons) == (5, 10, {told: 4})

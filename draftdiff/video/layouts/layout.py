@@ -26,7 +26,9 @@ class Layout:
     grid: -> (frames, rows, columns) of the tokens that are made, or None to leave the call dense.
     text: where the tokens outside the grids stand; "around" means on both sides.
     route: how the processor reaches its kernel. "dispatch": by `dispatch_attention_fn` with the processor's backend;
-        "sdpa": by `torch.nn.functional.scaled_dot_product_attention`; "own": we replace the stock processor.
+        "sdpa": by `torch.nn.functional.scaled_dot_product_attention`; "flex": by `dispatch_attention_fn` with
+        FlexAttention, whatever its backend, and what its mask says beside a sparse attention of the model's own, which
+        ours replaces, `grid` has to know; "own": we replace the stock processor.
     lead: -> number of tokens in front of the grid, for text="around" only. In an attention call with less text, such as
         that of a block for the picture alone, all other text is behind the grid, and so much less is in front.
     others: -> further grids in the sequence, such as references, each with the position of its first token.
@@ -49,7 +51,7 @@ class Layout:
     attention: str
     grid: GridFunction
     text: Literal["none", "first", "last", "around"] = "none"
-    route: Literal["dispatch", "sdpa", "own"] = "dispatch"
+    route: Literal["dispatch", "sdpa", "flex", "own"] = "dispatch"
     lead: Callable[[Any, Arguments], int] | None = None
     others: Callable[[Any, Arguments], Places] | None = None
     keys: Callable[[Any, Arguments], Tensor | None] | None = None

@@ -28,6 +28,40 @@ def _skyreels_blocks(model: Any, arguments: Arguments) -> int:
     return frames if frames > 1 else 0
 
 
+def _far(model: Any, arguments: Arguments) -> LatentGrid | None:
+    # Only a block that is made behind a cache sees all that is before it.
+    flag = arguments["kv_cache_flag"]
+    return None if flag is None or flag["is_cache_step"] else frames_first(model, arguments)
+
+
+def _far_cached(model: Any, arguments: Arguments) -> Places:
+    """Keys of earlier blocks: the oldest in coarser patches, then the latest as they were made."""
+    blocks, limit = (
+        arguments["chunk_partition"][: arguments["kv_cache_flag"]["num_cached_chunks"]],
+        model.config.full_chunk_limit,
+    )
+    coarse = max(0, len(blocks) + 1 - limit)
+    height, width = arguments["hidden_states"].shape[3:]
+    grids = []
+    for frames, size in (
+        (sum(blocks[:coarse]), model.config.compressed_patch_size),
+        (sum(blocks[coarse:]), model.config.patch_size),
+    ):
+        if frames:
+            grids.append(LatentGrid(frames, height // size[1], width // size[2]))
+    return in_a_row(0, grids)
+
+
+def _far_lead(model: Any, arguments: Arguments) -> int:
+    return sum(grid.tokens for _, grid in _far_cached(model, arguments))
+
+
+def _by_patches_of_8(model: Any, arguments: Arguments) -> LatentGrid:
+    # Tokens of 8 x 8 places of a frame stand side by side: as in the raster of a frame of 8 columns.
+    grid = last_channels(model, arguments)
+    return LatentGrid(grid.frames, grid.height * grid.width // 8, 8)
+
+
 def _framepack(model: Any, arguments: Arguments) -> LatentGrid:
     # Clean frames (start image, latest history) stand right in front of the new ones, in the same resolution.
     grid, clean = channels_first(model, arguments), patched(model, arguments["latents_clean"])
@@ -220,9 +254,27 @@ VIDEO: dict[str, Layout] = {
     "Kandinsky6Transformer3DModel": Layout(
         "Kandinsky 6", r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", last_channels
     ),
+    "Kandinsky6SRTransformer3DModel": Layout(
+        "Kandinsky 6 SR",
+        r"visual_transformer_blocks\.\d+\.self_attention",
+        _by_patches_of_8,
+        route="flex",
+        note="their own sparse attention (NABLA) is replaced in the forwards that ours is on in",
+    ),
     "HeliosTransformer3DModel": Layout(
         "Helios", _WAN, channels_first, "first", one_stream=True, note="the history is attended exactly"
     ),
     "AnyFlowTransformer3DModel": Layout("AnyFlow", _WAN, frames_first),
+    "AnyFlowFARTransformer3DModel": Layout(
+        "AnyFlow FAR",
+        _WAN,
+        _far,
+        "around",
+        "flex",
+        lead=_far_lead,
+        others=_far_cached,
+        queries="last",
+        note="dense where the cache is filled",
+    ),
     "MotifVideoTransformer3DModel": Layout("Motif-Video", JOINT_AND_SINGLE, channels_first, "last"),
 }

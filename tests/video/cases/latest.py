@@ -82,6 +82,11 @@ def z_image_pixels(inputs: Inputs, grid: Grid, token: Grid) -> torch.Tensor:
     return view
 
 
+def even(grid: Grid) -> Grid:
+    frames, height, width = grid
+    return frames, height + height % 2, width + width % 2
+
+
 def qwen21_mask(asked: Asked) -> torch.Tensor:
     """Text, slots of an image to edit, text; and slots of the new image."""
     slots = [False] * 4 + [True] * (BEHIND // 4) + [False] * (TEXT - 4)
@@ -522,7 +527,7 @@ TABLE: list[tuple[str, str, dict[str, Any], dict[str, Any], Any, dict[str, Any]]
         QWEN21,
         QWEN21_INPUTS,
         last_packed,
-        {"grid": (1, 14, 18), "text": (TEXT + BEHIND,) * 2, "absent": TEXT + BEHIND, "batched": False, "even": True},
+        {"grid": (1, 14, 18), "text": (TEXT + BEHIND,) * 2, "absent": TEXT + BEHIND, "batched": False, "fits": even},
     ),
     (
         "cosmos3",
