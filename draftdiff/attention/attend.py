@@ -76,13 +76,15 @@ def attend(
     queries = _stretches(q, k, queries, all_before=text == lead and not others, grid=grid)
     tiling = rule.tiling(grid, text, lead, q.device, tuple(others))
     scale = softmax_scale(scale, q.shape[-1])
-    places = asked = None
+    places = asked = rows = None
     if queries:
-        places, asked = _asked(tiling, queries)
+        places, asked, drafted = _asked(tiling, queries)
+        rows = drafted if rule.selection == "error" else None  # others deal a head's budget out over all rows
         q = q.new_zeros(k.shape[0], k.shape[1], *q.shape[2:]).index_copy_(1, places, q)
     with without_autocast(q.device):
         with part("draft"):
             q_mean, k_mean = summed(pool(q, tiling)), pool(k, tiling)
+            q_mean = q_mean if rows is None else q_mean[:, :, rows]
             # The paper's map weighs all tiles alike, also those with fewer tokens.
             counts = None if rule.selection == "upstream" else tiling.counts[: tiling.video_tiles]
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
@@ -94,13 +96,16 @@ def attend(
             # Where there is no tail nothing stands for what is skipped.
             means = tail or Tail(k_mean, torch.zeros_like(k_mean))
             if rule.selection == "error":
-                kept = worst(errors(q_mean, k, v, means, tiling, scale=scale), in_tiles)
+                kept = worst(errors(q_mean, k, v, means, tiling, scale=scale), in_tiles, rows)
             else:
                 kept = select(rule.selection, probabilities, in_tiles)
             if single:
                 tokens, taken = singles(q_mean, k, v, means, tiling, kept, scale=scale, tokens=single)
-            keep = with_text(kept, tiling)
             mass = quality.drafted_mass(probabilities, kept).mean()
+            if rows is not None:
+                kept, taken = (x if x is None else _among_all(x, rows, tiling) for x in (kept, taken))
+                tokens = None if tokens is None else _among_all(tokens, rows, tiling, absent=-1)
+            keep = with_text(kept, tiling)
             stats = torch.stack([quality.density(keep, tiling, tokens, taken, asked).mean(), mass])
         with part("kernel"):
             problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, taken, rule.precision, asked)
@@ -129,13 +134,21 @@ def _stretches(
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # as tilings
-def _asked(tiling: Tiling, queries: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-    """Positions of these stretches and the tiles that hold any of them, int64 [any] each."""
+def _asked(tiling: Tiling, queries: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of these stretches, the tiles that hold any of them, and those of the video among them, at least one:
+    int64 [any] each."""
     places = torch.cat([torch.arange(start, stop) for start, stop in queries])
     there = torch.zeros(tiling.tokens + 1, dtype=torch.bool)  # -1 is the last place
     there[places] = True
     tiles = there[tiling.slots.cpu()].any(-1).nonzero()[:, 0]
-    return places.to(tiling.device), tiles.to(tiling.device)
+    rows = tiles[tiles < tiling.video_tiles]
+    rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    return places.to(tiling.device), tiles.to(tiling.device), rows.to(tiling.device)
+
+
+def _among_all(x: Tensor, rows: Tensor, tiling: Tiling, absent: int = 0) -> Tensor:
+    """x [batch, heads, rows, any] where all video tiles have a row, `absent` in the others."""
+    return x.new_full((*x.shape[:2], tiling.video_tiles, x.shape[3]), absent).index_copy_(2, rows, x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
