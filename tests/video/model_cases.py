@@ -13,13 +13,16 @@ import pytest
 from draftdiff.video.layouts import LAYOUTS, layout_for
 from tests.video.cases.base import TEXT, TEXT_WIDTH, WIDTH, ModelCase, bound_arguments, output_of, tiny
 from tests.video.cases.cog import COG_CASES
+from tests.video.cases.dit import DIT_CASES
+from tests.video.cases.editing import EDITING_CASES
 from tests.video.cases.flex import FLEX_CASES
+from tests.video.cases.flux_kin import FLUX_KIN_CASES
 from tests.video.cases.hunyuan import HUNYUAN_CASES
 from tests.video.cases.image import IMAGE_CASES, flux_ids
-from tests.video.cases.latest import LATEST_CASES
 from tests.video.cases.ltx import LTX_CASES
 from tests.video.cases.newer import NEWER_CASES
 from tests.video.cases.other import VIDEO_CASES
+from tests.video.cases.packed import PACKED_CASES
 from tests.video.cases.wan import WAN, WAN_CASES, tiny_wan
 
 MODEL_CASES = [
@@ -30,7 +33,10 @@ MODEL_CASES = [
     *VIDEO_CASES,
     *IMAGE_CASES,
     *NEWER_CASES,
-    *LATEST_CASES,
+    *FLUX_KIN_CASES,
+    *EDITING_CASES,
+    *PACKED_CASES,
+    *DIT_CASES,
     *FLEX_CASES,
 ]
 

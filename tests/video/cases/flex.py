@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import diffusers
 import torch
 
-from tests.video.cases.base import CHANNELS, HEADS, TEXT, TEXT_WIDTH, WIDTH, Asked, Grid, Inputs, ModelCase, takes, tiny
+from tests.video.cases.base import CHANNELS, HEADS, TEXT, TEXT_WIDTH, WIDTH, Asked, Grid, Inputs
 from tests.video.cases.newer import WAN_LIKE
+from tests.video.cases.rows import Row, cases
 
 KANDINSKY: dict[str, Any] = {
     "in_visual_dim": 2,
@@ -74,7 +74,7 @@ def far_pixels(inputs: Inputs, grid: Grid, token: Grid) -> torch.Tensor:
 
 
 GRID: Grid = (5, 6, 9)
-TABLE: list[tuple[str, str, dict[str, Any], dict[str, Any], Any, dict[str, Any]]] = [
+TABLE: list[Row] = [
     (
         "kandinsky6_sr",
         "Kandinsky6SRTransformer3DModel",
@@ -92,8 +92,4 @@ TABLE: list[tuple[str, str, dict[str, Any], dict[str, Any], Any, dict[str, Any]]
         {"grid": GRID, "text": (COARSE + FINE + padding(GRID),) * 2, "absent": COARSE + FINE, "batched": False},
     ),
 ]
-FLEX_CASES = [
-    ModelCase(name, tiny(getattr(diffusers, model), **config), inputs, pixels, **more)
-    for name, model, config, inputs, pixels, more in TABLE
-    if hasattr(diffusers, model) and takes(getattr(diffusers, model), inputs)
-]
+FLEX_CASES = cases(TABLE)
