@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftdiff.attention import key_groups
+from draftdiff.attention import own_frames as own
 from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.attention.rule import Rule, unpack
 from draftdiff.core import quality
@@ -44,6 +45,7 @@ def attend(
     summed: Callable[[Tensor], Tensor] = lambda partial: partial,
     text_mask: Tensor | None = None,
     groups: KeyGroups | None = None,
+    own_frames: int = 0,
     scale: float | None = None,
     part: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
@@ -57,6 +59,8 @@ def attend(
     have the other queries, so that all of a tile's choose together.
     density: kept share, float64 [heads].  text_mask: bool [batch, tokens in no grid], False for padding.
     groups: of all tokens of k, if the scores have a bias; the grids' are of group 0.
+    own_frames: frames of a reference behind all other keys, each read by the queries of one of the grid's last frames
+    alone; beside nothing but the grid.
     scale: 1/sqrt(head_dim) if None.  part: a context that is entered with the name of each part, to time it.
     Returns the output like q, and what was done, fp32 [2]: density over all token pairs, and the mass that the draft
     gives to the kept tiles; NaN if q or k hold a NaN. Raises ValueError for shapes that do not fit the grid.
@@ -64,11 +68,13 @@ def attend(
     check_tensors(q, k, v)
     if (sharing := q.shape[2] // k.shape[2]) > 1:  # a head of each group at a time: keys are never repeated
         given: dict[str, Any] = {"grid": grid, "lead": lead, "others": others, "queries": queries, "summed": summed}
-        given |= {"text_mask": text_mask, "groups": groups, "scale": scale, "part": part}
+        given |= {"text_mask": text_mask, "groups": groups, "own_frames": own_frames, "scale": scale, "part": part}
         alike = [slice(head, None, sharing) for head in range(sharing)]
         found = [attend(q[:, :, at], k, v, density[at], rule, **given) for at in alike]
         outs = torch.stack([out for out, _ in found], dim=3)
         return outs.flatten(2, 3), torch.stack([done for _, done in found]).mean(0)
+    reference = own_frames * grid.height * grid.width
+    (k, k_own), (v, v_own) = (x.tensor_split([k.shape[1] - reference], dim=1) for x in (k, v))
     video = grid.tokens + sum(other.tokens for _, other in others)
     text = k.shape[1] - video
     if text < 0:
@@ -106,13 +112,17 @@ def attend(
                 kept, taken = (x if x is None else _among_all(x, rows, tiling) for x in (kept, taken))
                 tokens = None if tokens is None else _among_all(tokens, rows, tiling, absent=-1)
             keep = with_text(kept, tiling)
-            stats = torch.stack([quality.density(keep, tiling, tokens, taken, asked).mean(), mass])
+            done = quality.density(keep, tiling, tokens, taken, asked).mean()
+            alone = reference * grid.height * grid.width / k.shape[1] ** 2  # pairs with own frames, over all others
+            stats = torch.stack([(done + alone) / (1 + alone), mass])
         with part("kernel"):
             problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, taken, rule.precision, asked)
-            if groups is None:
-                out = block_sparse_attention(problem, backend=rule.backend)
-            else:
+            if reference:
+                out = own.attention(problem, k_own, v_own, backend=rule.backend)
+            elif groups is not None:
                 out = key_groups.attention(problem, groups, backend=rule.backend)
+            else:
+                out = block_sparse_attention(problem, backend=rule.backend)
     return out if places is None else out[:, places], stats
 
 
@@ -190,17 +200,21 @@ def packed_places(
     lead: int = 0,
     others: Sequence[tuple[int, Sequence[int]]] = (),
     queries: Sequence[tuple[int, int]] = (),
+    own_frames: int = 0,
 ) -> list[int]:
-    """Where things stand in a sequence, as `attend` takes it, in whole numbers that a graph may hold: how many grids
-    there are, where each starts and its sizes, the first one's first, then the stretches of queries."""
+    """Where things stand in a sequence, as `attend` takes it, in whole numbers that a graph may hold: frames of a
+    reference, how many grids there are, where each starts and its sizes, the first one's first, then the stretches of
+    queries."""
     grids = [number for start, sizes in ((lead, grid), *others) for number in (start, *sizes)]
-    return [1 + len(others), *grids, *(edge for stretch in queries for edge in stretch)]
+    return [own_frames, 1 + len(others), *grids, *(edge for stretch in queries for edge in stretch)]
 
 
 def _unpacked_places(packed: list[int]) -> dict[str, Any]:
-    grids, rest = packed[1 : 1 + 4 * packed[0]], packed[1 + 4 * packed[0] :]
+    own_frames, count, *numbers = packed
+    grids, rest = numbers[: 4 * count], numbers[4 * count :]
     (lead, grid), *others = [(start, LatentGrid(*sizes)) for start, *sizes in zip(*[iter(grids)] * 4)]
-    return {"grid": grid, "lead": lead, "others": others, "queries": list(zip(rest[::2], rest[1::2]))}
+    queries = list(zip(rest[::2], rest[1::2]))
+    return {"grid": grid, "lead": lead, "others": others, "queries": queries, "own_frames": own_frames}
 
 
 @attend_op.register_fake

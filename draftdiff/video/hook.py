@@ -194,7 +194,8 @@ class Hook:
         call.stats = torch.full((len(call.forward.layers), len(STATS)), -1.0, device=device)
         places = [number for start, grid in others for number in (*grid.shape, start)]
         causal = layout.causal(model, arguments) if layout.causal else 0
-        shape = torch.empty(*call.grid.shape, lead, causal, *places, 0, device=device)
+        own = layout.own_frames(model, arguments) if layout.own_frames else 0
+        shape = torch.empty(*call.grid.shape, lead, causal, own, *places, 0, device=device)
         shares_there = density.to(device, exact_dtype(device))
         for row, index in enumerate(call.forward.layers):
             task = tasks[index]

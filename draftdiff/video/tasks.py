@@ -50,8 +50,9 @@ class Task:
     """What one layer does in one call.
 
     density: kept share, [heads]; None to be dense.  stats: its row of the call's.
-    shape: [frames, height, width, lead, frames of a causal block, the first four for each further grid, 0], a tensor
-    without values: the shapes of tensors are the only sizes that may change without a new graph.
+    shape: [frames, height, width, lead, frames of a causal block, frames that are read by one frame each, the first
+    four for each further grid, 0], a tensor without values: the shapes of tensors are the only sizes that may change
+    without a new graph.
     keys: which tokens may be read, [batch, tokens].  groups: of all tokens, by what the mask adds.  block_size: a
     further grid with fewer tokens is attended exactly, like text.
     """

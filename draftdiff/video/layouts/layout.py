@@ -38,6 +38,8 @@ class Layout:
         the grid at the end and the rest in front; "all" if the model makes none such.
     causal: -> frames of a block that see each other and those before, none behind, as the model's mask says; 0 if all
         see all.
+    own_frames: -> frames of a reference behind all other keys, each read by the queries of one of the grid's last
+        frames alone; grid and reference are each filled up to a multiple of 128 tokens.
     replaces: names of the forward's arguments by which a model asks for a sparse attention of its own; forwards with
         sparse layers get None in their place.
     inputs: names of the forward's arguments that hold the latents, a tensor or lists of them, and the timestep.
@@ -58,6 +60,7 @@ class Layout:
     mask: Callable[[Any, Arguments], Tensor | None] | None = None
     queries: Literal["all", "first", "last", "ends"] = "all"
     causal: Callable[[Any, Arguments], int] | None = None
+    own_frames: Callable[[Any, Arguments], int] | None = None
     replaces: tuple[str, ...] = ()
     inputs: tuple[str, str] = ("hidden_states", "timestep")
     one_stream: bool = False

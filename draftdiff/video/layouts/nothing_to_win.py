@@ -25,5 +25,4 @@ NOTHING_TO_WIN: dict[str, str] = {
     "T5FilmDecoder": _AUDIO,
     "Transformer2DModel": "a block of a U-Net",
     "TransformerTemporalModel": "a block of a U-Net",
-    "WanAnimate2Transformer3DModel": "each frame reads its own frame of the reference, by FlexAttention alone",
 }

@@ -56,6 +56,20 @@ def _far_lead(model: Any, arguments: Arguments) -> int:
     return sum(grid.tokens for _, grid in _far_cached(model, arguments))
 
 
+def _animate2(model: Any, arguments: Arguments) -> LatentGrid | None:
+    # Blocks are laid into a buffer of the whole video's frames and one more. Only behind the cache are they made.
+    if arguments["kv_cache_mode"] != "cached":
+        return None
+    grid = LatentGrid(_animate2_own(model, arguments) + 1, *(size // 16 for size in arguments["origin_area"]))
+    blocks = [patched(model, latents, (1, 2, 3)) for latents in arguments["hidden_states"]]
+    is_raster = all(block.shape[1:] == grid.shape[1:] and block.frames <= grid.frames for block in blocks)
+    return grid if is_raster else None
+
+
+def _animate2_own(model: Any, arguments: Arguments) -> int:
+    return arguments["origin_len"] // 4 + 1
+
+
 def _by_patches_of_8(model: Any, arguments: Arguments) -> LatentGrid:
     # Tokens of 8 x 8 places of a frame stand side by side: as in the raster of a frame of 8 columns.
     grid = last_channels(model, arguments)
@@ -175,6 +189,16 @@ VIDEO: dict[str, Layout] = {
     "WanTransformer3DModel": _wan("Wan 2.1 / 2.2", note="text and image to video, Wan 2.2 14B and 5B"),
     "WanVACETransformer3DModel": _wan("Wan VACE", r"(vace_)?blocks\.\d+\.attn1", note="main and control blocks"),
     "WanAnimateTransformer3DModel": _wan("Wan 2.2 Animate", note="face adapters stay dense"),
+    "WanAnimate2Transformer3DModel": Layout(
+        "Wan Animate 2",
+        r"blocks\.\d+\.self_attn",
+        _animate2,
+        "last",
+        "flex",
+        own_frames=_animate2_own,
+        queries="first",
+        note="each frame's own one of the reference is attended exactly; dense where the cache is filled",
+    ),
     "ChronoEditTransformer3DModel": _wan("ChronoEdit"),
     "SkyReelsV2Transformer3DModel": Layout(
         "SkyReels-V2",
