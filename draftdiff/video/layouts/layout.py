@@ -27,8 +27,8 @@ class Layout:
     text: where the tokens outside the grids stand; "around" means on both sides.
     route: how the processor reaches its kernel. "dispatch": by `dispatch_attention_fn` with the processor's backend;
         "sdpa": by `torch.nn.functional.scaled_dot_product_attention`; "flex": by `dispatch_attention_fn` with
-        FlexAttention, whatever its backend, and what its mask says beside a sparse attention of the model's own, which
-        ours replaces, `grid` has to know; "own": we replace the stock processor.
+        FlexAttention, whatever its backend; its mask is taken for a sparse attention of the model's own, which ours
+        replaces, or for what `own_frames` says; "own": we replace the stock processor.
     lead: -> number of tokens in front of the grid, for text="around" only. In an attention call with less text, such as
         that of a block for the picture alone, all other text is behind the grid, and so much less is in front.
     others: -> further grids in the sequence, such as references, each with the position of its first token.

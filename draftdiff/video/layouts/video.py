@@ -36,19 +36,11 @@ def _far(model: Any, arguments: Arguments) -> LatentGrid | None:
 
 def _far_cached(model: Any, arguments: Arguments) -> Places:
     """Keys of earlier blocks: the oldest in coarser patches, then the latest as they were made."""
-    blocks, limit = (
-        arguments["chunk_partition"][: arguments["kv_cache_flag"]["num_cached_chunks"]],
-        model.config.full_chunk_limit,
-    )
-    coarse = max(0, len(blocks) + 1 - limit)
+    blocks = arguments["chunk_partition"][: arguments["kv_cache_flag"]["num_cached_chunks"]]
+    coarse = max(0, len(blocks) + 1 - model.config.full_chunk_limit)
     height, width = arguments["hidden_states"].shape[3:]
-    grids = []
-    for frames, size in (
-        (sum(blocks[:coarse]), model.config.compressed_patch_size),
-        (sum(blocks[coarse:]), model.config.patch_size),
-    ):
-        if frames:
-            grids.append(LatentGrid(frames, height // size[1], width // size[2]))
+    parts = (blocks[:coarse], model.config.compressed_patch_size), (blocks[coarse:], model.config.patch_size)
+    grids = [LatentGrid(sum(frames), height // size[1], width // size[2]) for frames, size in parts if frames]
     return in_a_row(0, grids)
 
 
