@@ -11,10 +11,10 @@ constexpr int64_t GROUP = 4 * ROWS;  // query tiles that are scored together
 
 // One call. Fields in the order of _Probe in cpu.py.
 //
-// q_mean: [batch, heads, tiles, dim]. k, v: fp32 [batch, tokens, heads, dim], dim contiguous, other strides given.
-// v_mean: like q_mean. center: scores of q_mean with the mean keys, in base 2, [batch, heads, tiles, tiles].
+// q_mean: [batch, heads, rows, dim]. k, v: fp32 [batch, tokens, heads, dim], dim contiguous, other strides given.
+// v_mean: [batch, heads, tiles, dim]. center: scores of q_mean with the mean keys, in base 2, [batch, heads, rows, tiles].
 // slots: [tiles, block], -1 where empty. Out: error, like center, natural logarithms; or, with keep, like center in bytes,
-// singles [batch, heads, tiles, most], -1 where none is left.
+// singles [batch, heads, rows, most], -1 where none is left.
 struct Probe {
     const float *q_mean, *k, *v, *v_mean, *center;
     const int64_t* slots;
@@ -22,7 +22,7 @@ struct Probe {
     const uint8_t* keep;
     int32_t* singles;
     Strides k_at, v_at;
-    int64_t batch, heads, dim, tiles, block, most;
+    int64_t batch, heads, dim, rows, tiles, block, most;
     float scale;
     int32_t threads;
 
@@ -74,7 +74,7 @@ struct ProbeScratch {
     // Some query tiles of a head; rows beyond the last one repeat it.
     void take(const Probe& p, int64_t bh, int64_t first, int64_t rows) {
         for (int64_t r = 0; r < rows; r++) {
-            const float* from = p.q_mean + (bh * p.tiles + std::min(first + r, p.tiles - 1)) * p.dim;
+            const float* from = p.q_mean + (bh * p.rows + std::min(first + r, p.rows - 1)) * p.dim;
             for (int64_t d = 0; d < p.dim; d++) queries[r * p.dim + d] = from[d] * p.scale * LOG2E;
         }
     }
@@ -91,14 +91,14 @@ inline Vec squared_error(Vec score, float center, const float* length, const flo
 
 void errors(const Probe& p, int64_t bh, int64_t first, const Head& head, ProbeScratch& own) {
     own.take(p, bh, first, GROUP);
-    const int64_t rows = std::min(GROUP, p.tiles - first);
+    const int64_t rows = std::min(GROUP, p.rows - first);
     float* scores = own.scores.data();
     for (int64_t tile = 0; tile < p.tiles; tile++) {
         const int64_t at = tile * p.block;
         multiply<false>(own.queries.data(), p.dim, head.packed.get() + at * p.dim, p.block, scores, p.block,
                         (rows + ROWS - 1) / ROWS * ROWS, p.block, p.dim);
         for (int64_t r = 0; r < rows; r++) {
-            const int64_t to = (bh * p.tiles + first + r) * p.tiles + tile;
+            const int64_t to = (bh * p.rows + first + r) * p.tiles + tile;
             Vec sum{};
             for (int64_t s = 0; s < p.block; s += LANES)
                 sum += squared_error(load(scores + r * p.block + s), p.center[to], &head.length[at + s], &head.along[at + s]) +
@@ -164,9 +164,9 @@ ON_ITS_OWN void highest(const float* x, int64_t n, int64_t most, int32_t* places
 
 void best_tokens(const Probe& p, int64_t bh, int64_t first, const Head& head, ProbeScratch& own) {
     own.take(p, bh, first, ROWS);
-    const int64_t rows = std::min<int64_t>(ROWS, p.tiles - first), n = p.keys();
-    const uint8_t* keep = p.keep + (bh * p.tiles + first) * p.tiles;
-    const float* centers = p.center + (bh * p.tiles + first) * p.tiles;
+    const int64_t rows = std::min<int64_t>(ROWS, p.rows - first), n = p.keys();
+    const uint8_t* keep = p.keep + (bh * p.rows + first) * p.tiles;
+    const float* centers = p.center + (bh * p.rows + first) * p.tiles;
     float *scores = own.scores.data(), best[ROWS];
     for (int64_t r = 0; r < rows; r++) {
         best[r] = NEGATIVE_INFINITY;
@@ -190,7 +190,7 @@ void best_tokens(const Probe& p, int64_t bh, int64_t first, const Head& head, Pr
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        int32_t* places = p.singles + (bh * p.tiles + first + r) * p.most;
+        int32_t* places = p.singles + (bh * p.rows + first + r) * p.most;
         highest(scores + r * n, n, p.most, places);
         for (int64_t i = 0; i < p.most && places[i] >= 0; i++) places[i] = static_cast<int32_t>(p.slots[places[i]]);
     }
@@ -211,7 +211,7 @@ extern "C" int draftdiff_probe(const Probe* probe) {
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < p.tiles; tile++) head.pack(p, bh, tile);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t first = 0; first < p.tiles; first += group) {
+            for (int64_t first = 0; first < p.rows; first += group) {
                 if (p.error) errors(p, bh, first, head, own);
                 else best_tokens(p, bh, first, head, own);
             }

@@ -20,7 +20,7 @@ class _Probe(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q_mean", "k", "v", "v_mean", "center", "slots")),
         *((name, ctypes.c_void_p) for name in ("error", "keep", "singles")),
         *((name, Strides) for name in ("k_at", "v_at")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "dim", "tiles", "block", "most")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "dim", "rows", "tiles", "block", "most")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
@@ -60,6 +60,7 @@ def _call(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, sca
         batch=q_mean.shape[0],
         heads=q_mean.shape[1],
         dim=q_mean.shape[-1],
+        rows=q_mean.shape[2],
         tiles=tiling.video_tiles,
         block=tiling.block_size,
         most=more["singles"].shape[-1] if "singles" in more else 0,

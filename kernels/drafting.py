@@ -43,14 +43,14 @@ def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *,
     return _probe(k, tiling).errors(q_mean, k, v, means, tiling, scale=scale)
 
 
-def worst(error: Tensor, density: Tensor) -> Tensor:
+def worst(error: Tensor, density: Tensor, rows: Tensor | None = None) -> Tensor:
     """`core.probe.worst`."""
     if _fused(error.device):
         from draftdiff.kernels import triton_probe
 
         if error.shape[-1] <= triton_probe.MOST:
-            return triton_probe.worst(error, density)
-    return probe.worst(error, density)
+            return triton_probe.worst(error, density, rows)
+    return probe.worst(error, density, rows)
 
 
 def singles(

@@ -13,15 +13,20 @@ _ELEMENTS = 1 << 26  # of gathered keys, held at once
 
 def merge(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over tiles and single tokens. out, lse: of the same problem over its tiles."""
-    single_out, single_lse = _attention(problem)
-    both = torch.logaddexp(lse, single_lse)
+    both_out, both = merged(out, lse, *_attention(problem))
+    return both_out.to(out.dtype), both
+
+
+def merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, fp32, from the output and the log-sum-exp over each; `more` is 0 for rows that
+    have none of its keys."""
+    both = torch.logaddexp(lse, more_lse)
     share = (lse - both).exp()[..., None]  # where a row reads nothing at all both are -inf, and out is 0
-    single_share = (single_lse - both).exp()[..., None]
+    more_share = (more_lse - both).exp()[..., None]
     empty = (both == float("-inf"))[..., None]
-    merged = out.float() * share.masked_fill(empty, 0.0)
-    # A row without single tokens keeps what it has, NaN included; 0 times what it does not read is 0.
-    merged = torch.where(single_lse[..., None] == float("-inf"), out.float(), merged + single_out * single_share)
-    return merged.to(out.dtype), both
+    sum_of_both = out.float() * share.masked_fill(empty, 0.0) + more.float() * more_share
+    # A row that has none of the other keys keeps what it has, NaN included; 0 times what it does not read is 0.
+    return torch.where(more_lse[..., None] == float("-inf"), out.float(), sum_of_both), both
 
 
 def _attention(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -53,10 +53,10 @@ def _values(
 
 
 @triton.jit
-def _queries(q_ptr, bh, rows, tiles, D: tl.constexpr, D_PAD: tl.constexpr, WIDEN: tl.constexpr):
+def _queries(q_ptr, bh, rows, count, D: tl.constexpr, D_PAD: tl.constexpr, WIDEN: tl.constexpr):
     dim = tl.arange(0, D_PAD)
-    mask = (rows < tiles)[:, None] & (dim < D)[None, :]
-    q = tl.load(q_ptr + (bh * tiles + rows)[:, None] * D + dim[None, :], mask=mask, other=0.0)
+    mask = (rows < count)[:, None] & (dim < D)[None, :]
+    q = tl.load(q_ptr + (bh * count + rows)[:, None] * D + dim[None, :], mask=mask, other=0.0)
     return q.to(tl.float32) if WIDEN else q
 
 
@@ -87,20 +87,20 @@ def _error(center, square):
 
 @triton.jit
 def _errors(
-    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, error_ptr, heads, tiles, strides, scale_log2,
+    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, error_ptr, heads, count, tiles, strides, scale_log2,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, bh = tl.program_id(1) * GROUP, tl.program_id(2).to(tl.int64)
-    q = _queries(q_ptr, bh, rows, tiles, D, D_PAD, WIDEN)
+    q = _queries(q_ptr, bh, rows, count, D, D_PAD, WIDEN)
     k_ptr += bh // heads * strides[0] + bh % heads * strides[2]
     sums_ptr += bh * 3 * tiles * BLOCK
-    center_ptr += bh * tiles * tiles
-    error_ptr += bh * tiles * tiles
+    center_ptr += bh * count * tiles
+    error_ptr += bh * count * tiles
     to = rows * tiles
     for tile in range(first, tl.minimum(first + GROUP, tiles)):
-        center = tl.load(center_ptr + to + tile, mask=rows < tiles, other=0.0)
+        center = tl.load(center_ptr + to + tile, mask=rows < count, other=0.0)
         total = tl.zeros([ROWS], tl.float32)
         for part in tl.static_range(BLOCK // KEYS):
             at = tile * BLOCK + part * KEYS + tl.arange(0, KEYS)
@@ -112,7 +112,7 @@ def _errors(
             total += tl.sum(squares, 1)
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
         error = center * _LN2 + 0.5 * tl.log(total)
-        tl.store(error_ptr + to + tile, error, mask=rows < tiles)
+        tl.store(error_ptr + to + tile, error, mask=rows < count)
 
 
 @triton.jit
@@ -145,17 +145,18 @@ def _highest(x, most):
 
 
 @triton.jit
-def _worst(error_ptr, most_ptr, keep_ptr, tiles, heads, SIZE: tl.constexpr):
+def _worst(error_ptr, most_ptr, rows_ptr, keep_ptr, count, tiles, heads, SIZE: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    own = tl.load(rows_ptr + row % count)
     x = _ordered(tl.load(error_ptr + row * tiles + lane, mask=lane < tiles, other=0.0))
-    x = tl.where(lane < tiles, tl.where(lane == row % tiles, 0x7FFFFFFF, x), _LEAST)
-    chosen = _highest(x, tl.load(most_ptr + row // tiles % heads * tiles + row % tiles))
+    x = tl.where(lane < tiles, tl.where(lane == own, 0x7FFFFFFF, x), _LEAST)
+    chosen = _highest(x, tl.load(most_ptr + row // count % heads * tiles + own))
     tl.store(keep_ptr + row * tiles + lane, chosen.to(tl.uint8), mask=lane < tiles)
 
 
 @triton.jit(do_not_specialize=["first"])
 def _sample(
-    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, sample_ptr, first, heads, tiles, strides, scale_log2,
+    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, sample_ptr, first, heads, count, tiles, strides, scale_log2,
     STRIDE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -163,16 +164,16 @@ def _sample(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part, local = tl.program_id(1) * GROUP, tl.program_id(2).to(tl.int64)
     bh = first + local
-    q = _queries(q_ptr, bh, rows, tiles, D, D_PAD, WIDEN)
+    q = _queries(q_ptr, bh, rows, count, D, D_PAD, WIDEN)
     k_ptr += bh // heads * strides[0] + bh % heads * strides[2]
     sums_ptr += bh * 3 * tiles * BLOCK
-    center_ptr += bh * tiles * tiles
+    center_ptr += bh * count * tiles
     PER: tl.constexpr = BLOCK // STRIDE
     samples = tiles * PER
-    sample_ptr += local * tiles * samples
+    sample_ptr += local * count * samples
     for step in range(part, tl.minimum(part + GROUP, tl.cdiv(samples, KEYS))):
         sample = step * KEYS + tl.arange(0, KEYS)
-        exists = (rows < tiles)[:, None] & (sample < samples)[None, :]
+        exists = (rows < count)[:, None] & (sample < samples)[None, :]
         tile = tl.minimum(sample // PER, tiles - 1)
         at = tile * BLOCK + sample % PER * STRIDE + tile % STRIDE
         position = tl.load(slots_ptr + at)
@@ -195,7 +196,8 @@ def _threshold(sample_ptr, threshold_ptr, samples, rank, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first"])
 def _mark(
-    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, threshold_ptr, bits_ptr, first, heads, tiles, strides, scale_log2,
+    q_ptr, k_ptr, center_ptr, sums_ptr, slots_ptr, threshold_ptr, bits_ptr,
+    first, heads, count, tiles, strides, scale_log2,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -203,16 +205,16 @@ def _mark(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin, local = tl.program_id(1) * GROUP, tl.program_id(2).to(tl.int64)
     bh = first + local
-    q = _queries(q_ptr, bh, rows, tiles, D, D_PAD, WIDEN)
+    q = _queries(q_ptr, bh, rows, count, D, D_PAD, WIDEN)
     k_ptr += bh // heads * strides[0] + bh % heads * strides[2]
     sums_ptr += bh * 3 * tiles * BLOCK
-    center_ptr += bh * tiles * tiles
+    center_ptr += bh * count * tiles
     WORDS: tl.constexpr = KEYS // 32
-    bits_ptr += local * tiles * tiles * (BLOCK // 32)
-    threshold = tl.load(threshold_ptr + local * tiles + rows, mask=rows < tiles, other=float("inf"))
+    bits_ptr += local * count * tiles * (BLOCK // 32)
+    threshold = tl.load(threshold_ptr + local * count + rows, mask=rows < count, other=float("inf"))
     slot, word = tl.arange(0, KEYS), tl.arange(0, WORDS)
     for tile in range(begin, tl.minimum(begin + GROUP, tiles)):
-        center = tl.load(center_ptr + rows * tiles + tile, mask=rows < tiles, other=float("-inf"))
+        center = tl.load(center_ptr + rows * tiles + tile, mask=rows < count, other=float("-inf"))
         least = tl.maximum(tl.math.exp2(threshold * _LOG2E - 2 * center), _TINY)
         for part in tl.static_range(BLOCK // KEYS):
             at = tile * BLOCK + part * KEYS + slot
@@ -226,7 +228,7 @@ def _mark(
             bits = reaches.to(tl.int32) << (slot % 32)[None, :]
             words = tl.sum(bits.reshape(ROWS, WORDS, 32), 2)
             to = (rows * tiles + tile)[:, None] * (BLOCK // 32) + part * WORDS + word[None, :]
-            tl.store(bits_ptr + to, words, mask=(rows < tiles)[:, None])
+            tl.store(bits_ptr + to, words, mask=(rows < count)[:, None])
 
 
 @triton.jit
@@ -309,10 +311,11 @@ class _Call:
         batch, _, heads, dim = k.shape
         tiles, block, slots = tiling.video_tiles, tiling.block_size, tables_for(tiling).slots
         self.heads, self.tiles, self.of_all, self.slots = heads, tiles, batch * heads, slots
+        self.count = q_mean.shape[2]
         self.keys = tiles * block
         full = k.dtype == torch.float32
         rows, keys, warps = (64, 32, 4) if full else (64, min(128, block), 4)
-        self.blocks = triton.cdiv(tiles, rows)
+        self.blocks = triton.cdiv(self.count, rows)
         scale_log2 = scale * math.log2(math.e)
         q = q_mean.to(k.dtype).contiguous()
         # Of rounded queries, too: a key that is equal to the mean has to have its score.
@@ -328,6 +331,7 @@ class _Call:
             "sums_ptr": sums,
             "slots_ptr": slots,
             "heads": heads,
+            "count": self.count,
             "tiles": tiles,
             "strides": k.stride()[:3],
             "scale_log2": scale_log2,
@@ -351,14 +355,15 @@ def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *,
     return error
 
 
-def worst(error: Tensor, density: Tensor) -> Tensor:
+def worst(error: Tensor, density: Tensor, rows: Tensor | None = None) -> Tensor:
     """`core.probe.worst`."""
     heads, tiles = error.shape[1], error.shape[-1]
     most = counts(density.to(error.device), tiles).to(torch.int32)
+    rows = torch.arange(tiles, device=error.device) if rows is None else rows
     keep = torch.empty(error.shape, dtype=torch.bool, device=error.device)
     with on_device_of(error):
         _worst[(error.numel() // tiles,)](
-            error.contiguous(), most, keep.view(torch.uint8), tiles, heads, **_ranked(tiles)
+            error.contiguous(), most, rows, keep.view(torch.uint8), len(rows), tiles, heads, **_ranked(tiles)
         )
     return keep
 
@@ -379,10 +384,10 @@ def singles(
         found = torch.empty((*center.shape[:3], room), dtype=torch.int32, device=k.device)
         taken = torch.empty(center.shape, dtype=torch.uint8, device=k.device) if stride > 1 else None
         samples, words = call.keys // stride, call.keys // 32
-        few = max(1, _HELD // (4 * call.tiles * max(samples, words)))
+        few = max(1, _HELD // (4 * call.count * max(samples, words)))
         for first in range(0, call.of_all, few):
             heads = min(few, call.of_all - first)
-            rows, to = heads * call.tiles, found.view(call.of_all, call.tiles, room)[first:]
+            rows, to = heads * call.count, found.view(call.of_all, call.count, room)[first:]
             error = torch.empty((rows, samples), dtype=torch.float32, device=k.device)
             few_keys = call.options | {"KEYS": min(call.options["KEYS"], 64)}  # each with a center of its own
             steps = triton.cdiv(samples, few_keys["KEYS"])
@@ -408,7 +413,7 @@ def singles(
                 torch.empty_like(bits),
                 call.slots,
                 to,
-                taken.view(call.of_all, call.tiles, call.tiles)[first:],
+                taken.view(call.of_all, call.count, call.tiles)[first:],
                 call.tiles,
                 room,
                 BLOCK=tiling.block_size,

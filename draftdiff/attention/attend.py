@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftdiff.attention import key_groups
+from draftdiff.attention import own_frames as own
+from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.attention.rule import Rule, unpack
 from draftdiff.core import quality
 from draftdiff.core.devices import without_autocast
@@ -41,6 +44,8 @@ def attend(
     queries: Sequence[tuple[int, int]] = (),
     summed: Callable[[Tensor], Tensor] = lambda partial: partial,
     text_mask: Tensor | None = None,
+    groups: KeyGroups | None = None,
+    own_frames: int = 0,
     scale: float | None = None,
     part: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
@@ -53,18 +58,23 @@ def attend(
     without it q may leave out the tokens before the grid where no token follows it.  summed: over the processes that
     have the other queries, so that all of a tile's choose together.
     density: kept share, float64 [heads].  text_mask: bool [batch, tokens in no grid], False for padding.
+    groups: of all tokens of k, if the scores have a bias; the grids' are of group 0.
+    own_frames: frames of a reference behind all other keys, each read by the queries of one of the grid's last frames
+    alone; beside nothing but the grid.
     scale: 1/sqrt(head_dim) if None.  part: a context that is entered with the name of each part, to time it.
     Returns the output like q, and what was done, fp32 [2]: density over all token pairs, and the mass that the draft
     gives to the kept tiles; NaN if q or k hold a NaN. Raises ValueError for shapes that do not fit the grid.
     """
     check_tensors(q, k, v)
-    if (groups := q.shape[2] // k.shape[2]) > 1:  # a head of each group at a time: keys are never repeated
+    if (sharing := q.shape[2] // k.shape[2]) > 1:  # a head of each group at a time: keys are never repeated
         given: dict[str, Any] = {"grid": grid, "lead": lead, "others": others, "queries": queries, "summed": summed}
-        given |= {"text_mask": text_mask, "scale": scale, "part": part}
-        alike = [slice(head, None, groups) for head in range(groups)]
+        given |= {"text_mask": text_mask, "groups": groups, "own_frames": own_frames, "scale": scale, "part": part}
+        alike = [slice(head, None, sharing) for head in range(sharing)]
         found = [attend(q[:, :, at], k, v, density[at], rule, **given) for at in alike]
         outs = torch.stack([out for out, _ in found], dim=3)
         return outs.flatten(2, 3), torch.stack([done for _, done in found]).mean(0)
+    reference = own_frames * grid.height * grid.width
+    (k, k_own), (v, v_own) = (x.tensor_split([k.shape[1] - reference], dim=1) for x in (k, v))
     video = grid.tokens + sum(other.tokens for _, other in others)
     text = k.shape[1] - video
     if text < 0:
@@ -72,13 +82,15 @@ def attend(
     queries = _stretches(q, k, queries, all_before=text == lead and not others, grid=grid)
     tiling = rule.tiling(grid, text, lead, q.device, tuple(others))
     scale = softmax_scale(scale, q.shape[-1])
-    places = asked = None
+    places = asked = rows = None
     if queries:
-        places, asked = _asked(tiling, queries)
+        places, asked, drafted = _asked(tiling, queries)
+        rows = drafted if rule.selection == "error" else None  # others deal a head's budget out over all rows
         q = q.new_zeros(k.shape[0], k.shape[1], *q.shape[2:]).index_copy_(1, places, q)
     with without_autocast(q.device):
         with part("draft"):
             q_mean, k_mean = summed(pool(q, tiling)), pool(k, tiling)
+            q_mean = q_mean if rows is None else q_mean[:, :, rows]
             # The paper's map weighs all tiles alike, also those with fewer tokens.
             counts = None if rule.selection == "upstream" else tiling.counts[: tiling.video_tiles]
             probabilities = draft_map(q_mean, k_mean, scale=scale, counts=counts)
@@ -90,17 +102,27 @@ def attend(
             # Where there is no tail nothing stands for what is skipped.
             means = tail or Tail(k_mean, torch.zeros_like(k_mean))
             if rule.selection == "error":
-                kept = worst(errors(q_mean, k, v, means, tiling, scale=scale), in_tiles)
+                kept = worst(errors(q_mean, k, v, means, tiling, scale=scale), in_tiles, rows)
             else:
                 kept = select(rule.selection, probabilities, in_tiles)
             if single:
                 tokens, taken = singles(q_mean, k, v, means, tiling, kept, scale=scale, tokens=single)
-            keep = with_text(kept, tiling)
             mass = quality.drafted_mass(probabilities, kept).mean()
-            stats = torch.stack([quality.density(keep, tiling, tokens, taken, asked).mean(), mass])
+            if rows is not None:
+                kept, taken = (x if x is None else _among_all(x, rows, tiling) for x in (kept, taken))
+                tokens = None if tokens is None else _among_all(tokens, rows, tiling, absent=-1)
+            keep = with_text(kept, tiling)
+            done = quality.density(keep, tiling, tokens, taken, asked).mean()
+            alone = reference * grid.height * grid.width / k.shape[1] ** 2  # pairs with own frames, over all others
+            stats = torch.stack([(done + alone) / (1 + alone), mass])
         with part("kernel"):
             problem = Problem(q, k, v, keep, tiling, text_mask, tail, scale, tokens, taken, rule.precision, asked)
-            out = block_sparse_attention(problem, backend=rule.backend)
+            if reference:
+                out = own.attention(problem, k_own, v_own, backend=rule.backend)
+            elif groups is not None:
+                out = key_groups.attention(problem, groups, backend=rule.backend)
+            else:
+                out = block_sparse_attention(problem, backend=rule.backend)
     return out if places is None else out[:, places], stats
 
 
@@ -122,13 +144,21 @@ def _stretches(
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # as tilings
-def _asked(tiling: Tiling, queries: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-    """Positions of these stretches and the tiles that hold any of them, int64 [any] each."""
+def _asked(tiling: Tiling, queries: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of these stretches, the tiles that hold any of them, and those of the video among them, at least one:
+    int64 [any] each."""
     places = torch.cat([torch.arange(start, stop) for start, stop in queries])
     there = torch.zeros(tiling.tokens + 1, dtype=torch.bool)  # -1 is the last place
     there[places] = True
     tiles = there[tiling.slots.cpu()].any(-1).nonzero()[:, 0]
-    return places.to(tiling.device), tiles.to(tiling.device)
+    rows = tiles[tiles < tiling.video_tiles]
+    rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    return places.to(tiling.device), tiles.to(tiling.device), rows.to(tiling.device)
+
+
+def _among_all(x: Tensor, rows: Tensor, tiling: Tiling, absent: int = 0) -> Tensor:
+    """x [batch, heads, rows, any] where all video tiles have a row, `absent` in the others."""
+    return x.new_full((*x.shape[:2], tiling.video_tiles, x.shape[3]), absent).index_copy_(2, rows, x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -152,10 +182,17 @@ def attend_op(
     places: list[int],
     scale: float | None,
     rule: str,
+    group: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` as one node of a compiled or differentiated graph. places: `packed_places`.  rule: its `packed`."""
-    where = _unpacked_places(places)
-    return attend(q, k, v, density, unpack(rule), **where, text_mask=text_mask, scale=scale)
+    """`attend` as one node of a compiled or differentiated graph. places: `packed_places`.  rule: its `packed`.
+    group, bias: `of` and `bias` of its groups."""
+    where = _unpacked_places(places) | {"text_mask": text_mask, "groups": _groups(group, bias)}
+    return attend(q, k, v, density, unpack(rule), **where, scale=scale)
+
+
+def _groups(of: Tensor | None, bias: Tensor | None) -> KeyGroups | None:
+    return None if of is None or bias is None else KeyGroups(of, bias)
 
 
 def packed_places(
@@ -163,17 +200,21 @@ def packed_places(
     lead: int = 0,
     others: Sequence[tuple[int, Sequence[int]]] = (),
     queries: Sequence[tuple[int, int]] = (),
+    own_frames: int = 0,
 ) -> list[int]:
-    """Where things stand in a sequence, as `attend` takes it, in whole numbers that a graph may hold: how many grids
-    there are, where each starts and its sizes, the first one's first, then the stretches of queries."""
+    """Where things stand in a sequence, as `attend` takes it, in whole numbers that a graph may hold: frames of a
+    reference, how many grids there are, where each starts and its sizes, the first one's first, then the stretches of
+    queries."""
     grids = [number for start, sizes in ((lead, grid), *others) for number in (start, *sizes)]
-    return [1 + len(others), *grids, *(edge for stretch in queries for edge in stretch)]
+    return [own_frames, 1 + len(others), *grids, *(edge for stretch in queries for edge in stretch)]
 
 
 def _unpacked_places(packed: list[int]) -> dict[str, Any]:
-    grids, rest = packed[1 : 1 + 4 * packed[0]], packed[1 + 4 * packed[0] :]
+    own_frames, count, *numbers = packed
+    grids, rest = numbers[: 4 * count], numbers[4 * count :]
     (lead, grid), *others = [(start, LatentGrid(*sizes)) for start, *sizes in zip(*[iter(grids)] * 4)]
-    return {"grid": grid, "lead": lead, "others": others, "queries": list(zip(rest[::2], rest[1::2]))}
+    queries = list(zip(rest[::2], rest[1::2]))
+    return {"grid": grid, "lead": lead, "others": others, "queries": queries, "own_frames": own_frames}
 
 
 @attend_op.register_fake
@@ -200,16 +241,19 @@ def attend_backward(
     places: list[int],
     scale: float | None,
     rule: str,
+    group: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through the `torch` backend, which has them, one head of one item at a time: any other
     way keeps the scores of all heads. What is kept is chosen again, and counts as a constant."""
     by_torch = dataclasses.replace(unpack(rule), backend="torch", precision="full")
     gradients = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    groups = q.shape[2] // k.shape[2]
+    sharing = q.shape[2] // k.shape[2]
     for item in range(q.shape[0]):
         mask = None if text_mask is None else text_mask[item : item + 1]
+        groups = _groups(group, None if bias is None else bias.expand(q.shape[0], -1, -1)[item : item + 1])
         for head in range(q.shape[2]):
-            own, shared = [(slice(item, item + 1), slice(None), slice(one, one + 1)) for one in (head, head // groups)]
+            own, shared = [(slice(item, item + 1), slice(None), slice(one, one + 1)) for one in (head, head // sharing)]
             with _recorded():
                 one_q, one_k, one_v = parts = [
                     x[at].detach().requires_grad_() for x, at in ((q, own), (k, shared), (v, shared))
@@ -222,6 +266,7 @@ def attend_backward(
                     by_torch,
                     **_unpacked_places(places),
                     text_mask=mask,
+                    groups=groups,
                     scale=scale,
                 )
                 of_q, of_k, of_v = torch.autograd.grad(out, parts, of_out[own])
@@ -237,13 +282,14 @@ def _(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tens
 
 
 def _remember(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.places, ctx.scale, ctx.rule = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.places, ctx.scale, ctx.rule, group, bias = inputs
+    ctx.save_for_backward(*tensors, group, bias)
 
 
 def _backward(ctx: Any, of_out: Tensor, of_stats: Tensor | None) -> tuple:
-    gradients = attend_backward(of_out, *ctx.saved_tensors, ctx.places, ctx.scale, ctx.rule)
-    return (*gradients, *[None] * 5)
+    *tensors, group, bias = ctx.saved_tensors
+    gradients = attend_backward(of_out, *tensors, ctx.places, ctx.scale, ctx.rule, group, bias)
+    return (*gradients, *[None] * 7)
 
 
 attend_op.register_autograd(_backward, setup_context=_remember)

@@ -1,8 +1,8 @@
 """What one clip over several GPUs costs, on paper: bytes over links against the work that sparse attention leaves.
 
 Per attention layer and process, with P = ulysses * ring processes. Ulysses exchanges queries, keys, values and outputs
-within its group; a ring gathers the keys and values of its heads, and sums the pooled queries (a row per tile). Draft
-and probe look at all keys, and in a ring at all tiles, in every process of it: that part of the work is not shared.
+within its group; a ring gathers the keys and values of its heads, and sums the pooled queries (a row per tile). A
+process drafts the tiles of its own queries; in a ring each reads the keys and values of all to pool them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from draftdiff.errors import UserError
 
 # Of one H100: kept pairs and draft as measured (docs/gpu.md), links as NVIDIA states them, one way.
 FLOPS, DENSE_FLOPS, DRAFT_SHARE = 494e12, 597e12, 0.059
+MEMORY = 3.35e12  # bytes per second, as NVIDIA states it
 NODE, INSIDE, ACROSS = 8, 450e9, 50e9  # GPUs of a node, bytes per second between two of one, and of two nodes
 _TILE = 128
 
@@ -76,8 +77,8 @@ class Share:
     @property
     def sparse_seconds(self) -> float:
         """Of kept pairs, draft and probe, without links."""
-        drafted = DRAFT_SHARE * self._pairs / self.ulysses / DENSE_FLOPS
-        return self.density * self._pairs / self.processes / FLOPS + drafted
+        drafted = DRAFT_SHARE * self._pairs / self.processes / DENSE_FLOPS
+        return self.density * self._pairs / self.processes / FLOPS + drafted + self.gathered / MEMORY
 
     def link_seconds(self, *, sparse: bool = True) -> float:
         """Of what goes over links, nothing hidden behind work: Ulysses inside a node, the ring across where it must."""

@@ -24,8 +24,9 @@ def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *,
     """How wrong it is to read a key tile through its mean: the root of the sum of |e^score v - e^center v_mean|^2 over
     its tokens, for the mean query of each query tile; center is the score of the mean key.
 
-    q_mean: fp32 [batch, heads, video_tiles, head_dim].  k, v: [batch, tokens, heads, head_dim].  means: of k and v.
-    Returns its logarithm, fp32 [batch, heads, video_tiles, video_tiles], -inf for a tile that its mean is equal to.
+    q_mean: fp32 [batch, heads, rows, head_dim], of all video tiles or some.  k, v: [batch, tokens, heads, head_dim].
+    means: of k and v.
+    Returns its logarithm, fp32 [batch, heads, rows, video_tiles], -inf for a tile that its mean is equal to.
     """
     error = q_mean.new_empty(*q_mean.shape[:3], tiling.video_tiles)
     for at, center, squares in _squared(q_mean, k, v, means, tiling, scale):
@@ -33,17 +34,19 @@ def errors(q_mean: Tensor, k: Tensor, v: Tensor, means: Tail, tiling: Tiling, *,
     return error
 
 
-def worst(error: Tensor, density: Tensor) -> Tensor:
+def worst(error: Tensor, density: Tensor, rows: Tensor | None = None) -> Tensor:
     """The tiles of the greatest error, its own always among them, equally many for each query tile but for one more in
     some, where a budget is no whole number.
 
-    error: [batch, heads, tiles, tiles].  density: share that is kept, float64 [heads].  Returns bool like error.
+    error: [batch, heads, rows, tiles].  density: share that is kept, float64 [heads].  rows: the query tile of each
+    row, int64 [rows], if not all have one.  Returns bool like error.
     """
     tiles = error.shape[-1]
     place = torch.arange(tiles, device=error.device)
-    most = counts(density, tiles).to(error.device)
+    rows = place if rows is None else rows
+    most = counts(density, tiles).to(error.device)[:, rows]
     error = error.masked_fill(error.isnan(), float("-inf"))  # which would come first
-    ranking = error.masked_fill(place == place[:, None], float("inf")).argsort(-1, descending=True)
+    ranking = error.masked_fill(place == rows[:, None], float("inf")).argsort(-1, descending=True)
     kept = torch.zeros_like(error, dtype=torch.bool)
     return kept.scatter_(-1, ranking, (place < most[..., None]).expand_as(kept))
 
@@ -61,8 +64,8 @@ def singles(
 ) -> Tensor:
     """The single keys outside the kept tiles that their tile's mean stands for worst.
 
-    keep: bool [batch, heads, video_tiles, video_tiles].  tokens: how many.  The others as for `errors`.
-    Returns int32 [batch, heads, video_tiles, tokens], positions in k, -1 where no more are left.
+    keep: bool [batch, heads, rows, video_tiles].  tokens: how many.  The others as for `errors`.
+    Returns int32 [batch, heads, rows, tokens], positions in k, -1 where no more are left.
     """
     slots = tiling.slots[: tiling.video_tiles]
     absent, found = slots < 0, torch.full((*q_mean.shape[:3], tokens), -1, dtype=torch.int32, device=k.device)
@@ -89,7 +92,7 @@ def _squared(
             k_mean, v_mean = means.k_mean[b, h], means.v_mean[b, h]
             length, along = values.square().sum(-1), (values * v_mean[:, None]).sum(-1)
             rest = v_mean.square().sum(-1, keepdim=True) * ~absent[..., 0]
-            for rows in torch.arange(len(slots), device=k.device).split(max(1, _SCORES // slots.numel())):
+            for rows in torch.arange(q_mean.shape[2], device=k.device).split(max(1, _SCORES // slots.numel())):
                 q = q_mean[b, h, rows] * scale
                 center = q @ k_mean.T
                 weight = (torch.einsum("qd,tsd->qts", q, keys) - center[..., None]).clamp(max=_HIGHEST).exp()

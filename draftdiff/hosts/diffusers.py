@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType, SimpleNamespace
+from types import FrameType, FunctionType, SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -33,6 +33,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.modular_pipelines import ModularPipeline
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -116,7 +117,10 @@ class _Backend:
         layer = self.calling.layer
         given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         # None is what the user's `attention_backend` context, or the default, says at this moment.
-        stock = AttentionBackendName.NATIVE if layer is None else layer.stock_backend
+        if isinstance(attn_mask, BlockMask):  # which no other reads
+            stock = AttentionBackendName.FLEX
+        else:
+            stock = AttentionBackendName.NATIVE if layer is None else layer.stock_backend
 
         def dense() -> Tensor:
             return dispatch_attention_fn(query, key, value, *given, backend=stock, parallel_config=_parallel_config)
@@ -193,7 +197,7 @@ def _gathered(x: Tensor, axis: int, group: Any, uneven: bool) -> Tensor:
 
 def _over_keys(mask: Any, query: Tensor, key: Tensor) -> Any:
     """A mask with the dispatcher's two forms of one over keys, [batch, keys] and [batch, 1, 1, keys], as the latter."""
-    flat = mask is not None and tuple(mask.shape) == (query.shape[0], key.shape[1])
+    flat = isinstance(mask, Tensor) and tuple(mask.shape) == (query.shape[0], key.shape[1])
     return mask[:, None, None] if flat else mask
 
 
@@ -263,16 +267,31 @@ class _CatchAttention(TorchFunctionMode):
         return self.layer.attend(self.layer, query, key, value, options, ALONE, dense).transpose(1, 2)
 
 
+@functools.lru_cache(maxsize=16)
+def _flex_through_us(code: type) -> type:
+    """A processor class whose calls of the dispatcher name FlexAttention, as one that names ours."""
+    stock: Any = code.__call__  # type: ignore[operator]
+
+    def dispatch(*args: Any, backend: Any = None, **kwargs: Any) -> Tensor:
+        return dispatch_attention_fn(*args, backend=AttentionBackendName(BACKEND), **kwargs)
+
+    names = stock.__globals__ | {"dispatch_attention_fn": dispatch}
+    call = FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
+    call.__kwdefaults__ = stock.__kwdefaults__
+    return type(code.__name__, (code,), {"__call__": call})
+
+
 @functools.lru_cache(maxsize=64)
-def _stand_in_class(code: type, catches: bool) -> type:
+def _stand_in_class(code: type, route: str) -> type:
     """A processor class that runs `code` as a layer's, in the place of a `stock` one."""
+    given, code = code, _flex_through_us(code) if route == "flex" else code
 
     class StandIn(code):  # type: ignore[misc, valid-type]
         __slots__ = ("draft_layer", "draft_stock")
 
         @functools.wraps(code.__call__)  # type: ignore[operator]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if catches:
+            if route == "sdpa":
                 with _CatchAttention(self.draft_layer):
                     return super().__call__(*args, **kwargs)
             calling = _AttentionBackendRegistry._backends[self.draft_layer.backend].calling
@@ -285,30 +304,30 @@ def _stand_in_class(code: type, catches: bool) -> type:
         def __setattr__(self, name: str, value: Any) -> None:
             """What is set on this is stock's; a backend is stock's only."""
             setattr(self.draft_stock, name, value)
-            if catches or name != "_attention_backend":
+            if route in ("sdpa", "flex") or name != "_attention_backend":
                 super().__setattr__(name, value)
 
         def __reduce_ex__(self, protocol: Any) -> tuple:
-            return stand_in, (self.draft_stock, self.draft_layer, code, catches)
+            return stand_in, (self.draft_stock, self.draft_layer, given, route)
 
     return StandIn
 
 
-def stand_in(stock: Any, layer: Any, code: type | None = None, catches: bool = False) -> Any:
+def stand_in(stock: Any, layer: Any, code: type | None = None, route: str = "dispatch") -> Any:
     """A processor that does what `stock` does, as this layer and with our attention.
 
-    code: the class whose code runs, if not stock's own.  catches: it calls PyTorch's attention, not the dispatcher.
+    code: the class whose code runs, if not stock's own.  route: how it reaches its kernel, of `Layout.route`.
     It has stock's attributes, and what is set on it (an adapter's scale, a parallel config) is set on stock; only its
     backend is ours, and one that is chosen for it becomes stock's.
     """
-    kind = _stand_in_class(code or type(stock), catches)
+    kind = _stand_in_class(code or type(stock), route)
     known = AttentionProcessorRegistry._registry
     AttentionProcessorRegistry._register()
     if type(stock) in known:  # layer-skip hooks look up by class how a processor is skipped
         known[kind] = known[type(stock)]
     mine: Any = object.__new__(kind)
     mine.__dict__.update(stock.__dict__)
-    if not catches:
+    if route not in ("sdpa", "flex"):
         mine.__dict__["_attention_backend"] = AttentionBackendName(BACKEND)
     object.__setattr__(mine, "draft_stock", stock)
     object.__setattr__(mine, "draft_layer", layer)

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draftdiff.attention.attend import attend, attend_op, compute_dtype, needs_gradient, packed_places
+from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.attention.rule import Rule
 from draftdiff.core.grid import LatentGrid
 from draftdiff.hosts import diffusers as host
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.video.tasks import Layer, Task
+
+_FILLED = 128  # tokens of a block of FlexAttention
 
 
 def attention_call(
@@ -73,8 +77,8 @@ def _dense(task: Task, dense: Callable[[], Tensor], eager: bool) -> Tensor:
 class Over:
     """Where the tokens of a call stand, in the order of its model.
 
-    grid, lead, others, queries, text_mask: as `attend` takes them.  causal: frames of a block that sees no later ones,
-    0 if all see all.  share: what this process has of it.
+    grid, lead, others, queries, text_mask, groups, own_frames: as `attend` takes them.
+    causal: frames of a block that sees no later ones, 0 if all see all.  share: what this process has of it.
     pieces: tokens of each stream's pieces as processes brought them, those of the queries and those of the keys, if
     they are to be put in order first.
     """
@@ -84,6 +88,8 @@ class Over:
     others: list[tuple[int, list[int]]]
     queries: list[tuple[int, int]]
     text_mask: Tensor | None
+    groups: KeyGroups | None
+    own_frames: int
     causal: int
     share: host.Share
     pieces: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None
@@ -95,9 +101,10 @@ def sequence_of(
     """What a call of a layer with a sparse task is over, or why it has to be dense."""
     task: Task = layer.here.value
     assert task.shape is not None
-    frames, height, width, lead, causal, *rest = task.shape.shape[:-1]
+    frames, height, width, lead, causal, own_frames, *rest = task.shape.shape[:-1]
     others = [(start, sizes) for *sizes, start in zip(*[iter(rest)] * 4)]
-    tokens, own, layout, mask = key.shape[1], frames * height * width, layer.hook.layout, options["mask"]
+    tokens, own, layout = key.shape[1], frames * height * width, layer.hook.layout
+    mask = None if layout.route == "flex" else options["mask"]
     if tokens == own:  # a block for the picture alone
         others = []
     text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
@@ -107,12 +114,20 @@ def sequence_of(
         return "causal attention or dropout"
     if query.shape[2] != key.shape[2] and not options["gqa"]:
         return "fewer key heads than query heads"
+    if task.groups is not None and len(task.groups.of) != tokens:
+        return "a call of other tokens than the mask is for"
     if causal and (share.count < share.pieces or text > 0 or others):
         return "causal blocks of frames beside other tokens or over ring processes"
     if share.count < share.pieces and not eager:
         return "ring context parallelism in a compiled graph"
     if eager and host.is_watched():
         return "a torch function mode watches attention (perturbed-attention guidance does)"
+    grid = [frames, height, width]
+    if own_frames:
+        filled = [-(-count * height * width // _FILLED) * _FILLED for count in (frames, own_frames)]
+        if share.pieces > 1 or [query.shape[1], tokens - query.shape[1]] != filled:
+            return "a call's tokens do not fit the grid of its model"
+        return Over(grid, 0, [], [], None, None, own_frames, 0, share, None)
     if layout.text == "first":
         lead = tokens - own
     elif (absent := lead - sum(f * h * w for at, (f, h, w) in others if at < lead) - text) > 0:
@@ -143,7 +158,7 @@ def sequence_of(
     text = tokens - own - sum(f * h * w for _, (f, h, w) in others)
 
     text_mask = task.keys
-    if text_mask is None and mask is not None and not causal:
+    if text_mask is None and task.groups is None and mask is not None and not causal:
         if text == 0 or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
             return "a mask that is not one flag per text token"
         text_mask = mask[:, 0, 0].expand(query.shape[0], -1)
@@ -153,8 +168,7 @@ def sequence_of(
         edges = [0, *(edge for grid in grids for edge in grid), tokens]
         gaps = [text_mask[:, start:stop] for start, stop in zip(edges[::2], edges[1::2])]
         text_mask = torch.cat(gaps, dim=1) if text else None
-    grid = [frames, height, width]
-    return Over(grid, lead, others, queries, text_mask, causal, share, pieces)
+    return Over(grid, lead, others, queries, text_mask, task.groups, 0, causal, share, pieces)
 
 
 def sparse(
@@ -178,13 +192,19 @@ def sparse(
         return _by_blocks(attended, query, key, value, over)
     dtype = compute_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
+    filled = query.shape[1]
+    if over.own_frames:
+        frames, height, width = over.grid
+        query, reference = query[:, : frames * height * width], over.own_frames * height * width
+        key, value = (torch.cat([x[:, : query.shape[1]], x[:, filled : filled + reference]], 1) for x in (key, value))
     if over.pieces is not None:
         query, (key, value) = _in_order(query, over.pieces[0]), (_in_order(x, over.pieces[1]) for x in (key, value))
     first_head = over.share.heads_from
     density = task.density[first_head : first_head + query.shape[2]].to(query.device)
     if not eager or needs_gradient(query, key, value):
-        places = packed_places(over.grid, over.lead, over.others, over.queries)
-        out, stats = attend_op(query, key, value, density, over.text_mask, places, scale, rule.packed)
+        places = packed_places(over.grid, over.lead, over.others, over.queries, over.own_frames)
+        groups = (None, None) if over.groups is None else (over.groups.of, over.groups.bias)
+        out, stats = attend_op(query, key, value, density, over.text_mask, places, scale, rule.packed, *groups)
     else:
         log = task.call.log
         log.backend = resolve(rule.backend, query.device, dtype, query.shape[-1], rule.precision)
@@ -200,9 +220,13 @@ def sparse(
             queries=over.queries,
             summed=over.share.summed,
             text_mask=over.text_mask,
+            groups=over.groups,
+            own_frames=over.own_frames,
             scale=scale,
             part=log.clock.part,
         )
+    if over.own_frames:
+        out = F.pad(out, (0, 0, 0, 0, 0, filled - out.shape[1]))
     return (out if over.pieces is None else _as_brought(out, over.pieces[0])), stats
 
 
@@ -220,7 +244,7 @@ def _by_blocks(
         stop = min(start + over.causal, frames)
         first, last = start * height * width, stop * height * width
         queries = [(first, last)] if start else []
-        seen = Over([stop, height, width], 0, [], queries, None, 0, over.share, None)
+        seen = Over([stop, height, width], 0, [], queries, None, None, 0, 0, over.share, None)
         out, stats = attended(query[:, first:last], key[:, :last], value[:, :last], seen)
         outs.append(out)
         done.append(stats)

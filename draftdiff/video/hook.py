@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from draftdiff.attention.attend import STATS, compute_dtype
+from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.core.devices import exact_dtype
 from draftdiff.core.grid import LatentGrid
 from draftdiff.errors import UserError
@@ -91,7 +92,7 @@ class Hook:
             if getattr(current, "draft_layer", None) is not layer:
                 layer.stock = current
                 code = HunyuanVideo15Processor if self.layout.route == "own" else None
-                layer.module.processor = host.stand_in(current, layer, code, catches=self.layout.route == "sdpa")
+                layer.module.processor = host.stand_in(current, layer, code, self.layout.route)
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self.here.value is None or not self.here.value.wrapped:
@@ -165,9 +166,18 @@ class Hook:
         device, log = latents[0].device, call.log
         lead = layout.lead(model, arguments) if layout.lead else 0
         keys = layout.keys(model, arguments) if layout.keys else None
+        others = layout.others(model, arguments) if layout.others else []
+        groups, mask = None, layout.mask(model, arguments) if layout.mask else None
+        if mask is not None:
+            first = mask.shape[-1] - call.grid.tokens if layout.text == "first" else lead
+            groups = KeyGroups.found_in(mask, first)
+            if groups is None or not groups.is_first(first, call.grid):
+                log.reasons["a mask that adds more numbers than one for each of a few groups of keys"] += 1
+                return
+            others = [(start, grid) for start, grid in others if groups.is_first(start, grid)]
+            log.groups = max(log.groups, groups.bias.shape[-1])
         log.grid = call.grid.shape
         log.tile, log.block_size = self.config.rule.tile_for(call.grid)
-        others = layout.others(model, arguments) if layout.others else []
         visual = call.grid.tokens + sum(grid.tokens for _, grid in others if grid.tokens >= log.block_size)
         log.selection, log.tokens = self.config.selection, self.config.rule.singles_of(visual)
         density = self.config.budget.density(len(tasks), host.heads_of(self.layers[0].module), progress)
@@ -184,12 +194,13 @@ class Hook:
         call.stats = torch.full((len(call.forward.layers), len(STATS)), -1.0, device=device)
         places = [number for start, grid in others for number in (*grid.shape, start)]
         causal = layout.causal(model, arguments) if layout.causal else 0
-        shape = torch.empty(*call.grid.shape, lead, causal, *places, 0, device=device)
+        own = layout.own_frames(model, arguments) if layout.own_frames else 0
+        shape = torch.empty(*call.grid.shape, lead, causal, own, *places, 0, device=device)
         shares_there = density.to(device, exact_dtype(device))
         for row, index in enumerate(call.forward.layers):
             task = tasks[index]
             task.density, task.stats, task.shape, task.keys = shares_there[index], call.stats[row], shape, keys
-            task.block_size = log.block_size
+            task.groups, task.block_size = groups, log.block_size
 
     def _dense_above(self, hidden_states: Tensor, log: Log) -> float:
         """Density from which a layer is left to dense attention."""

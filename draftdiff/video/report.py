@@ -45,12 +45,13 @@ class Log:
     selection: str = ""
     tokens: int = 0
     backend: str = ""
+    groups: int = 1
 
 
 @dataclass
 class TransformerReport:
     """The last run of one transformer, all passes of a pipeline call together. tokens: single ones that each query tile
-    reads.  seconds: by part, of all calls."""
+    reads.  groups: the most of keys that a mask adds a number each to.  seconds: by part, of all calls."""
 
     transformer: str
     layers: list[str]
@@ -60,6 +61,7 @@ class TransformerReport:
     selection: str
     tokens: int
     backend: str
+    groups: int
     forwards: list[Forward]
     reasons: dict[str, int]
     seconds: dict[str, float]
@@ -75,6 +77,7 @@ class TransformerReport:
             log.selection,
             log.tokens,
             log.backend,
+            log.groups,
             forwards=list(log.forwards),
             reasons=dict(log.reasons),
             seconds=log.clock.seconds(),
@@ -145,6 +148,7 @@ class TransformerReport:
             "selection": self.selection,
             "tokens": self.tokens,
             "backend": self.backend,
+            "key_groups": self.groups,
             "passes": self.passes,
             "dense_steps": self.dense_steps,
             "sparse_steps": self.sparse_steps,
@@ -167,6 +171,8 @@ class TransformerReport:
         if self.selection:
             besides = f" and {self.tokens} single tokens" if self.tokens else ""
             lines.append(f"  each query tile reads tiles by {self.selection!r}{besides} exactly")
+        if self.groups > 1:
+            lines.append(f"  the mask adds a number to each of {self.groups} groups of keys, as for dense attention")
         if self.mean_density is not None and self.mean_missed_mass is not None:
             mass = f"missed mass {self.mean_missed_mass:.3f} (draft's estimate)"
             lines.append(f"  density {self.mean_density:.3f} in sparse layers, {mass}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.core.grid import LatentGrid
 from draftdiff.hosts import diffusers as host
 from draftdiff.video.report import Forward, Log
@@ -49,10 +50,11 @@ class Task:
     """What one layer does in one call.
 
     density: kept share, [heads]; None to be dense.  stats: its row of the call's.
-    shape: [frames, height, width, lead, frames of a causal block, the first four for each further grid, 0], a tensor
-    without values: the shapes of tensors are the only sizes that may change without a new graph.
-    keys: which tokens may be read, [batch, tokens].  block_size: a further grid with fewer tokens is attended exactly,
-    like text.
+    shape: [frames, height, width, lead, frames of a causal block, frames that are read by one frame each, the first
+    four for each further grid, 0], a tensor without values: the shapes of tensors are the only sizes that may change
+    without a new graph.
+    keys: which tokens may be read, [batch, tokens].  groups: of all tokens, by what the mask adds.  block_size: a
+    further grid with fewer tokens is attended exactly, like text.
     """
 
     call: Call
@@ -60,6 +62,7 @@ class Task:
     stats: Tensor | None = None
     shape: Tensor | None = None
     keys: Tensor | None = None
+    groups: KeyGroups | None = None
     block_size: int = 0
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import draftdiff
 from draftdiff import DraftAttentionConfig
+from draftdiff.attention import attend as attend_module
 from draftdiff.attention.attend import attend, attend_op, compute_dtype, packed_places
 from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import Budget
@@ -84,6 +85,20 @@ def test_some_queries_give_what_they_give_among_all(backend, rule, stretches):
     assert len(alike)
     close(found[:, torch.isin(places, alike)], expected[:, alike.sort().values].double())
     assert 0 < float(density) <= 1
+
+
+@pytest.mark.parametrize(("stretch", "rows"), [((0, 4), 1), ((0, 60), 2), ((4, 208), 4)], ids=str)
+def test_only_tiles_that_are_asked_for_are_drafted(monkeypatch, stretch, rows):
+    """The text alone, which has no tile of the video to draft, some frames' tiles, and all of them."""
+    drafted = []
+    stock = attend_module.errors
+    monkeypatch.setattr(attend_module, "errors", lambda q, *a, **b: drafted.append(q.shape[2]) or stock(q, *a, **b))
+    q, k, v = made(GRID.tokens + 10)
+    attend(q[:, slice(*stretch)], k, v, half(), Rule("error", tile=(1, 8, 8)), grid=GRID, lead=4, queries=[stretch])
+    tiling = Rule("error", tile=(1, 8, 8)).tiling(GRID, 10, 4, q.device)
+    asked = (tiling.slots[: tiling.video_tiles, :, None] == torch.arange(*stretch)).any(-1).any(-1)
+    assert drafted == [max(1, int(asked.sum()))]
+    assert rows <= drafted[0] <= tiling.video_tiles
 
 
 def test_queries_that_do_not_fit_are_refused_in_one_line():

@@ -21,7 +21,7 @@ def test_a_ring_sends_more_than_ulysses_from_three_processes_on(processes):
     by_heads = Share(75_600, ulysses=processes)
     by_keys = Share(75_600, ring=processes)
     assert by_keys.gathered / by_heads.exchanged == pytest.approx(processes / 2)
-    assert by_keys.sparse_seconds > by_heads.sparse_seconds  # it drafts all tiles in every process
+    assert by_keys.sparse_seconds > by_heads.sparse_seconds  # it pools the keys of all in every process
 
 
 def test_the_command_prints_every_way_that_the_heads_allow(capsys):

@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton"):
     from draftdiff.kernels import triton_probe
 
     OWN["triton"] = SimpleNamespace(
-        errors=triton_probe.errors, singles=lambda *a, **b: triton_probe.singles(*a, **b)[0]
+        errors=triton_probe.errors, worst=triton_probe.worst, singles=lambda *a, **b: triton_probe.singles(*a, **b)[0]
     )
 PROBES = pytest.mark.parametrize("own", OWN.values(), ids=OWN)
 SCALE = 0.25
@@ -105,6 +105,22 @@ def test_single_tokens_are_the_worst_outside_the_kept_tiles(own, grid, tile, tex
             found = [t for t in tokens[b, h, row].tolist() if t >= 0]
             assert set(found) == {token for _, token in sorted(outside, reverse=True)[:10]}
             assert len(found) == min(10, len(outside))
+
+
+@PROBES
+def test_some_rows_are_found_to_be_what_they_are_among_all(own):
+    q_mean, k, v, means, tiling = inputs(*GRIDS[1])
+    rows = torch.tensor([1, 2, tiling.video_tiles - 1])
+    density = torch.tensor([0.3, 0.2], dtype=torch.float64)
+    found = []
+    for chosen in (None, rows):
+        q = q_mean if chosen is None else q_mean[:, :, chosen]
+        error = own.errors(q, k, v, means, tiling, scale=SCALE)
+        keep = getattr(own, "worst", probe.worst)(error, density, chosen)
+        tokens = own.singles(q, k, v, means, tiling, keep, scale=SCALE, tokens=10)
+        found.append((error, keep, tokens.sort(-1).values))
+    for whole, some in zip(*found):
+        assert torch.allclose(whole[:, :, rows].float(), some.float(), atol=1e-5)
 
 
 @PROBES

@@ -13,21 +13,38 @@ import pytest
 from draftdiff.video.layouts import LAYOUTS, layout_for
 from tests.video.cases.base import TEXT, TEXT_WIDTH, WIDTH, ModelCase, bound_arguments, output_of, tiny
 from tests.video.cases.cog import COG_CASES
+from tests.video.cases.dit import DIT_CASES
+from tests.video.cases.editing import EDITING_CASES
+from tests.video.cases.flex import FLEX_CASES
+from tests.video.cases.flux_kin import FLUX_KIN_CASES
 from tests.video.cases.hunyuan import HUNYUAN_CASES
 from tests.video.cases.image import IMAGE_CASES, flux_ids
-from tests.video.cases.latest import LATEST_CASES
 from tests.video.cases.ltx import LTX_CASES
 from tests.video.cases.newer import NEWER_CASES
 from tests.video.cases.other import VIDEO_CASES
+from tests.video.cases.packed import PACKED_CASES
 from tests.video.cases.wan import WAN, WAN_CASES, tiny_wan
 
-MODEL_CASES = WAN_CASES + HUNYUAN_CASES + COG_CASES + LTX_CASES + VIDEO_CASES + IMAGE_CASES + NEWER_CASES + LATEST_CASES
+MODEL_CASES = [
+    *WAN_CASES,
+    *HUNYUAN_CASES,
+    *COG_CASES,
+    *LTX_CASES,
+    *VIDEO_CASES,
+    *IMAGE_CASES,
+    *NEWER_CASES,
+    *FLUX_KIN_CASES,
+    *EDITING_CASES,
+    *PACKED_CASES,
+    *DIT_CASES,
+    *FLEX_CASES,
+]
 
 
 def _kind(case: ModelCase) -> tuple:
     """What of its row the shared mechanism tells apart."""
     row = layout_for(case.build())
-    has = [getattr(row, name) is not None for name in ("lead", "others", "keys")]
+    has = [getattr(row, name) is not None for name in ("lead", "others", "keys", "mask")]
     return (row.route, row.text, row.queries, row.one_stream, row.inputs, *has, case.per_item)
 
 

@@ -216,12 +216,33 @@ def test_what_goes_over_links_is_what_the_table_of_costs_says(shared, job):
         assert gathered == layers * expected.gathered
 
 
+@pytest.mark.parametrize(
+    ("causal", "eager", "reason"),
+    [
+        (2, True, "causal blocks of frames beside other tokens or over ring processes"),
+        (0, False, "ring context parallelism in a compiled graph"),
+    ],
+)
+def test_what_a_ring_cannot_share_is_dense_and_told(causal, eager, reason):
+    model = draftdiff.enable(tiny_wan(layers=1)(), SPARSE)
+    layer = patch._hook_of(model).layers[0]
+    layer.here.value = SimpleNamespace(
+        shape=torch.empty(4, 6, 9, 0, causal, 0, 0), keys=None, groups=None, block_size=64
+    )
+    query, key = torch.empty(1, 108, 2, 8), torch.empty(1, 216, 2, 8)
+    options = dict.fromkeys(("mask", "scale", "dropout", "causal", "gqa"))
+    assert calls.sequence_of(layer, query, key, options, Share(2, 0, 1), eager=eager) == reason
+    layer.here.value.shape = torch.empty(4, 6, 9, 0, 0, 0, 0)
+    over = calls.sequence_of(layer, query, key, options, Share(2, 0, 1), eager=True)
+    assert over.queries == [(0, 108)]
+
+
 def test_references_behind_a_picture_are_in_its_stream():
     """A reference that is a grid of its own, or not: what processes bring is put in the model's order."""
     model = draftdiff.enable(CASES["flux"].build(), SPARSE)
     layer = patch._hook_of(model).layers[0]
     text, picture, reference = 9, 15 * 17, 4
-    layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, 17, text, 0, 0), keys=None)
+    layer.here.value = SimpleNamespace(shape=torch.empty(1, 15, 17, text, 0, 0, 0), keys=None, groups=None)
     query = torch.empty(1, text + picture + reference, 2, 8)
     options = dict.fromkeys(("mask", "scale", "dropout", "causal", "gqa"))
     over = calls.sequence_of(layer, query, query, options, Share(2, 0, 2), eager=True)

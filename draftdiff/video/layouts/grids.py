@@ -103,11 +103,3 @@ def shifted(places: Places, by: int) -> Places:
 def batch_alike(rows: Tensor) -> Tensor:
     """What is the same for all items of a batch, of positions [tokens, axes] or [batch, tokens, axes]."""
     return rows[0] if rows.ndim == 3 else rows
-
-
-def flags_of(mask: Tensor | None) -> Tensor | None:
-    """A mask that a model multiplies over pairs of tokens, [batch, tokens], as flags of keys; None if there is none.
-
-    Numbers are added to the scores by attention, so they say which keys may be read only if all are alike.
-    """
-    return None if mask is None else mask if mask.dtype == torch.bool else torch.ones_like(mask, dtype=torch.bool)

@@ -11,7 +11,6 @@ from torch import Tensor
 from draftdiff.core.grid import LatentGrid
 from draftdiff.video.layouts.grids import (
     batch_alike,
-    flags_of,
     in_a_row,
     patched,
     picture,
@@ -54,15 +53,15 @@ def _flux3_others(model: Any, arguments: Arguments) -> Places:
     return [] if ids is None else shifted(rasters(ids[:, :3]), before)
 
 
-def _chroma(model: Any, arguments: Arguments) -> LatentGrid | None:
-    # Its pipeline's mask is of numbers, which attention adds: padding weighs less, and is not left out.
-    mask = arguments["attention_mask"]
-    is_bias = mask is not None and mask.dtype != torch.bool and bool((mask != mask.flatten()[0]).any())
-    return None if is_bias else _flux(model, arguments)
-
-
 def _chroma_keys(model: Any, arguments: Arguments) -> Tensor | None:
-    return flags_of(arguments["attention_mask"])
+    mask = arguments["attention_mask"]
+    return mask if mask is not None and mask.dtype == torch.bool else None
+
+
+def _chroma_mask(model: Any, arguments: Arguments) -> Tensor | None:
+    # Its pipeline's is of numbers, which attention adds: padding weighs less, and is not left out.
+    mask = arguments["attention_mask"]
+    return None if mask is None or mask.dtype == torch.bool else mask[:, None] * mask[:, :, None]
 
 
 def _qwen_grids(arguments: Arguments) -> list[LatentGrid]:
@@ -274,12 +273,13 @@ IMAGE: dict[str, Layout] = {
     "ChromaTransformer2DModel": Layout(
         "Chroma",
         JOINT_AND_SINGLE,
-        _chroma,
+        _flux,
         "around",
         lead=text_before,
         others=_flux_others,
         keys=_chroma_keys,
-        note="dense with the mask of its pipeline, whose numbers are added to the scores",
+        mask=_chroma_mask,
+        note="the mask of its pipeline, whose numbers are added to the scores, is honoured",
     ),
     "CogView4Transformer2DModel": Layout("CogView4", SELF, picture, "first", "sdpa"),
     "CogView3PlusTransformer2DModel": Layout("CogView3+", SELF, picture, "first", "sdpa"),

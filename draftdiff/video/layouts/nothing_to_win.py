@@ -7,10 +7,8 @@ _LINEAR = "linear attention"
 
 NOTHING_TO_WIN: dict[str, str] = {
     "AceStepTransformer1DModel": _AUDIO,
-    "AnyFlowFARTransformer3DModel": "causal chunks of three frames, by FlexAttention alone",
     "DiTTransformer2DModel": "256 to 1,024 tokens",
     "DreamLiteTransformer2DModel": "a block of a U-Net",
-    "Kandinsky6SRTransformer3DModel": "a sparse attention of its own (NABLA), by FlexAttention alone",
     "LatteTransformer3DModel": "attention within frames or across them, never over all",
     "LongCatAudioDiTTransformer": _AUDIO,
     "MiniMaxMusic3RVQDepthDecoder": _AUDIO,
@@ -21,11 +19,10 @@ NOTHING_TO_WIN: dict[str, str] = {
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMTransformer3DModel": _LINEAR,
-    "SanaWMLTX2RefinerTransformer3DModel": "blocks of a few frames behind a cache, which do not tell their grid",
+    "SanaWMLTX2RefinerTransformer3DModel": "blocks of three frames behind a cache, 2,640 tokens a call",
     "StableAudio3DiTModel": _AUDIO,
     "StableAudioDiTModel": _AUDIO,
     "T5FilmDecoder": _AUDIO,
     "Transformer2DModel": "a block of a U-Net",
     "TransformerTemporalModel": "a block of a U-Net",
-    "WanAnimate2Transformer3DModel": "each frame reads its own frame of the reference, by FlexAttention alone",
 }

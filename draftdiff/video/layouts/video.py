@@ -6,7 +6,6 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from draftdiff.core.grid import LatentGrid
@@ -27,6 +26,46 @@ def _skyreels_blocks(model: Any, arguments: Arguments) -> int:
     # Blocks of one frame are not masked.
     frames = model.config.num_frame_per_block
     return frames if frames > 1 else 0
+
+
+def _far(model: Any, arguments: Arguments) -> LatentGrid | None:
+    # Only a block that is made behind a cache sees all that is before it.
+    flag = arguments["kv_cache_flag"]
+    return None if flag is None or flag["is_cache_step"] else frames_first(model, arguments)
+
+
+def _far_cached(model: Any, arguments: Arguments) -> Places:
+    """Keys of earlier blocks: the oldest in coarser patches, then the latest as they were made."""
+    blocks = arguments["chunk_partition"][: arguments["kv_cache_flag"]["num_cached_chunks"]]
+    coarse = max(0, len(blocks) + 1 - model.config.full_chunk_limit)
+    height, width = arguments["hidden_states"].shape[3:]
+    parts = (blocks[:coarse], model.config.compressed_patch_size), (blocks[coarse:], model.config.patch_size)
+    grids = [LatentGrid(sum(frames), height // size[1], width // size[2]) for frames, size in parts if frames]
+    return in_a_row(0, grids)
+
+
+def _far_lead(model: Any, arguments: Arguments) -> int:
+    return sum(grid.tokens for _, grid in _far_cached(model, arguments))
+
+
+def _animate2(model: Any, arguments: Arguments) -> LatentGrid | None:
+    # Blocks are laid into a buffer of the whole video's frames and one more. Only behind the cache are they made.
+    if arguments["kv_cache_mode"] != "cached":
+        return None
+    grid = LatentGrid(_animate2_own(model, arguments) + 1, *(size // 16 for size in arguments["origin_area"]))
+    blocks = [patched(model, latents, (1, 2, 3)) for latents in arguments["hidden_states"]]
+    is_raster = all(block.shape[1:] == grid.shape[1:] and block.frames <= grid.frames for block in blocks)
+    return grid if is_raster else None
+
+
+def _animate2_own(model: Any, arguments: Arguments) -> int:
+    return arguments["origin_len"] // 4 + 1
+
+
+def _by_patches_of_8(model: Any, arguments: Arguments) -> LatentGrid:
+    # Tokens of 8 x 8 places of a frame stand side by side: as in the raster of a frame of 8 columns.
+    grid = last_channels(model, arguments)
+    return LatentGrid(grid.frames, grid.height * grid.width // 8, 8)
 
 
 def _framepack(model: Any, arguments: Arguments) -> LatentGrid:
@@ -68,16 +107,10 @@ def _ltx_others(model: Any, arguments: Arguments) -> Places:
     return [] if arguments["video_coords"] is None else _ltx_places(arguments)[:-1]
 
 
-def _ltx2(model: Any, arguments: Arguments) -> LatentGrid | None:
-    # IC-LoRA may weigh pairs of tokens with a mask over all of them.
-    mask = arguments["video_self_attention_mask"]
-    return None if mask is not None and not bool((mask == 1).all()) else _told(model, arguments)
-
-
-def _ltx2_keys(model: Any, arguments: Arguments) -> Tensor | None:
-    """All, where the mask over pairs, which `_ltx2` has seen, leaves none out."""
-    mask = arguments["video_self_attention_mask"]
-    return None if mask is None else torch.ones(mask.shape[::2], dtype=torch.bool, device=mask.device)
+def _ltx2_mask(model: Any, arguments: Arguments) -> Tensor | None:
+    # Strengths of IC-LoRA, as the model makes them numbers to add.
+    strength = arguments["video_self_attention_mask"]
+    return None if strength is None else (1 - strength.to(arguments["hidden_states"].dtype)) * -10_000.0
 
 
 def _ltx2_others(model: Any, arguments: Arguments) -> Places:
@@ -148,6 +181,16 @@ VIDEO: dict[str, Layout] = {
     "WanTransformer3DModel": _wan("Wan 2.1 / 2.2", note="text and image to video, Wan 2.2 14B and 5B"),
     "WanVACETransformer3DModel": _wan("Wan VACE", r"(vace_)?blocks\.\d+\.attn1", note="main and control blocks"),
     "WanAnimateTransformer3DModel": _wan("Wan 2.2 Animate", note="face adapters stay dense"),
+    "WanAnimate2Transformer3DModel": Layout(
+        "Wan Animate 2",
+        r"blocks\.\d+\.self_attn",
+        _animate2,
+        "last",
+        "flex",
+        own_frames=_animate2_own,
+        queries="first",
+        note="each frame's own one of the reference is attended exactly; dense where the cache is filled",
+    ),
     "ChronoEditTransformer3DModel": _wan("ChronoEdit"),
     "SkyReelsV2Transformer3DModel": Layout(
         "SkyReels-V2",
@@ -184,12 +227,12 @@ VIDEO: dict[str, Layout] = {
     "LTX2VideoTransformer3DModel": Layout(
         "LTX-2",
         SELF,
-        _ltx2,
+        _told,
         "last",
         others=_ltx2_others,
-        keys=_ltx2_keys,
+        mask=_ltx2_mask,
         one_stream=True,
-        note="video only; dense under an attention strength below 1 (IC-LoRA)",
+        note="video only; references with an attention strength (IC-LoRA) keep it, and are attended exactly",
     ),
     "MochiTransformer3DModel": Layout("Mochi 1", SELF, channels_first, "last", "sdpa"),
     "AllegroTransformer3DModel": Layout("Allegro", SELF, _allegro, route="sdpa"),
@@ -227,9 +270,27 @@ VIDEO: dict[str, Layout] = {
     "Kandinsky6Transformer3DModel": Layout(
         "Kandinsky 6", r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", last_channels
     ),
+    "Kandinsky6SRTransformer3DModel": Layout(
+        "Kandinsky 6 SR",
+        r"visual_transformer_blocks\.\d+\.self_attention",
+        _by_patches_of_8,
+        route="flex",
+        note="their own sparse attention (NABLA) is replaced in the forwards that ours is on in",
+    ),
     "HeliosTransformer3DModel": Layout(
         "Helios", _WAN, channels_first, "first", one_stream=True, note="the history is attended exactly"
     ),
     "AnyFlowTransformer3DModel": Layout("AnyFlow", _WAN, frames_first),
+    "AnyFlowFARTransformer3DModel": Layout(
+        "AnyFlow FAR",
+        _WAN,
+        _far,
+        "around",
+        "flex",
+        lead=_far_lead,
+        others=_far_cached,
+        queries="last",
+        note="dense where the cache is filled",
+    ),
     "MotifVideoTransformer3DModel": Layout("Motif-Video", JOINT_AND_SINGLE, channels_first, "last"),
 }

@@ -54,7 +54,7 @@ class ModelCase:
     input values that token is made of.  layers: number of video self-attentions.  text: tokens outside the grid in one
     attention call, for even and odd batch items; in modules whose name matches one of `apart`, those that it says.
     absent: keys without queries.  per_item: the model attends once per batch item.  batched: it takes several items, in
-    inputs that can be cut.  even: heights and widths must be.
+    inputs that can be cut.  fits: a grid -> one like it that the model takes.
     spec: argument of the forward -> what stands there. A string is the shape of noise, in words of arithmetic over
     B(atch), F(rames), H(eight), W(idth), N = F * H * W and C(hannels); a function gets the `Asked`; a list is of such;
     all else is itself.
@@ -71,7 +71,7 @@ class ModelCase:
     apart: dict[str, int] = field(default_factory=dict)
     per_item: bool = False
     batched: bool = True
-    even: bool = False
+    fits: Callable[[Grid], Grid] = lambda grid: grid
 
     def __str__(self) -> str:
         return self.name

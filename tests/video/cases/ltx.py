@@ -80,6 +80,28 @@ def reference_coords(asked: Asked) -> torch.Tensor:
     return torch.cat(parts, dim=2)
 
 
+def strengths(asked: Asked) -> torch.Tensor:
+    """Of a video, keyframes and two references (IC-LoRA), as its pipeline makes the mask: one reference is weighed, and
+    of the other some tokens are left out."""
+    video, prefix = math.prod(asked.grid), math.prod(asked.grid) + APPENDED
+    groups = torch.full((math.prod(REFERENCE),), 1 - 1e-4), torch.full((APPENDED,), 1 - 3e-4)
+    groups[0][::3] = 0
+    mask = torch.zeros(prefix + sum(map(len, groups)), prefix + sum(map(len, groups)))
+    mask[:prefix, :prefix] = 1
+    start = prefix
+    for strength in groups:
+        own = slice(start, start + len(strength))
+        mask[:video, own], mask[own, :video], mask[own, own] = strength, strength[:, None], 1
+        start += len(strength)
+    return mask.expand(asked.batch, -1, -1)
+
+
+def strength_coords(asked: Asked) -> torch.Tensor:
+    coords = reference_coords(asked)
+    video, few = math.prod(asked.grid), coords[:, :, :APPENDED]
+    return torch.cat([coords[:, :, :video], few, coords[:, :, video:], few], dim=2)
+
+
 def keyframe_coords(asked: Asked) -> torch.Tensor:
     coords = asked.model.rope.prepare_video_coords(asked.batch, *asked.grid, torch.device("cpu"))
     return torch.cat([coords, coords[:, :, :APPENDED]], dim=2)
@@ -127,6 +149,18 @@ _CASES = [
         INPUTS2 | {"hidden_states": f"B N+{APPENDED} C", "video_coords": keyframe_coords},
         packed,
         text=(APPENDED,) * 2,
+    ),
+    ModelCase(
+        "ltx2_strengths",
+        LTX2,
+        INPUTS2
+        | {
+            "hidden_states": f"B N+{2 * APPENDED + math.prod(REFERENCE)} C",
+            "video_coords": strength_coords,
+            "video_self_attention_mask": strengths,
+        },
+        packed,
+        text=(2 * APPENDED + math.prod(REFERENCE),) * 2,
     ),
 ]
 LTX_CASES = [
