@@ -194,7 +194,8 @@ class _Generation:
         exact = self.model.dtype in (torch.float32, torch.float64)
         clock = pace.cost == "clock" or (pace.cost == "auto" and exact and not chance)
         known = pace.cost if isinstance(pace.cost, float | int) else None if clock else self.report.cost
-        return Pacer(known, self.report.cost, whole=getattr(drafter, "whole", False), earlier=drafter.last_report)
+        earlier = getattr(drafter, "last_report", None)
+        return Pacer(known, self.report.cost, whole=getattr(drafter, "whole", False), earlier=earlier)
 
     def _paced(self, context: Context, pacer: Pacer) -> Context:
         """A round whose drafts are as deep as pays."""
