@@ -49,6 +49,12 @@ def cached(name: str, **settings: Any) -> Callable[[Any], Any]:
     return enter
 
 
+def of_a_class_of_its_own(pipe: Any) -> Any:
+    """These guests patch the class of a pipeline, for good."""
+    pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {})
+    return pipe
+
+
 def dbcache(pipe: Any) -> None:
     import cache_dit
 
@@ -56,7 +62,13 @@ def dbcache(pipe: Any) -> None:
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, residual_diff_threshold=0.9
     )
-    cache_dit.enable_cache(pipe, cache_config=config)
+    cache_dit.enable_cache(of_a_class_of_its_own(pipe), cache_config=config)
+
+
+def para_attn(pipe: Any) -> None:
+    from para_attn.first_block_cache.diffusers_adapters.wan import apply_cache_on_pipe
+
+    apply_cache_on_pipe(of_a_class_of_its_own(pipe), residual_diff_threshold=10.0)
 
 
 def layerwise(pipe: Any) -> None:
@@ -82,6 +94,7 @@ GUESTS = [
     Guest("MagCache", cached(MAG, mag_ratios=[1.0] * 10, num_inference_steps=5), MAG),
     Guest("TaylorSeer", cached(TAYLOR, cache_interval=2, disable_cache_before_step=1), TAYLOR),
     Guest("DBCache of cache-dit", dbcache, "cache_dit"),
+    Guest("first-block cache of para-attn", para_attn, "para_attn"),
     Guest("layerwise casting", layerwise),
     Guest("int8 weights of torchao", quantised, "torchao"),
     Guest("VAE tiling", lambda pipe: pipe.vae.enable_tiling()),
