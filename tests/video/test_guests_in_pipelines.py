@@ -81,6 +81,22 @@ def quantised(pipe: Any) -> None:
     quantize_(pipe.transformer, Int8WeightOnlyConfig())
 
 
+def gguf_weights(pipe: Any) -> None:
+    """Linear layers as diffusers has them from a GGUF file of 8 bits."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, layer in list(pipe.transformer.blocks.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer.in_features % 32 == 0:  # a block of this kind
+            packed = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, torch.float32)
+            weight = torch.from_numpy(gguf.quantize(layer.weight.detach().numpy(), kind))
+            packed.weight = GGUFParameter(weight, quant_type=kind)
+            packed.bias = layer.bias
+            parent, _, own = name.rpartition(".")
+            setattr(pipe.transformer.blocks.get_submodule(parent), own, packed)
+
+
 BROADCAST = {
     "spatial_attention_block_skip_range": 2,
     "cross_attention_block_skip_range": 3,
@@ -97,6 +113,7 @@ GUESTS = [
     Guest("first-block cache of para-attn", para_attn, "para_attn"),
     Guest("layerwise casting", layerwise),
     Guest("int8 weights of torchao", quantised, "torchao"),
+    Guest("weights of a GGUF file", gguf_weights, "gguf"),
     Guest("VAE tiling", lambda pipe: pipe.vae.enable_tiling()),
     Guest("another attention backend", lambda pipe: pipe.transformer.set_attention_backend("_native_math")),
 ]
