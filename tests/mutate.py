@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files whose behaviour is held by tests elsewhere than at the mirrored place.
 TESTS = {
     "draftdiff/attention/attend.py": ["tests/attention", "tests/test_golden.py"],
-    "draftdiff/hosts/diffusers.py": ["tests/hosts/test_diffusers.py", "tests/video/test_hook.py"],
+    **{
+        f"draftdiff/hosts/{name}.py": ["tests/hosts/test_diffusers.py", "tests/video/test_hook.py"]
+        for name in ("diffusers", "dispatcher", "stand_in")
+    },
     "draftdiff/video/attention.py": ["tests/attention", "tests/kernels/test_block_sparse.py"],
     "draftdiff/video/hook.py": ["tests/video/test_hook.py", "tests/video/test_pipeline.py"],
     "draftdiff/video/patch.py": [

@@ -16,6 +16,7 @@ from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.attention.rule import Rule
 from draftdiff.core.grid import LatentGrid
 from draftdiff.hosts import diffusers as host
+from draftdiff.hosts.dispatcher import Share
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.video.tasks import Layer, Task
 
@@ -28,7 +29,7 @@ def attention_call(
     key: Tensor,
     value: Tensor,
     options: dict[str, Any],
-    share: host.Share,
+    share: Share,
     dense: Callable[[], Tensor],
 ) -> Tensor:
     """One attention call of a hooked layer: sparse if this call of its transformer says so and nothing speaks against.
@@ -91,12 +92,12 @@ class Over:
     groups: KeyGroups | None
     own_frames: int
     causal: int
-    share: host.Share
+    share: Share
     pieces: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None
 
 
 def sequence_of(
-    layer: Layer, query: Tensor, key: Tensor, options: dict[str, Any], share: host.Share, eager: bool
+    layer: Layer, query: Tensor, key: Tensor, options: dict[str, Any], share: Share, eager: bool
 ) -> Over | str:
     """What a call of a layer with a sparse task is over, or why it has to be dense."""
     task: Task = layer.here.value

@@ -24,6 +24,8 @@ from draftdiff.core.devices import exact_dtype
 from draftdiff.core.grid import LatentGrid
 from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
+from draftdiff.hosts.dispatcher import Attend, backend_for, release_backend
+from draftdiff.hosts.stand_in import stand_in
 from draftdiff.kernels.block_sparse import resolve
 from draftdiff.kernels.crossover import dense_wins_above
 from draftdiff.video.clock import Clock
@@ -53,7 +55,7 @@ class Hook:
         transformer: nn.Module,
         layout: Layout,
         config: DraftAttentionConfig,
-        attend: host.Attend,
+        attend: Attend,
         shared: PerThread,
         num_steps: int,
     ) -> None:
@@ -82,17 +84,17 @@ class Hook:
         self.take_over()
         for layer in self.layers:
             layer.module.processor = layer.stock
-        host.release_backend(self)
+        release_backend(self)
 
     def take_over(self) -> None:
         """Put our processors in place, also of those that were set after us."""
-        self.backend = host.backend_for(self)
+        self.backend = backend_for(self)
         for layer in self.layers:
             current: Any = layer.module.processor
             if getattr(current, "draft_layer", None) is not layer:
                 layer.stock = current
                 code = HunyuanVideo15Processor if self.layout.route == "own" else None
-                layer.module.processor = host.stand_in(current, layer, code, self.layout.route)
+                layer.module.processor = stand_in(current, layer, code, self.layout.route)
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self.here.value is None or not self.here.value.wrapped:

@@ -19,6 +19,7 @@ from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import stretch_at
 from draftdiff.errors import UserError
 from draftdiff.hosts import diffusers as host
+from draftdiff.hosts.dispatcher import Share
 from draftdiff.video.calls import Over, sequence_of, sparse
 from draftdiff.video.config import DraftAttentionConfig
 from draftdiff.video.hook import Hook
@@ -131,7 +132,7 @@ class _Recorder:
         key: Tensor,
         value: Tensor,
         options: dict[str, Any],
-        share: host.Share,
+        share: Share,
         dense: Callable[[], Tensor],
     ) -> Tensor:
         task: Task | None = layer.here.value

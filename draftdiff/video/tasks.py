@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from draftdiff.attention.key_groups import KeyGroups
 from draftdiff.core.grid import LatentGrid
-from draftdiff.hosts import diffusers as host
+from draftdiff.hosts.dispatcher import Attend
 from draftdiff.video.report import Forward, Log
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Layer:
     name: str
     module: nn.Module
     hook: Hook
-    attend: host.Attend
+    attend: Attend
     stock: Any = None
     here: PerThread = field(default_factory=PerThread)
 

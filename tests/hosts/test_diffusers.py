@@ -1,4 +1,4 @@
-"""Every private name of diffusers and torch that hosts/diffusers.py rests on, used once on the installed version."""
+"""Every private name of diffusers and torch that our hosts of diffusers rest on, used once on the installed version."""
 
 import inspect
 import sys
@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.hosts import diffusers as host
+from draftdiff.hosts import dispatcher
 from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
 
 CASES = {case.name: case for case in MODEL_CASES}
@@ -35,7 +36,7 @@ def test_the_dispatcher_has_the_tables_that_a_backend_is_entered_in():
         assert hasattr(_AttentionBackendRegistry, table), f"diffusers' attention registry has no {table} any more"
     wanted = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "_parallel_config"}
     native = inspect.signature(_AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]).parameters
-    ours = inspect.signature(host._Backend.__call__).parameters
+    ours = inspect.signature(dispatcher._Backend.__call__).parameters
     assert set(native) - {"return_lse"} <= wanted | {"self"}, f"the dispatcher passes more than we take: {set(native)}"
     assert wanted <= set(ours)
 
@@ -80,7 +81,7 @@ def test_what_is_set_on_a_stand_in_is_set_on_the_processor_and_a_backend_on_that
     assert (stock._parallel_config, stock.scale) == ("config", [0.5])
     mine._attention_backend = AttentionBackendName._NATIVE_MATH
     assert stock._attention_backend is AttentionBackendName._NATIVE_MATH
-    assert mine._attention_backend == host.BACKEND
+    assert mine._attention_backend == dispatcher.BACKEND
     draftdiff.disable(model)
     assert model.blocks[0].attn1.processor is stock
 

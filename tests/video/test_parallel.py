@@ -18,8 +18,8 @@ import draftdiff
 from draftdiff import DraftAttentionConfig
 from draftdiff.bench.parallel import Share as Cost
 from draftdiff.core.budget import Budget
-from draftdiff.hosts import diffusers as host
-from draftdiff.hosts.diffusers import Share
+from draftdiff.hosts import dispatcher
+from draftdiff.hosts.dispatcher import Share
 from draftdiff.video import calls, patch
 from tests.rounding import rounded
 from tests.video.model_cases import MODEL_CASES, output_of, tiny_wan
@@ -149,9 +149,9 @@ def share(rank, folder, jobs, processes):
                 if job.ring > 1:
                     name = "diffusers.models.attention_dispatch._native_attention_forward_op"
                     stack.enter_context(mock.patch(name, native_with_lse))
-                exchanged, gathered = Counted(attention_dispatch._all_to_all_single), Counted(host._gathered)
+                exchanged, gathered = Counted(attention_dispatch._all_to_all_single), Counted(dispatcher._gathered)
                 stack.enter_context(mock.patch.object(attention_dispatch, "_all_to_all_single", exchanged))
-                stack.enter_context(mock.patch.object(host, "_gathered", gathered))
+                stack.enter_context(mock.patch.object(dispatcher, "_gathered", gathered))
                 out = output_of(model, job.inputs(model))
             # plain numbers: the gathered output may be of a tensor class of its own
             reasons = dict(draftdiff.report(model).transformers[0].reasons)

@@ -44,7 +44,7 @@ def apply_to_pipeline(original: Callable[..., Any], self: Any, pipe: Any, server
     `--attention-backend-config`: fields of DraftAttentionConfig, or `profile`, a file of `draftdiff tune`.
     Raises UserError for pipelines and settings that it refuses: a server that silently stayed dense would help nobody.
     """
-    from draftdiff.hosts.diffusers import BACKEND
+    from draftdiff.hosts.dispatcher import BACKEND
     from draftdiff.video.config import DraftAttentionConfig
     from draftdiff.video.patch import enable
 
