@@ -119,9 +119,9 @@ def load_texts(target: Any, tokenizer: Any, prompts: list[str], options: argpars
     )
 
 
-def train(drafter: Any, target: Any, texts: Texts, options: argparse.Namespace) -> None:
-    """All steps, from the last checkpoint of the work folder on."""
-    folder = options.work / options.kind
+def train(drafter: Any, target: Any, texts: Texts, options: argparse.Namespace, glancing: str = "code") -> None:
+    """All steps, from the last checkpoint of the work folder on. glancing: of Falcon's."""
+    folder = options.work / (options.kind if glancing == "code" else f"{options.kind}-{glancing}")
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
@@ -144,7 +144,7 @@ def train(drafter: Any, target: Any, texts: Texts, options: argparse.Namespace) 
         reach = target.config.get_text_config().max_position_embeddings
         trainer = LongSpecTrainer(drafter.head, settings, loss="kl", data_collator=AnchorOffset(reach), **given)
     elif options.kind == "falcon":
-        trainer = FalconTrainer(drafter.head, settings, **given)
+        trainer = FalconTrainer(drafter.head, settings, glancing=glancing, **given)
     else:
         trainer = HeadsTrainer(drafter.heads, settings, loss="kl", **given)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from draftdiff.llm.checks import require
 from draftdiff.llm.train.heads import HeadsTrainer, read_target
 
-GLANCING = ("code", "paper")
+GLANCING = ("code", "paper", "none")
 TEMPERATURE = 0.95  # of both laws inside the logarithm of the soft loss
 WEIGHTS = {"states": 1.0, "soft": 0.09, "hard": 0.01}
 
@@ -25,9 +25,12 @@ WEIGHTS = {"states": 1.0, "soft": 0.09, "hard": 0.01}
 def glance_share(progress: float, glancing: str = "code") -> float:
     """Which share of the wrong guesses is replaced after a share of the training.
 
-    glancing: "paper" says 0.4 at first and nothing in the end, the original's "code" 0.45 and 0.1.
+    glancing: "paper" says 0.4 at first and nothing in the end, the original's "code" 0.45 and 0.1; "none" is plain
+    distillation.
     """
-    require(glancing in GLANCING, f"glancing must be {' or '.join(GLANCING)}, got {glancing!r}")
+    require(glancing in GLANCING, f"glancing must be one of {', '.join(GLANCING)}, got {glancing!r}")
+    if glancing == "none":
+        return 0.0
     return 0.4 * (1 - progress) if glancing == "paper" else 0.35 * (1 - progress) + 0.1
 
 
@@ -140,12 +143,13 @@ class FalconTrainer(HeadsTrainer):
             drawn = draw(target_logits[:, k:-1])
             hard = torch.where(inputs["distil"][:, None], drawn, labels)
             read_states += self.noise * (2 * torch.rand_like(read_states) - 1) * min(512 / ids.shape[1], 1.0)
-            with torch.no_grad():
-                _, first = guess(model, head, read_ids, read_states)
-            wrong = ((first[:, :rows].argmax(-1) != labels) & counted).sum(-1)
             share = glance_share(self.progress(), self.glancing)
-            for row, number in enumerate((share * wrong).tolist()):
-                glance(read_ids, read_states, row, glanced_positions(counted[row], number, k, self.glancing), k)
+            if share > 0:
+                with torch.no_grad():
+                    _, first = guess(model, head, read_ids, read_states)
+                wrong = ((first[:, :rows].argmax(-1) != labels) & counted).sum(-1)
+                for row, number in enumerate((share * wrong).tolist()):
+                    glance(read_ids, read_states, row, glanced_positions(counted[row], number, k, self.glancing), k)
         guessed, logits = (x[:, :rows] for x in guess(model, head, read_ids, read_states))
         sums = distillation_sums(guessed, logits, states[:, k:-1], target_logits[:, k:-1], hard, counted)
         total = sum((weight * sums[name] for name, weight in WEIGHTS.items()), start=logits.new_zeros(()))

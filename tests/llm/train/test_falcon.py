@@ -6,7 +6,7 @@ import torch
 from draftdiff.errors import UserError
 from draftdiff.llm import FalconDrafter, FalconTrainer, StaticTree, report
 from draftdiff.llm.train.data import collate
-from draftdiff.llm.train.falcon import draw, glance, glance_share, glanced_positions, guess
+from draftdiff.llm.train.falcon import GLANCING, draw, glance, glance_share, glanced_positions, guess
 from tests.llm.generation import both
 from tests.llm.tiny_heads import falcon
 from tests.llm.tiny_models import prompt
@@ -15,8 +15,9 @@ from tests.llm.train.test_heads import arguments
 
 def test_fewer_are_replaced_as_time_goes_on():
     assert [glance_share(x / 20) for x in (0, 10, 19)] == pytest.approx([0.45, 0.275, 0.1175])
+    assert glance_share(0.0, "none") == 0
     assert [glance_share(x / 4, "paper") for x in (0, 1, 4)] == pytest.approx([0.4, 0.3, 0.0])
-    with pytest.raises(UserError, match="glancing must be code or paper, got 'both'"):
+    with pytest.raises(UserError, match="glancing must be one of code, paper, none, got 'both'"):
         glance_share(0.0, "both")
 
 
@@ -80,7 +81,7 @@ def test_the_loss_of_an_evaluation_by_hand(target, written, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(head, batch), total / count, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("glancing", ["code", "paper"])
+@pytest.mark.parametrize("glancing", GLANCING)
 def test_a_layer_gets_better_and_the_target_stays(glancing, target, written, tmp_path):
     torch.manual_seed(0)
     drafter = FalconDrafter.from_target(target, tree=StaticTree.from_widths((1, 1, 1, 1)))
