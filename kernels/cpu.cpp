@@ -29,6 +29,8 @@ struct Call {
     int32_t threads;
 
     int64_t packed_tiles() const { return tiles + (k_mean ? (video + block - 1) / block : 0); }
+    // Of the last tile of pooled keys.
+    int64_t empty_slots() const { return k_mean ? (packed_tiles() - tiles) * block - video : 0; }
     int64_t tile_size() const { return block * dim; }
     // Key tiles that are scored before one pass of the softmax.
     int64_t tiles_of_strip() const { return std::max<int64_t>(1, 256 / block); }
@@ -54,7 +56,7 @@ struct Scratch {
     }
 };
 
-// A tile of the keys and values at rows and value_rows, null for none: keys transposed [dim, block], values [block, dim].
+// A tile of the keys and values at rows and value_rows, null for none, in panels: keys transposed [dim, block], values [block, dim].
 void fill(const Call& c, const float* const* rows, const float* const* value_rows, float* keys, float* values) {
     for (int64_t s = 0; s < c.block; s++) {
         const int64_t ahead = std::min(s + 8, c.block - 1);
@@ -62,15 +64,13 @@ void fill(const Call& c, const float* const* rows, const float* const* value_row
             __builtin_prefetch(rows[ahead] + d);
             __builtin_prefetch(value_rows[ahead] + d);
         }
-        if (value_rows[s]) std::memcpy(values + s * c.dim, value_rows[s], c.dim * sizeof(float));
-        else std::fill(values + s * c.dim, values + (s + 1) * c.dim, 0.f);
-    }
-    const float* square[LANES];
-    for (int64_t first = 0; first < c.dim; first += LANES)
-        for (int64_t s = 0; s < c.block; s += LANES) {
-            for (int i = 0; i < LANES; i++) square[i] = rows[s + i] ? rows[s + i] + first : nullptr;
-            transpose(square, keys + first * c.block + s, c.block);
+        for (int64_t d = 0; d < c.dim; d += PANEL) {
+            float* to = values + column_at(d, c.block) + s * PANEL;
+            if (value_rows[s]) std::memcpy(to, value_rows[s] + d, PANEL * sizeof(float));
+            else std::fill(to, to + PANEL, 0.f);
         }
+    }
+    transpose_tile(rows, keys, c.block, c.dim);
 }
 
 // A key tile of one head; what no query reads is zero. Pooled keys and values follow the tokens' tiles as some more tiles.
@@ -89,45 +89,56 @@ void pack(const Call& c, int64_t bh, int64_t tile, float* keys, float* values, S
 }
 
 // What is added to the scores of a key tile, in base 2: -inf for what may not be read, for pooled keys their weight.
-void key_bias(const Call& c, int64_t b, const uint8_t* kept, const float* counts, int64_t tile, float* bias) {
+// Whether any is not 0.
+bool key_bias(const Call& c, int64_t b, const uint8_t* kept, const float* counts, int64_t tile, float* bias) {
     if (tile < c.tiles) {
         const uint8_t* may = c.readable + b * c.readable_batch + tile * c.block;
-        for (int64_t s = 0; s < c.block; s++) bias[s] = may[s] ? 0.f : NEGATIVE_INFINITY;
-        return;
+        bool any = false;
+        for (int64_t s = 0; s < c.block; s++) {
+            bias[s] = may[s] ? 0.f : NEGATIVE_INFINITY;
+            any |= !may[s];
+        }
+        return any;
     }
     for (int64_t s = 0; s < c.block; s++) {
         const int64_t mean = (tile - c.tiles) * c.block + s;
         bias[s] = mean < c.video && !kept[mean] ? counts[mean] : NEGATIVE_INFINITY;
     }
+    return true;
 }
 
-// Takes one row of `width` scores into its running softmax: weights in their place, what was summed before rescaled.
+// Takes one row of `width` scores into its running softmax: weights in their place, what was summed before rescaled. bias:
+// null where it is 0 throughout.
 ON_ITS_OWN void softmax_strip(float* __restrict scores, const float* __restrict bias, int64_t width,
                           float* __restrict acc, int64_t dim, float* __restrict row_max, float* __restrict row_sum) {
     Vec top = splat(NEGATIVE_INFINITY);
-    for (int64_t i = 0; i < width; i += LANES) {
-        const Vec x = load(scores + i) + load(bias + i);
-        store(scores + i, x);
-        top = top > x ? top : x;
-    }
-    float new_max = *row_max;
-    for (int l = 0; l < LANES; l++) new_max = std::max(new_max, top[l]);
+    if (bias)
+        for (int64_t i = 0; i < width; i += LANES) {
+            const Vec x = load(scores + i) + load(bias + i);
+            store(scores + i, x);
+            top = top > x ? top : x;
+        }
+    else
+        for (int64_t i = 0; i < width; i += LANES) {
+            const Vec x = load(scores + i);
+            top = top > x ? top : x;
+        }
+    const float old_max = *row_max, new_max = std::max(old_max, highest_of(top));
     // -inf where nothing was read so far, or nothing but NaN, which must come through.
     const float shift = new_max == NEGATIVE_INFINITY ? 0.f : new_max;
     Vec sum{};
     for (int64_t i = 0; i < width; i += LANES) {
-        const Vec x = load(scores + i) - shift;
-        // exp2_vec stops at 2^-126: exact zero for what may not be read.
-        const Vec p = x < -126.f ? Vec{} : exp2_vec(x);
+        const Vec p = exp2_or_zero(load(scores + i) - shift);
         sum += p;
         store(scores + i, p);
     }
-    const float rescale = std::exp2(*row_max - shift);
-    if (rescale != 1.f)
+    float total = *row_sum;
+    if (old_max != new_max) {
+        const float rescale = std::exp2(old_max - shift);
         for (int64_t d = 0; d < dim; d += LANES) store(acc + d, load(acc + d) * rescale);
-    float total = *row_sum * rescale;
-    for (int l = 0; l < LANES; l++) total += sum[l];
-    *row_sum = total;
+        total *= rescale;
+    }
+    *row_sum = total + sum_of(sum);
     *row_max = new_max;
 }
 
@@ -149,14 +160,14 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
     std::fill(row_max, row_max + block, NEGATIVE_INFINITY);
     std::fill(row_sum, row_sum + block, 0.f);
 
-    // One strip of tiles, whose bias is set: so many keys of them, a multiple of PANEL.
-    const auto read = [&](int64_t width) {
+    // One strip of tiles: so many keys of them, a multiple of PANEL. biased: unless all bias is 0.
+    const auto read = [&](int64_t width, bool biased) {
         for (int64_t at = 0; at < width; at += block)
-            multiply<false>(queries, dim, own.key_at[at / block], block, scores + at, strip, m, std::min(block, width - at), dim);
+            multiply<false>(queries, dim, own.key_at[at / block], dim, scores + at, strip, m, std::min(block, width - at), dim);
         for (int64_t r = 0; r < m; r++)
-            softmax_strip(scores + r * strip, bias, width, acc + r * dim, dim, row_max + r, row_sum + r);
+            softmax_strip(scores + r * strip, biased ? bias : nullptr, width, acc + r * dim, dim, row_max + r, row_sum + r);
         for (int64_t at = 0; at < width; at += block)
-            multiply<true>(scores + at, strip, own.value_at[at / block], dim, acc, dim, m, dim, std::min(block, width - at));
+            multiply<true>(scores + at, strip, own.value_at[at / block], block, acc, dim, m, dim, std::min(block, width - at));
     };
 
     const uint8_t* kept = c.keep + (bh * c.tiles + tile) * c.tiles;
@@ -166,13 +177,15 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
         if (j >= c.tiles || kept[j]) own.walk.push_back(j);
     for (int64_t start = 0; start < int64_t(own.walk.size()); start += most) {
         const int64_t n = std::min<int64_t>(most, own.walk.size() - start);
+        bool biased = false;
         for (int64_t i = 0; i < n; i++) {
             const int64_t j = own.walk[start + i];
             own.key_at[i] = keys + j * size;
             own.value_at[i] = values + j * size;
-            key_bias(c, b, kept, counts, j, bias + i * block);
+            biased |= key_bias(c, b, kept, counts, j, bias + i * block);
         }
-        read(n * block);
+        const int64_t beyond = own.walk[start + n - 1] + 1 == c.packed_tiles() ? c.empty_slots() : 0;
+        read(n * block - beyond / PANEL * PANEL, biased);
     }
     const int64_t singles = tile < c.video ? c.most_singles : 0;
     const int32_t* single = c.singles + (bh * c.video + tile) * c.most_singles;
@@ -191,7 +204,7 @@ void query_tile(const Call& c, int64_t bh, int64_t tile, const float* keys, cons
             own.key_at[i] = into;
             own.value_at[i] = into + size;
         }
-        read(std::min(n * block, (singles - start + PANEL - 1) / PANEL * PANEL));
+        read(std::min(n * block, (singles - start + PANEL - 1) / PANEL * PANEL), true);
     }
     for (int64_t r = 0; r < filled; r++) {
         const int64_t to = (b * c.tokens + slots[r]) * c.heads + h;
@@ -211,34 +224,39 @@ extern "C" int draftdiff_panel() { return PANEL; }
 extern "C" int draftdiff_block_sparse(const Call* call) {
     const Call& c = *call;
     const int64_t all_heads = c.batch * c.heads, packed = c.packed_tiles(), size = c.tile_size();
-    const Buffer keys = allocate(all_heads * packed * size), values = allocate(all_heads * packed * size);
+    // Heads whose keys are packed at a time: few, so that memory is used again while it is near; enough query tiles for all
+    // threads to end at about the same time.
+    const int64_t group = std::min(all_heads, (16 * c.threads + c.tiles - 1) / c.tiles);
+    const Buffer keys = allocate(group * packed * size), values = allocate(group * packed * size);
     if (!keys || !values) return 1;
-    std::vector<int32_t> cost(all_heads * c.tiles);
-    std::vector<int64_t> queue(all_heads * c.tiles);
+    std::vector<int32_t> cost(group * c.tiles);
+    std::vector<int64_t> queue(group * c.tiles);
 
 #pragma omp parallel num_threads(c.threads)
     {
         Scratch own(c);
+        for (int64_t first = 0; first < all_heads; first += group) {
+            const int64_t heads = std::min(group, all_heads - first), rows = heads * c.tiles;
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < all_heads * packed; item++) {
-            const int64_t bh = item / packed, tile = item % packed, row = bh * c.tiles + tile;
-            pack(c, bh, tile, keys.get() + item * size, values.get() + item * size, own);
-            if (tile < c.tiles) {
-                const uint8_t* kept = c.keep + row * c.tiles;
-                const bool wanted = !c.wanted || c.wanted[tile];
-                cost[row] = wanted ? static_cast<int32_t>(std::count(kept, kept + c.tiles, 1)) : -1;
-                queue[row] = row;
+            for (int64_t item = 0; item < heads * packed; item++) {
+                const int64_t head = item / packed, tile = item % packed, row = head * c.tiles + tile;
+                pack(c, first + head, tile, keys.get() + item * size, values.get() + item * size, own);
+                if (tile < c.tiles) {
+                    const uint8_t* kept = c.keep + (first * c.tiles + row) * c.tiles;
+                    const bool wanted = !c.wanted || c.wanted[tile];
+                    cost[row] = wanted ? static_cast<int32_t>(std::count(kept, kept + c.tiles, 1)) : -1;
+                    queue[row] = row;
+                }
             }
-        }
-        // Longest rows first: the last ones to be handed out are short.
+            // Longest rows first: the last ones to be handed out are short.
 #pragma omp single
-        std::stable_sort(queue.begin(), queue.end(), [&](int64_t x, int64_t y) { return cost[x] > cost[y]; });
+            std::stable_sort(queue.begin(), queue.begin() + rows, [&](int64_t x, int64_t y) { return cost[x] > cost[y]; });
 
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t turn = 0; turn < all_heads * c.tiles; turn++) {
-            if (cost[queue[turn]] < 0) continue;
-            const int64_t bh = queue[turn] / c.tiles, first = bh * packed * size;
-            query_tile(c, bh, queue[turn] % c.tiles, keys.get() + first, values.get() + first, own);
+            for (int64_t turn = 0; turn < rows; turn++) {
+                const int64_t row = queue[turn], head = row / c.tiles, at = head * packed * size;
+                if (cost[row] >= 0) query_tile(c, first + head, row % c.tiles, keys.get() + at, values.get() + at, own);
+            }
         }
     }
     return 0;

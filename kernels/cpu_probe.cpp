@@ -29,7 +29,7 @@ struct Probe {
     int64_t keys() const { return tiles * block; }
 };
 
-// What is known of one head's keys. packed: by tile, transposed [dim, block], 0 where empty. length, along: of the value at
+// What is known of one head's keys. packed: by tile, transposed [dim, block] in panels, 0 where empty. length, along: of the value at
 // a slot its square and its product with the mean value of its tile. rest: the square of that mean. All 0 where empty.
 struct Head {
     Buffer packed;
@@ -44,6 +44,7 @@ struct Head {
         float* keys = packed.get() + tile * p.block * p.dim;
         float square = 0.f;
         for (int64_t d = 0; d < p.dim; d++) square += mean[d] * mean[d];
+        std::vector<const float*> rows(p.block);
         for (int64_t s = 0; s < p.block; s++) {
             const int64_t at = tile * p.block + s, token = p.slots[at], ahead = p.slots[std::min(at + 8, p.keys() - 1)];
             const float* k = p.k + b * p.k_at.batch + token * p.k_at.token + h * p.k_at.head;
@@ -60,8 +61,9 @@ struct Head {
             length[at] = own;
             along[at] = both;
             rest[at] = token >= 0 ? square : 0.f;
-            for (int64_t d = 0; d < p.dim; d++) keys[d * p.block + s] = token >= 0 ? k[d] : 0.f;
+            rows[s] = token >= 0 ? k : nullptr;
         }
+        transpose_tile(rows.data(), keys, p.block, p.dim);
     }
 };
 
@@ -95,7 +97,7 @@ void errors(const Probe& p, int64_t bh, int64_t first, const Head& head, ProbeSc
     float* scores = own.scores.data();
     for (int64_t tile = 0; tile < p.tiles; tile++) {
         const int64_t at = tile * p.block;
-        multiply<false>(own.queries.data(), p.dim, head.packed.get() + at * p.dim, p.block, scores, p.block,
+        multiply<false>(own.queries.data(), p.dim, head.packed.get() + at * p.dim, p.dim, scores, p.block,
                         (rows + ROWS - 1) / ROWS * ROWS, p.block, p.dim);
         for (int64_t r = 0; r < rows; r++) {
             const int64_t to = (bh * p.rows + first + r) * p.tiles + tile;
@@ -103,8 +105,7 @@ void errors(const Probe& p, int64_t bh, int64_t first, const Head& head, ProbeSc
             for (int64_t s = 0; s < p.block; s += LANES)
                 sum += squared_error(load(scores + r * p.block + s), p.center[to], &head.length[at + s], &head.along[at + s]) +
                        load(&head.rest[at + s]);
-            float total = 0.f;
-            for (int l = 0; l < LANES; l++) total += sum[l];
+            const float total = sum_of(sum);
             p.error[to] = p.center[to] * LN2 + 0.5f * std::log(total < 0.f ? 0.f : total);
         }
     }
@@ -175,7 +176,7 @@ void best_tokens(const Probe& p, int64_t bh, int64_t first, const Head& head, Pr
     }
     for (int64_t tile = 0; tile < p.tiles; tile++) {
         const int64_t start = tile * p.block;
-        multiply<false>(own.queries.data(), p.dim, head.packed.get() + start * p.dim, p.block, scores + start, n, ROWS,
+        multiply<false>(own.queries.data(), p.dim, head.packed.get() + start * p.dim, p.dim, scores + start, n, ROWS,
                         p.block, p.dim);
         for (int64_t r = 0; r < rows; r++) {
             const float center = centers[r * p.tiles + tile];
