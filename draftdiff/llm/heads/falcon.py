@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import LlamaConfig, PreTrainedModel
@@ -117,8 +118,18 @@ class FalconHead(nn.Module):
         before = self.begin(len(ids)) if before is None else before
         if self.settings.recurrent:
             return self.lstm(x, before) if lengths is None else self._read_padded(x, before, lengths)
-        alone, _ = self.lstm(x.flatten(0, 1)[:, None])
+        if not torch.is_grad_enabled():
+            return self._begun(x), before
+        alone, _ = self.lstm(x.flatten(0, 1)[:, None])  # whose idle weights get gradients of zero, as the original's
         return alone[:, 0].unflatten(0, ids.shape), before
+
+    def _begun(self, x: Tensor) -> Tensor:
+        """What the LSTM makes of rows that each begin it: with no state before them its recurrent weights are idle."""
+        for layer in range(self.lstm.num_layers):
+            weight, *biases = (getattr(self.lstm, f"{name}_l{layer}") for name in ("weight_ih", "bias_ih", "bias_hh"))
+            enter, _, new, leave = F.linear(x, weight, sum(biases)).chunk(4, dim=-1)
+            x = leave.sigmoid() * (enter.sigmoid() * new.tanh()).tanh()
+        return x
 
     def _read_padded(self, x: Tensor, before: State, lengths: Tensor) -> tuple[Tensor, State]:
         # An LSTM takes no empty sequences.

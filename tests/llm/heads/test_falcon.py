@@ -48,6 +48,13 @@ def test_what_a_row_reads(k, recurrent, target):
     assert changed == list(range(4 // k * k, 9))  # from its block's first row on
 
 
+def test_an_lstm_that_each_row_begins_anew_is_the_same_with_gradients_and_without(target):
+    head, ids, states = falcon(target).head, prompt(8, batch=2), torch.randn(2, 8, 64)
+    whole, _ = head.read(ids, states)
+    with torch.no_grad():
+        torch.testing.assert_close(head.read(ids, states)[0], whole)
+
+
 @torch.no_grad()
 def test_a_recurrent_lstm_goes_on_where_it_stood_and_the_other_does_not_look_back(target):
     ids, states = prompt(8, batch=2), torch.randn(2, 8, 64)
