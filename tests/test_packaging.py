@@ -79,7 +79,9 @@ def test_an_installed_draftdiff_does_not_hide_hugging_faces_kernels(tmp_path, mo
         assert modules <= packed, "pyproject.toml lacks a package"
         workflows = (ROOT / "draftdiff" / "integrations" / "comfyui" / "workflows").iterdir()
         assert {str(file.relative_to(ROOT)) for file in workflows} <= packed
-        folders = [ROOT / "pipelines" / "mini" / f"{kind}_weights" for kind in ("drawing", "image", "llm", "video")]
+        folders = [
+            ROOT / "pipelines" / "mini" / f"{kind}_weights" for kind in ("drawing", "image", "llm", "travel", "video")
+        ]
         files = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*") if file.is_file()}
         assert all(folder.is_dir() for folder in folders)
         assert {f"draftdiff/{name}" for name in files} <= packed

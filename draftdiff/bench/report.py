@@ -99,6 +99,7 @@ KINDS = (
     _kind("Several drafts, and what is possible", "temperature drafts sampler optimum", "rows"),
     _kind("Trimmed vocabularies", "calibration size tokens_per_forward", "rows"),
     _kind("Training of drafts", "scores draft_parameters", "scores"),
+    _kind("Glancing in the training of a draft layer", "glancing tokens_per_forward", "rows"),
     _kind("Feedback-aware tuning of a planner", "metric planner gain", "rows"),
     _kind("DraftRec on a synthetic league", "rules losses settings", "rows"),
 )

@@ -57,7 +57,9 @@ def add_llm(llm: Parser) -> None:
         help="cases with known answers instead of prompts: scores, paired differences from plain decoding, verdicts",
     )
     compare.add_argument("--cases", type=int, help="of the workload (default: 24)")
-    compare.add_argument("--noise", type=float, help="of travel's tables, 0 to 1: 10,000 tokens (default: 0.3)")
+    compare.add_argument(
+        "--noise", type=float, help="of travel's tables with --model, 0 to 1: 10,000 tokens (default: 0.3)"
+    )
     compare.add_argument("--examples", type=int, default=4, help="prompts where none is given, up to 8 (default: 4)")
     compare.add_argument("--prompt-tokens", type=int, default=384, help="length of those (default: 384)")
     compare.add_argument("--repeat", type=int, help="timed rounds (default: 3, with a workload 1)")
@@ -89,7 +91,7 @@ def _check_transformers() -> None:
         import draftdiff.llm  # noqa: F401
 
 
-def _load(options: Namespace, drawing: bool = False) -> LanguageModel:
+def _load(options: Namespace, workload: str | None = None) -> LanguageModel:
     import transformers
 
     from draftdiff.models.llm import load
@@ -101,7 +103,7 @@ def _load(options: Namespace, drawing: bool = False) -> LanguageModel:
         dtype=options.dtype,
         device=options.device,
         same_tokenizer=options.same_tokenizer,
-        drawing=drawing,
+        workload=workload,
     )
 
 
@@ -176,7 +178,7 @@ def _compare(options: Namespace) -> int:
     workload, cases = _cases(options)
     usual = 64 if workload is None else workload.tokens
     arguments = generate_options(usual if options.tokens is None else options.tokens, options.temperature)
-    model = _load(options, drawing=options.workload == "drawing")
+    model = _load(options, options.workload)
     comparison = compare_methods(
         model,
         _prompts(options, model) if workload is None else [encode(model, case.prompt) for case in cases],
@@ -203,8 +205,5 @@ def _cases(options: Namespace) -> tuple[Workload | None, list[Case]]:
         return None, []
     if options.prompts or options.prompt_files:
         raise UserError("--workload brings its own prompts: leave --prompt and --prompt-file out")
-    if options.noise is not None and options.workload != "travel":
-        raise UserError(f"--noise goes with --workload travel, got {options.workload}")
-    noise = 0.3 if options.noise is None else options.noise
-    workload = named_workload(options.workload, compact=options.model is None, noise=noise)
+    workload = named_workload(options.workload, compact=options.model is None, noise=options.noise)
     return workload, checked_cases(workload, options.seed, 24 if options.cases is None else options.cases)

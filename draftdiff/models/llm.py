@@ -18,7 +18,7 @@ from draftdiff.llm.drafters.cross_vocab import CrossVocabDrafter
 from draftdiff.models.devices import find_device, find_dtype
 from draftdiff.models.loading import loading
 
-EMBEDDED, EMBEDDED_DRAWING = "mini-llm", "mini-drawing"
+EMBEDDED = "mini-llm"
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     same_tokenizer: bool = False,
-    drawing: bool = False,
+    workload: str | None = None,
 ) -> LanguageModel:
     """Load a pair and put it on its device.
 
     target, draft: folders or Hugging Face Hub ids; both None is an embedded pair, no draft leaves methods that need
-    none.  same_tokenizer: take the draft's for the target's, whatever they say.  drawing: the embedded pair that
-    answers the drawing workload's compact prompts, instead of the one for programs.  dtype: float32, float16 or
-    bfloat16; None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pairs.  device: as in torch; None is
-    CUDA if there is. Raises UserError, in one line, for what cannot be loaded or does not belong together.
+    none.  same_tokenizer: take the draft's for the target's, whatever they say.  workload: whose compact prompts the
+    embedded pair answers, "drawing" or "travel"; None is the pair for programs.  dtype: float32, float16 or bfloat16;
+    None is bfloat16 on a GPU, and float32 on a CPU and for the embedded pairs.  device: as in torch; None is CUDA if
+    there is. Raises UserError, in one line, for what cannot be loaded or does not belong together.
     """
     place = find_device(device)
     wanted = find_dtype(dtype, place, embedded=target is None)
     if target is None:
         if draft is not None:
             raise UserError(f"--draft comes with --model, got {draft!r} alone")
-        return _embedded(wanted, place, drawing)
+        return _embedded(wanted, place, workload)
     tokenizer = pretrained("AutoTokenizer", target)
     model = LanguageModel(target, _model(target, wanted, place), None, tokenizer, same_tokenizer=same_tokenizer)
     if draft is None:
@@ -95,17 +95,17 @@ def pretrained(kind: str, name: str, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(place, trust_remote_code=False, **options)
 
 
-def _embedded(dtype: torch.dtype, device: torch.device, drawing: bool) -> LanguageModel:
+def _embedded(dtype: torch.dtype, device: torch.device, workload: str | None) -> LanguageModel:
     from draftdiff.pipelines.mini.llm import (
-        DRAWING_WEIGHTS,
         HEADS,
         WEIGHTS,
+        WORKLOAD_WEIGHTS,
         load_mini_heads,
         load_mini_llm,
         mini_llm_defaults,
     )  # fmt: skip
 
-    name, folder = (EMBEDDED_DRAWING, DRAWING_WEIGHTS) if drawing else (EMBEDDED, WEIGHTS)
+    name, folder = (EMBEDDED, WEIGHTS) if workload is None else (f"mini-{workload}", WORKLOAD_WEIGHTS[workload])
     with loading(name):
         target, draft, tokenizer = load_mini_llm(dtype, folder)
         known = mini_llm_defaults(folder)

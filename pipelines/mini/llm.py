@@ -20,7 +20,7 @@ from draftdiff.errors import UserError
 from draftdiff.pipelines.mini import weights
 
 WEIGHTS = Path(__file__).with_name("llm_weights")
-DRAWING_WEIGHTS = Path(__file__).with_name("drawing_weights")  # a pair for the drawing-revision workload, alike
+WORKLOAD_WEIGHTS = {name: Path(__file__).with_name(f"{name}_weights") for name in ("drawing", "travel")}  # pairs, alike
 TITLE = "mini language-model"
 MODELS, HEADS = ("target", "draft"), ("hydra", "medusa", "longspec", "falcon")
 FILES = (

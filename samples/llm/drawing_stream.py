@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--block", type=whole(1), default=12, help="answers of a project (default 12)")
     draft = "a draft; OmniDraft needs one of another tokenizer"
     options = parsed(parser, argv, pair="the embedded drawing pair", draft=draft)
-    model = load(options.model, options.draft, drawing=True)
+    model = load(options.model, options.draft, workload="drawing")
     workload = DrawingWorkload(compact=options.model is None)
     cases = workload.stream(options.seed, options.cases, options.block)
     rows = summary(measured(model, cases, workload.tokens, RATE), options.block)

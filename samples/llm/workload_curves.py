@@ -5,7 +5,8 @@ Scrubber too, and SpecPC at as many tokens as the Scrubber leaves of each prompt
 intervals 95 % by bootstrap over the cases. Where plain decoding is at the floor it says so and gives no verdict.
 
     python samples/llm/workload_curves.py --workload drawing --json curves.json --plot curves.png
-    python samples/llm/workload_curves.py --workload travel --model Qwen/Qwen2.5-7B --draft Qwen/Qwen2.5-0.5B
+    python samples/llm/workload_curves.py --workload travel --model Qwen/Qwen2.5-7B --draft Qwen/Qwen2.5-0.5B \\
+        --noise 1 --capacity 1024 2048 4096
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from draftdiff.models.llm import LanguageModel, encode, load
 from draftdiff.models.llm_methods import check_method, generate_options
 
 METHODS = ("speckv", "specpc", "speckv-pc")
+CAPACITY = {"drawing": [32, 48, 64, 96, 128], "travel": [128, 256, 384, 512]}  # of compact prompts
 
 
 class Curves:
@@ -42,7 +44,7 @@ class Curves:
         compact = options.model is None
         self.workload = named_workload(options.workload, compact=compact, noise=options.noise)
         self.cases = checked_cases(self.workload, options.seed, options.cases)
-        self.model: LanguageModel = load(options.model, options.draft, drawing=options.workload == "drawing")
+        self.model: LanguageModel = load(options.model, options.draft, workload=options.workload)
         for method in METHODS:
             check_method(self.model, method)
         self.arguments = generate_options(options.tokens or self.workload.tokens, 0.0)
@@ -123,11 +125,12 @@ def draw(rows: Sequence[dict[str, Any]], headline: str, file: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="workload_curves", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
-    parser.add_argument("--capacity", type=whole(1), nargs="+", default=[32, 48, 64, 96, 128], help="tokens to keep")
+    parser.add_argument("--capacity", type=whole(1), nargs="+", help="tokens to keep (default: by workload)")
     parser.add_argument("--cases", type=whole(2), default=48, help="(default 48)")
-    parser.add_argument("--noise", type=float, default=0.3, help="of travel's tables, 0 to 1 (default 0.3)")
+    parser.add_argument("--noise", type=float, help="of travel's tables with --model, 0 to 1 (default 0.3)")
     parser.add_argument("--tokens", type=whole(1), help="new tokens (default: what answers need)")
     options = parsed(parser, argv, pair="an embedded pair", draft="a smaller model of the same tokenizer")
+    options.capacity = options.capacity or CAPACITY[options.workload]
     curves = Curves(options)
     curves.all()
     judgement, rows = curves.judged()

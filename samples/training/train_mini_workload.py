@@ -1,21 +1,21 @@
-"""Train the drawing pair that ships with draftdiff, from nothing, on one CPU core.
+"""Train the pair of a workload that ships with draftdiff, from nothing, on one CPU core.
 
-Target and draft learn to answer the compact prompts of the drawing-revision workload (draftdiff.llm.workloads.drawing):
-what an instruction names is copied into tool calls. Only answers count in the loss. The draft begins with heads that
+Target and draft learn to answer a workload's compact prompts (draftdiff.llm.workloads): what an instruction names is
+copied into tool calls, what tables list into plans. Only answers count in the loss. The draft begins with heads that
 copy, the target as the draft with more layers, which do nothing at first. Every phase trains for a number of minutes,
 saves a checkpoint once a minute and when interrupted, and resumes from it:
 
-    python samples/training/train_mini_drawing.py tokenizer
-    python samples/training/train_mini_drawing.py draft --minutes 31
-    python samples/training/train_mini_drawing.py target --minutes 8
-    python samples/training/train_mini_drawing.py export
+    python samples/training/train_mini_workload.py tokenizer --workload travel
+    python samples/training/train_mini_workload.py draft --workload travel --minutes 40
+    python samples/training/train_mini_workload.py target --workload travel --minutes 20
+    python samples/training/train_mini_workload.py export --workload travel
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +32,58 @@ from draftdiff.llm import evaluate_draft, generate_distillation_set
 from draftdiff.llm.train.copying import copying_model
 from draftdiff.llm.train.data import left_padded
 from draftdiff.llm.train.trim import count_tokens
-from draftdiff.llm.workloads.base import Case
-from draftdiff.llm.workloads.drawing.workload import DrawingWorkload
-from draftdiff.pipelines.mini.llm import DRAWING_WEIGHTS, load_mini_llm
+from draftdiff.llm.workloads.base import Case, Workload
+from draftdiff.llm.workloads.named import WORKLOADS, named_workload
+from draftdiff.pipelines.mini.llm import WORKLOAD_WEIGHTS, load_mini_llm
 
-VOCABULARY, CONTEXT, BATCH = 776, 512, 16
 END = "<|endoftext|>"
 # Words without the space before them, and each digit on its own: what is copied is the same token wherever it stands.
 PIECES = r"[A-Za-z_]+|\d|[^A-Za-z_\d]+"
-SIZES: dict[str, dict[str, int]] = {
-    "draft": {"width": 64, "layers": 2, "mlp": 128},
-    "target": {"width": 64, "layers": 4, "mlp": 128},
-}
+KINDS = ("draft", "target")
 RATES = {"draft": (3e-3, 0.02), "target": (2e-3, 0.01)}  # at their peak, of Adam and Muon
 TRAINING, HELD_OUT = 1_000_000, 999_999  # seeds of cases; smaller ones are for comparisons
 LENGTH = 5  # of the draft's chains
-WRITTEN, JUDGED, ANSWER = 24, 48, 256  # cases whose tokens are counted, cases of the scores, tokens of an answer
+WRITTEN, JUDGED = 24, 48  # cases whose tokens are counted, cases of the scores
 
 
-def new_model(kind: str) -> LlamaForCausalLM:
-    """A target or a draft in fp32."""
-    return copying_model(**SIZES[kind], vocabulary=VOCABULARY, context=CONTEXT)
+@dataclass(frozen=True)
+class Pair:
+    """A workload and the shapes of its models. layers: of the draft and of the target.  batch: cases of a step.
+    about: what the pair is."""
+
+    name: str
+    about: str
+    vocabulary: int
+    context: int
+    batch: int
+    width: int
+    mlp: int
+    layers: tuple[int, int]
+
+    @property
+    def workload(self) -> Workload:
+        return named_workload(self.name, compact=True)
+
+    def new_model(self, kind: str) -> LlamaForCausalLM:
+        """A target or a draft in fp32."""
+        return copying_model(self.width, self.layers[KINDS.index(kind)], self.mlp, self.vocabulary, self.context)
+
+    def file(self, work: Path, what: str) -> Path:
+        """Where a work folder has a model's checkpoint, or the tokenizer."""
+        return work / f"{self.name}_{what}"
 
 
-def train_tokenizer(file: Path, texts: int = 6000) -> None:
+PAIRS = {
+    "drawing": Pair(
+        "drawing", "answers the compact prompts of the drawing-revision workload", 776, 512, 16, 64, 128, (2, 4)
+    ),
+    "travel": Pair(
+        "travel", "answers the compact prompts of the travel-planning workload", 776, 1024, 12, 128, 192, (2, 3)
+    ),
+}
+
+
+def train_tokenizer(pair: Pair, work: Path, texts: int = 6000) -> None:
     """Byte-level BPE over prompts and answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -66,38 +94,38 @@ def train_tokenizer(file: Path, texts: int = 6000) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=pair.vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    cases = DrawingWorkload(compact=True).cases(TRAINING - 2, texts)
+    cases = pair.workload.cases(TRAINING - 2, texts)
     tokenizer.train_from_iterator((case.prompt + case.gold for case in cases), trainer)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial:
+    work.mkdir(parents=True, exist_ok=True)
+    with replacing(pair.file(work, "tokenizer.json")) as partial:
         tokenizer.save(str(partial))
 
 
-def load_tokenizer(work: Path) -> PreTrainedTokenizerFast:
-    file = existing(work / "drawing_tokenizer.json", "tokenizer")
+def load_tokenizer(pair: Pair, work: Path) -> PreTrainedTokenizerFast:
+    file = existing(pair.file(work, "tokenizer.json"), "tokenizer")
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(file), eos_token=END, pad_token=END, model_max_length=CONTEXT, padding_side="left"
+        tokenizer_file=str(file), eos_token=END, pad_token=END, model_max_length=pair.context, padding_side="left"
     )
 
 
 class Rows:
     """Cases as padded rows of ids, of like lengths in a batch."""
 
-    def __init__(self, tokenizer: Any, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(self, pair: Pair, tokenizer: Any, seed: int) -> None:
+        self.pair, self.tokenizer, self.seed = pair, tokenizer, seed
         self.ready: list[tuple[Tensor, Tensor]] = []
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Ids int64 [batch, tokens], padded on the right, and bool of the same shape: what belongs to answers."""
         if not self.ready:
-            rows = sorted(
-                map(self._row, DrawingWorkload(compact=True).cases(self.seed, 16 * BATCH)), key=lambda r: len(r[0])
-            )
+            batch = self.pair.batch
+            cases = self.pair.workload.cases(self.seed, 16 * batch)
+            rows = sorted(map(self._row, cases), key=lambda row: len(row[0]))
             self.seed += 1
             for start in torch.randperm(16).tolist():
-                part = rows[start * BATCH : (start + 1) * BATCH]
+                part = rows[start * batch : (start + 1) * batch]
                 ids, answers = ([row[i] for row in part] for i in range(2))
                 pad = torch.nn.utils.rnn.pad_sequence
                 self.ready.append((pad(ids, batch_first=True), pad(answers, batch_first=True)))
@@ -121,16 +149,16 @@ def grow(model: LlamaForCausalLM, smaller: LlamaForCausalLM) -> None:
 class Pretraining(Phase):
     """A model on gold answers."""
 
-    def __init__(self, kind: str, work: Path) -> None:
+    def __init__(self, pair: Pair, kind: str, work: Path) -> None:
         torch.manual_seed(0)
-        model = new_model(kind)
+        model = pair.new_model(kind)
         if kind == "target":
-            grow(model, trained("draft", work))
+            grow(model, trained(pair, "draft", work))
         matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
         adam, muon = RATES[kind]
         optimizer = Optimizer(model.parameters(), adam, matrices, muon)
-        super().__init__(work / f"drawing_{kind}.pt", model, optimizer, average=True)
-        self.rows = Rows(load_tokenizer(work), TRAINING + 10_000 * list(SIZES).index(kind) + self.step)
+        super().__init__(pair.file(work, f"{kind}.pt"), model, optimizer, average=True)
+        self.rows = Rows(pair, load_tokenizer(pair, work), TRAINING + 10_000 * KINDS.index(kind) + self.step)
 
     def train_step(self, part: float) -> str:
         ids, answers = self.rows.batch()
@@ -144,80 +172,87 @@ class Pretraining(Phase):
         return f"loss={self.smoothed(loss.item()):.4f} right={right:.3f}"
 
 
-def trained(kind: str, work: Path) -> LlamaForCausalLM:
+def trained(pair: Pair, kind: str, work: Path) -> LlamaForCausalLM:
     """The averaged model of a work folder, frozen."""
-    model = new_model(kind)
-    model.load_state_dict(torch.load(existing(work / f"drawing_{kind}.pt", kind))["average"])
+    model = pair.new_model(kind)
+    model.load_state_dict(torch.load(existing(pair.file(work, f"{kind}.pt"), kind))["average"])
     return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, prompts: list[str], batch: int = 48) -> list[str]:
+def answers(model: Any, tokenizer: Any, prompts: list[str], tokens: int, batch: int = 48) -> list[str]:
     """Greedy answers."""
     found = []
     for start in range(0, len(prompts), batch):
         rows = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts[start : start + batch]]
         ids, mask = left_padded(rows, 0)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
         found += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return found
 
 
-def held_out_summary(model: Any, tokenizer: Any, n: int) -> dict[str, float]:
-    """Scores of a model's greedy answers to unseen cases."""
-    work = DrawingWorkload(compact=True)
+def held_out_summary(pair: Pair, model: Any, tokenizer: Any, n: int) -> dict[str, float]:
+    """Scores of a model's greedy answers to unseen cases; exact: the share with all points."""
+    work = pair.workload
     cases = work.cases(HELD_OUT, n)
-    said = answers(model, tokenizer, [case.prompt for case in cases])
+    said = answers(model, tokenizer, [case.prompt for case in cases], work.tokens)
     scores = [work.score(case, text) for case, text in zip(cases, said)]
-    exact = sum(one["score"] == 100 for one in scores) / n
-    return {name: round(value, 2) for name, value in work.summary(cases, scores).items()} | {"exact": round(exact, 4)}
+    headline = sum(one[work.headline] or 0.0 for one in scores) / n
+    exact = sum(one[work.headline] == 100 for one in scores) / n
+    found = {work.headline: headline, **work.summary(cases, scores)}
+    return {name: round(value, 2) for name, value in found.items()} | {"exact": round(exact, 4)}
 
 
-def export(work: Path, folder: Path) -> None:
+def export(pair: Pair, work: Path, folder: Path) -> None:
     """Save the pair in half precision with its tokenizer and settings, whole or not at all."""
-    target, draft, tokenizer = trained("target", work), trained("draft", work), load_tokenizer(work)
+    tokenizer = load_tokenizer(pair, work)
+    models = {kind: trained(pair, kind, work) for kind in KINDS}
     with replacing_folder(folder) as new:
         tokenizer.save_pretrained(new / "tokenizer")
-        for name, model in (("target", target), ("draft", draft)):
-            model.half().save_pretrained(new / name)
+        for kind, model in models.items():
+            model.half().save_pretrained(new / kind)
             model.float()  # what is scored is what is loaded
-        prompts = [case.prompt for case in DrawingWorkload(compact=True).cases(HELD_OUT - 1, WRITTEN)]
+        prompts = [case.prompt for case in pair.workload.cases(HELD_OUT - 1, WRITTEN)]
         written = generate_distillation_set(
-            target, prompts, temperatures=(0.0,), max_new_tokens=ANSWER, batch_size=48, tokenizer=tokenizer
+            models["target"],
+            prompts,
+            temperatures=(0.0,),
+            max_new_tokens=pair.workload.tokens,
+            batch_size=48,
+            tokenizer=tokenizer,
         )
-        scores = evaluate_draft(target, draft, written, length=LENGTH)
+        scores = evaluate_draft(models["target"], models["draft"], written, length=LENGTH)
         settings = {
-            "about": "A mini pair that answers the compact prompts of the drawing-revision workload.",
+            "about": f"A mini pair that {pair.about}.",
             "prompt": prompts[0],
             "length": LENGTH,
             "held_out": {name: round(value, 4) for name, value in asdict(scores).items()},
-            "workload": {
-                "target": held_out_summary(target, tokenizer, JUDGED),
-                "draft": held_out_summary(draft, tokenizer, JUDGED),
-            },
-            "training": {kind: spent(work / f"drawing_{kind}.pt") for kind in SIZES},
+            "workload": {kind: held_out_summary(pair, model, tokenizer, JUDGED) for kind, model in models.items()},
+            "training": {kind: spent(pair.file(work, f"{kind}.pt")) for kind in KINDS},
         }
-        write_settings(new, settings, long={"token_counts": count_tokens(written, VOCABULARY).tolist()})
+        write_settings(new, settings, long={"token_counts": count_tokens(written, pair.vocabulary).tolist()})
     print(json.dumps({name: settings[name] for name in ("held_out", "workload", "training")}))
 
 
 def main() -> None:
-    options = parser(__doc__, ["tokenizer", *SIZES], minutes=60, threads=1)
+    options = parser(__doc__, ["tokenizer", *KINDS], minutes=60, threads=1)
+    options.add_argument("--workload", choices=WORKLOADS, required=True, help="whose pair")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
-    work = arguments.work
+    work, pair = arguments.work, PAIRS[arguments.workload]
     try:
         if arguments.phase == "tokenizer":
-            train_tokenizer(work / "drawing_tokenizer.json")
+            train_tokenizer(pair, work)
         elif arguments.phase == "export":
-            export(work, DRAWING_WEIGHTS)
-            load_mini_llm(folder=DRAWING_WEIGHTS)
+            export(pair, work, WORKLOAD_WEIGHTS[pair.name])
+            load_mini_llm(folder=WORKLOAD_WEIGHTS[pair.name])
         else:
-            Pretraining(arguments.phase, work).run(arguments.minutes)
-            print(json.dumps(held_out_summary(trained(arguments.phase, work), load_tokenizer(work), 24)))
+            Pretraining(pair, arguments.phase, work).run(arguments.minutes)
+            model = trained(pair, arguments.phase, work)
+            print(json.dumps(held_out_summary(pair, model, load_tokenizer(pair, work), 24)))
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the same command carries on from {work}") from None
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, "train_mini_drawing"))
+    sys.exit(run(main, "train_mini_workload"))

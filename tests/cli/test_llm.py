@@ -227,8 +227,10 @@ def test_mistakes_about_workloads_are_one_line(tmp_path, capsys):
         return fails_in_one_line(capsys, "llm", "compare", "-o", tmp_path / "out", *argv)
 
     assert "--cases goes with --workload" in fails("--cases", 3)
-    assert "--noise goes with --workload travel, got drawing" in fails("--workload", "drawing", "--noise", 0.5)
-    assert "noise must be from 0 to 1, got 3" in fails("--workload", "travel", "--noise", 3)
+    assert "noise goes with the travel workload and a model of your own, got 0.5 for" in fails(
+        "--workload", "drawing", "--noise", 0.5
+    )
+    assert "noise must be from 0 to 1, got 3" in fails("--workload", "travel", "--noise", 3, "--model", "any")
     assert "cases must be at least 2, got 1" in fails("--workload", "travel", "--cases", 1)
     assert "leave --prompt and --prompt-file out" in fails("--workload", "travel", "--prompt", "x")
     assert "invalid choice: 'chess'" in fails("--workload", "chess")

@@ -44,7 +44,7 @@ def test_the_score_is_measured_over_budgets(script, tmp_path, capsys):
 
 
 def test_on_travel_the_scrubber_stands_beside_specpc_at_as_many_tokens_and_the_floor_is_told(script, tmp_path, capsys):
-    given = ["--workload", "travel", "--cases", "2", "--capacity", "64", "--tokens", "4", "--noise", "0"]
+    given = ["--workload", "travel", "--cases", "2", "--capacity", "64", "--tokens", "4"]
     script("workload_curves").main([*given, "--json", str(tmp_path / "curves.json")])
     made = json.loads((tmp_path / "curves.json").read_text())
     rows = {row["name"]: row for row in made["rows"]}
@@ -77,7 +77,11 @@ def test_rows_of_feedback_aware_tuning_are_reference_wish_feedback_and_plan(scri
         ("drawing_stream", ["--cases", "1"], "argument --cases: must be a whole number from 2 on, got '1'"),
         ("drawing_stream", ["--plot", "x.pdf"], "argument --plot: output 'x.pdf' must end in .png"),
         ("workload_curves", ["--workload", "chess"], "argument --workload: invalid choice: 'chess'"),
-        ("workload_curves", ["--workload", "travel", "--noise", "2"], "noise must be from 0 to 1, got 2.0"),
+        (
+            "workload_curves",
+            ["--workload", "travel", "--noise", "0.5"],
+            "noise goes with the travel workload and a model of your own",
+        ),
         (
             "workload_curves",
             ["--workload", "travel", "--model", "no/such/folder"],

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from draftdiff.errors import UserError
+from draftdiff.llm.workloads.named import WORKLOADS
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "training"
 
@@ -112,18 +114,22 @@ def test_a_phase_of_the_video_autoencoder_takes_a_step(script, tmp_path):
     assert phase.file.is_file() and phase.average is not None
 
 
-def test_the_drawing_phases_follow_one_another(script, tmp_path, monkeypatch):
-    train = script("train_mini_drawing")
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_phases_of_a_workload_follow_one_another(workload, script, tmp_path, monkeypatch):
+    train = script("train_mini_workload")
+    pair = replace(train.PAIRS[workload], batch=2)
     with pytest.raises(UserError, match="run the phase 'tokenizer' first"):
-        train.Pretraining("draft", tmp_path)
+        train.Pretraining(pair, "draft", tmp_path)
     monkeypatch.setattr(train, "WRITTEN", 3)
     monkeypatch.setattr(train, "JUDGED", 2)
-    monkeypatch.setattr(train, "ANSWER", 8)
-    train.train_tokenizer(tmp_path / "drawing_tokenizer.json", 300)
-    for kind in train.SIZES:
-        phase = train.Pretraining(kind, tmp_path)
+    monkeypatch.setattr(
+        type(pair.workload), "tokens", property(lambda work: 8, lambda work, tokens: None), raising=False
+    )
+    train.train_tokenizer(pair, tmp_path, 300)
+    for kind in train.KINDS:
+        phase = train.Pretraining(pair, kind, tmp_path)
         assert "right=" in phase.train_step(0.5)
         phase.save()
-    train.export(tmp_path, tmp_path / "pair")
+    train.export(pair, tmp_path, tmp_path / "pair")
     settings = json.loads((tmp_path / "pair" / "draftdiff.json").read_text())
     assert set(settings["workload"]) == {"target", "draft"} and len(settings["sha256"]) == 2

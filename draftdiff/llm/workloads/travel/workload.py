@@ -32,7 +32,8 @@ and night."""
 
 
 class TravelWorkload(Workload):
-    """noise: from 0 to 1, of further cities, rows and columns; 1 makes prompts of about 10,000 tokens."""
+    """noise: from 0 to 1, of further cities, rows and columns; 1 makes prompts of about 10,000 tokens.  compact: three
+    days in one city, small tables without noise and no rules, for a model that was trained on such."""
 
     name = "travel"
     headline = "grounded"
@@ -48,27 +49,32 @@ class TravelWorkload(Workload):
         "hallucination": "a delivered plan names what is not in the tables",
         **{name: f"the rule {name.replace('_', ' ')} holds" for name in (*COMMONSENSE, *HARD)},
     }
-    tokens = 1024
 
-    def __init__(self, noise: float = 0.3) -> None:
+    def __init__(self, noise: float = 0.3, compact: bool = False) -> None:
         if not 0 <= noise <= 1:
             raise UserError(f"noise must be from 0 to 1, got {noise}")
-        self.noise = noise
+        self.noise, self.compact = noise, compact
+        self.tokens = 256 if compact else 1024
 
     def cases(self, seed: int, n: int) -> list[Case]:
-        """Three, five and seven days at three levels of wishes in turn."""
-        kinds = list(product(LEVELS, DAYS))
+        """Three levels of wishes in turn; in whole prompts each for three, five and seven days."""
+        kinds = list(product(LEVELS, DAYS[:1] if self.compact else DAYS))
         found = []
         for number in range(n):
             level, days = kinds[number % len(kinds)]
-            made = world(f"travel {seed} {number}", days, level, self.noise)
-            found.append(Case(_prompt(made, made.sandbox), written(made.gold), made))
+            seeded = f"travel {seed} {number}"
+            made = world(seeded, days, level, 0, rows=5) if self.compact else world(seeded, days, level, self.noise)
+            found.append(Case(self._prompt(made, made.sandbox), written(made.gold), made))
         return found
+
+    def _prompt(self, made: World, sandbox: Sandbox) -> str:
+        asked = f"{reference(made.query, sandbox)}\nplan: "
+        return asked if self.compact else f"{RULES}\n\n{asked}"
 
     def scrubbed(self, case: Case) -> Case:
         """The same case with tables of what can serve the wish."""
         made = case.truth
-        return replace(case, prompt=_prompt(made, scrub(made.sandbox, constraints(made.query.in_words()))))
+        return replace(case, prompt=self._prompt(made, scrub(made.sandbox, constraints(made.query.in_words()))))
 
     def score(self, case: Case, text: str) -> Score:
         if not isinstance(case.truth, World):
@@ -95,10 +101,6 @@ class TravelWorkload(Workload):
 def reference(query: Query, sandbox: Sandbox) -> str:
     """The tables and the wish."""
     return f"{tables(sandbox, query)}\n\n{query.in_words()}"
-
-
-def _prompt(made: World, sandbox: Sandbox) -> str:
-    return f"{RULES}\n\n{reference(made.query, sandbox)}\nplan: "
 
 
 def _figures(holds: dict[str, bool | None], grounded: float | None) -> Score:
