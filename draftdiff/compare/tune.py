@@ -85,16 +85,17 @@ def search(
     runs = _CHECKS * len(prompts) * (2 if goal.kind == "speedup" else 1)
     try:
         with _renderer(pipeline, base, prompts, seed, call, runs, progress) as renderer:
-            line, dense, probes = _learnt(renderer, base, prompts)
+            found, dense = _recorded(renderer, base, prompts)
             if goal.kind == "lpips":
                 _needs_lpips(dense[0])
+            line, probes = _learnt(renderer, base, prompts, found, dense)
             known = [(1.0, goal.beyond(1.0))]  # dense attention is as fast as itself
             if goal.kind != "speedup":
                 known = [(log10(lost), goal.beyond(fmean(map(goal.of_run, seen, dense)))) for lost, seen in probes]
             checks, chosen = _walk(line, goal, known, renderer, prompts, dense, renderer.bar)
     finally:
         disable(pipeline)
-    best, found = checks[chosen], line.found
+    best = checks[chosen]
     assert found.grid is not None
     row = {
         "prompts": prompts,
@@ -122,10 +123,10 @@ def of_as_many_pairs(
     base, prompts = _base(pipeline, config), list(prompts)
     try:
         with _renderer(pipeline, base, prompts, seed, dict(call_kwargs or {}), 0, progress=True) as renderer:
-            line, _, _ = _learnt(renderer, base, prompts)
+            found, dense = _recorded(renderer, base, prompts)
+            line, _ = _learnt(renderer, base, prompts, found, dense)
     finally:
         disable(pipeline)
-    found = line.found
     line.costs, line.dense = torch.stack(found.pairs).mean(0), 1.0
     share = _share_of_pairs(other, found.steps, found.layers, found.heads)
     best = min(line.points(), key=lambda one: abs(one.work - share))
@@ -157,29 +158,32 @@ def _renderer(
     more: int,
     progress: bool,
 ) -> Iterator[_Renderer]:
-    """more: runs beyond those of `_learnt`, at most."""
+    """more: runs beyond those that record and learn, at most."""
     assert base.made_for is not None
     runs = 2 * len(prompts) + len(prompts[:_LEARNT]) * (_STRETCHES + len(_bands(base.made_for.layers)))
     with tqdm(total=runs + more, desc="tune", unit="run", disable=not progress) as bar, inputs_refused(pipeline):
         yield _Renderer(pipeline, seed, call, bar)
 
 
-def _learnt(
-    renderer: _Renderer, base: DraftAttentionConfig, prompts: list[str]
-) -> tuple[_Line, list[Run], list[tuple[float, list[Run]]]]:
-    """The line, a dense run of each prompt, and the renders that weights were learnt from, as `_Line.learn` tells."""
+def _recorded(renderer: _Renderer, base: DraftAttentionConfig, prompts: list[str]) -> tuple[Sensitivity, list[Run]]:
+    """What the prompts' runs show, and a dense run of each."""
     renderer.bar.set_postfix_str("recording")
     single = sorted({share * (1 - base.budget.sparsity) for share in _SINGLE if _may_be_single(base, share)})
     with recording(renderer.pipeline, base, LADDER, single) as found:
         for prompt in prompts:
             renderer(None, prompt, keep=True)
     renderer.bar.set_postfix_str("dense")  # after a first use of everything, since its time counts
-    dense = [renderer(None, prompt) for prompt in prompts]
+    return found, [renderer(None, prompt) for prompt in prompts]
+
+
+def _learnt(
+    renderer: _Renderer, base: DraftAttentionConfig, prompts: list[str], found: Sensitivity, dense: list[Run]
+) -> tuple[_Line, list[tuple[float, list[Run]]]]:
+    """The line, and the renders that its weights were learnt from, as `_Line.learn` tells."""
     line = _Line(found, base, min(_STRETCHES, found.steps))
     renderer.bar.set_postfix_str("weights")
     learnt = prompts[:_LEARNT]
-    probes = line.learn(lambda config: [renderer(config, prompt) for prompt in learnt], dense, _bands(found.layers))
-    return line, dense, probes
+    return line, line.learn(lambda config: [renderer(config, prompt) for prompt in learnt], dense, _bands(found.layers))
 
 
 def _may_be_single(config: DraftAttentionConfig, share: float) -> bool:
@@ -364,6 +368,7 @@ def _checked(
             check.lpips.append(None)
         check.seconds.append(run.timing.seconds)
         check.speedup.append(again.timing.seconds / run.timing.seconds)
+        check.pairs.append(torch.cat([one.density.flatten() for one in run.reports]).nanmean().item())
     return check
 
 

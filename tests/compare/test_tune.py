@@ -68,7 +68,7 @@ def test_the_table_and_the_page_tell_every_check_and_where_it_computes(tuned):
     found = tuned[1]
     table, page = found.table(), tune_page.page(found)
     assert table.count("(the profile)") == 1 and "target 60 dB, on 1 prompts" in table
-    assert len(found.rows()) == len(found.results)
+    assert len(found.rows()) == len(found.results) and all(0 < row["pairs"] < 1 for row in found.rows())
     assert page.count("density by ") == 5 and "What an error counts" in page and "60 dB" in page
 
 
