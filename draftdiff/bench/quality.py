@@ -77,6 +77,7 @@ SCHEDULES: dict[str, Schedule] = {
     "0 dense": Schedule(0),
     "1 dense, then less": Schedule(1, weights=(2, 1, 1)),
     "first steps denser": Schedule(0, weights=(2, 1, 1)),
+    "falling": Schedule(0, weights=(8, 4, 3, 2.5, 2.5)),
     "last steps denser": Schedule(0, weights=(1, 1, 2)),
     "1 dense, 1 at the end": Schedule(1, 1),
     "0 dense, 1 at the end": Schedule(0, 1),
