@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,7 @@ COLUMNS: tuple[Column, ...] = (
     ("setting", "setting", str, ""),
     ("speed-up", "speedup", with_spread("x", 2), ""),
     ("density", "density", "{:.3f}".format, ""),
+    ("pairs", "pairs", "{:.3f}".format, ""),
     ("PSNR, mean", "psnr_mean", "{:.1f} dB".format, ""),
     ("median (least-most)", "psnr", with_spread("", 1), ""),
     ("SSIM", "ssim", "{:.3f}".format, ""),
@@ -76,6 +77,7 @@ SCHEDULES: dict[str, Schedule] = {
     "0 dense": Schedule(0),
     "1 dense, then less": Schedule(1, weights=(2, 1, 1)),
     "first steps denser": Schedule(0, weights=(2, 1, 1)),
+    "falling": Schedule(0, weights=(8, 4, 3, 2.5, 2.5)),
     "last steps denser": Schedule(0, weights=(1, 1, 2)),
     "1 dense, 1 at the end": Schedule(1, 1),
     "0 dense, 1 at the end": Schedule(0, 1),
@@ -122,9 +124,7 @@ class Quality(Routine):
     def prompts(self) -> list[str]:
         if self.options.prompt:
             return list(self.options.prompt)
-        from draftdiff.pipelines.mini import world
-
-        return [world.plain_caption(scene) for scene in world.even_scenes(self.options.prompts, held_out=True)]
+        return held_out(self.options.prompts)
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -134,15 +134,13 @@ class Quality(Routine):
         return list(enumerate(self.prompts, start=self.options.seed))
 
     def about(self) -> dict[str, Any]:
-        settings = {name: config.to_dict() for name, config in self.settings.items()}
-        for fields in settings.values():
-            if isinstance(budget := fields["sparsity"], Budget):
-                fields["sparsity"] = {"sparsity": budget.sparsity, "steps": budget.steps}
+        settings = {name: asdict(config) for name, config in self.settings.items()}
         return {"model": self.model.name, "steps": self.steps, "settings": settings}
 
     def measure(self, case: tuple[int, str]) -> list[dict[str, Any]]:
-        """A row per setting. seconds, dense_seconds: of each round.  right, dense_right: whether the judge finds what
-        was asked for in the setting's video and in the dense one, None without a judge."""
+        """A row per setting. density: of sparse calls.  pairs: of all calls.  seconds, dense_seconds: of each round.
+        right, dense_right: whether the judge finds what was asked for in the setting's video and in the dense one, None
+        without a judge."""
         seed, prompt = case
         pipeline, settings = self.model.pipeline, {DENSE: None, **self.settings}
         clips: dict[str, Clip] = {}
@@ -168,6 +166,9 @@ class Quality(Routine):
         return {
             "seconds": seconds,
             "density": mean_of_known(report["density"] for report in clip.reports),
+            "pairs": mean_of_known(
+                kept for report in clip.reports for step in report["density_by_step_and_layer"] for kept in step
+            ),
             "right": _right(clip),
             **{name: getattr(clip.quality, name) for name in ("psnr", "ssim", "vmaf", "lpips")},
         }
@@ -196,6 +197,13 @@ class Schedules(Quality):
         return {name: config for name, config in found.items() if config is not None}
 
 
+def held_out(count: int) -> list[str]:
+    """Prompts of the embedded model's world, of combinations that it was not trained on."""
+    from draftdiff.pipelines.mini import world
+
+    return [world.plain_caption(scene) for scene in world.even_scenes(count, held_out=True)]
+
+
 def _right(clip: Clip) -> bool | None:
     return None if clip.verdict is None else all(clip.verdict.values())
 
@@ -208,7 +216,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ratios = [d / s for row in rows for d, s in zip(row["dense_seconds"], row["seconds"])]
         psnr = [row["psnr"] for row in rows]
         one = {"setting": name, "speedup": spread(ratios), "psnr_mean": fmean(psnr), "psnr": spread(psnr)}
-        for key in ("density", "ssim", "vmaf", "lpips", "right"):
+        for key in ("density", "pairs", "ssim", "vmaf", "lpips", "right"):
             one[key] = mean_of_known(row[key] for row in rows)
         found.append(one)
     return found

@@ -1,4 +1,4 @@
-"""The command `draftdiff bench`: check, compile, kernels, dit, quality, schedules, parallel, var, llm, report."""
+"""The command `draftdiff bench`: measurements of kernels, pictures and text, and a report of their results."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def add_bench(parser: Parser) -> None:
     parts.add_parser("dit", help="denoising steps of video transformers, dense against sparse", fill=_dit)
     parts.add_parser("quality", help="what rules do to the picture, over many prompts", fill=_rules)
     parts.add_parser("schedules", help="the same for dense steps and densities over the steps", fill=_schedules)
+    parts.add_parser("tuned", help="the same for a tuned spread of as many pairs, on other prompts", fill=_tuned)
     parts.add_parser(
         "gpu-day", help="all that a new GPU deserves, checks first; --dry-run rehearses it", fill=add_gpu_day
     )
@@ -97,6 +98,12 @@ def _rules(parser: Parser) -> None:
 
 def _schedules(parser: Parser) -> None:
     _quality(parser, "quality.Schedules")
+
+
+def _tuned(parser: Parser) -> None:
+    told = "so many more prompts to tune with, of --prompt the last (default: 4)"
+    parser.add_argument("--calibrate", type=whole(1), default=4, metavar="N", help=told)
+    _quality(parser, "tuned.Tuned")
 
 
 def _quality(parser: Parser, routine: str) -> None:

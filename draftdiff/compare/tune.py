@@ -7,7 +7,8 @@ work to dense attention, whose points are rendered until the cheapest that meets
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from draftdiff.compare.metrics import Unavailable, lpips, psnr, relative_l2
+from draftdiff.compare.metrics import Unavailable, lpips, psnr
 from draftdiff.compare.tuning import Check, Target, Tuning, log10
 from draftdiff.compare.video_run import Run, run_setting
-from draftdiff.core.allocation import Allocation, allocations
+from draftdiff.core.allocation import Allocation, allocations, finer
 from draftdiff.core.budget import Budget
 from draftdiff.errors import UserError
 from draftdiff.hosts.diffusers import heads_of
@@ -34,9 +35,9 @@ from draftdiff.video.tasks import attentions_of
 
 BASE = DraftAttentionConfig(selection="error", tokens=0.25)
 LADDER = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
-_SINGLE = (0.0, 0.125, 0.25)  # shares of the base's budget that are spent on single tokens, each a choice
+_SINGLE = (0.0, 0.25, 0.5)  # shares of the base's budget that are spent on single tokens, each a choice
 _STRETCHES = 5  # of steps
-_BANDS = 3  # of layers whose weight is learnt together
+_BANDS = 6  # of layers whose weight is learnt together
 _LEARNT = 2  # prompts that weights are learnt from: what one run makes of an error is much by chance
 _PROBED = 2  # rung of the ladder at which weights are learnt
 _CHECKS = 6  # points that are rendered at most
@@ -77,42 +78,21 @@ def search(
     seed: of the noise.  about: where and with what it runs, for the report.
     Raises UserError for a target that cannot be read or met, and what `enable` refuses.
     """
-    goal, base, call = Target.of(target), check(pipeline, config or BASE), dict(call_kwargs or {})
-    prompts = list(prompts)
+    goal, base, prompts = Target.of(target), _base(pipeline, config), list(prompts)
     if not prompts:
         raise UserError("tune needs at least one prompt")
-    models = [unwrapped(outer) for outer in transformers_of(pipeline)]
-    layers = attentions_of(models[0], layout_for(models[0]).attention)
-    shape = MadeFor(layout_name(models[0]), len(layers), heads_of(layers[0][1]))
-    base = replace(base, made_for=shape)
-    bands = _bands(shape.layers)
-    learnt = prompts[:_LEARNT]
-    runs = len(prompts) * (2 + _CHECKS * (2 if goal.kind == "speedup" else 1))
-    runs += len(learnt) * (_STRETCHES + len(bands))
+    call = dict(call_kwargs or {})
+    runs = _CHECKS * len(prompts) * (2 if goal.kind == "speedup" else 1)
     try:
-        with tqdm(total=runs, desc="tune", unit="run", disable=not progress) as bar, inputs_refused(pipeline):
-            renderer = _Renderer(pipeline, prompts, seed, call, bar)
-            bar.set_postfix_str("recording")
-            single = sorted({share * (1 - base.budget.sparsity) for share in _SINGLE if _may_be_single(base, share)})
-            with recording(pipeline, base, LADDER, single) as found:
-                for prompt in prompts:
-                    recorded = renderer(None, prompt, keep=True)
+        with _renderer(pipeline, base, prompts, seed, call, runs, progress) as renderer:
+            found, dense = _recorded(renderer, base, prompts)
             if goal.kind == "lpips":
-                _needs_lpips(recorded)
-            bar.set_postfix_str("dense")  # after a first use of everything, since its time counts
-            dense = [renderer(None, prompt) for prompt in prompts]
-            stretches = min(_STRETCHES, found.steps)
-            line = _Line(found, base, stretches)
-            bar.set_postfix_str("weights")
-            probes = line.learn(lambda config: [renderer(config, prompt) for prompt in learnt], dense, bands)
+                _needs_lpips(dense[0])
+            line, probes = _learnt(renderer, base, prompts, found, dense)
             known = [(1.0, goal.beyond(1.0))]  # dense attention is as fast as itself
             if goal.kind != "speedup":
-                known = [
-                    (log10(lost), goal.beyond(fmean(map(goal.of_run, seen, dense))))
-                    for lost, seen in probes
-                    if lost > 0
-                ]
-            checks, chosen = _walk(line, goal, known, renderer, prompts, dense, bar)
+                known = [(log10(lost), goal.beyond(fmean(map(goal.of_run, seen, dense)))) for lost, seen in probes]
+            checks, chosen = _walk(line, goal, known, renderer, prompts, dense, renderer.bar)
     finally:
         disable(pipeline)
     best = checks[chosen]
@@ -129,14 +109,95 @@ def search(
     return Tuning(type(pipeline).__name__, prompts, seed, goal, profile, checks, chosen, weights, dict(about or {}))
 
 
+def of_as_many_pairs(
+    pipeline: Any,
+    prompts: Sequence[str],
+    other: DraftAttentionConfig,
+    *,
+    call_kwargs: dict[str, Any] | None = None,
+    config: DraftAttentionConfig | None = None,
+    seed: int = 0,
+) -> DraftAttentionConfig:
+    """The point of the line of `search` that computes as many query-key pairs as another config, where work is counted
+    in pairs and not in time: for comparisons that do not depend on the machine. Arguments are those of `search`."""
+    base, prompts = _base(pipeline, config), list(prompts)
+    try:
+        with _renderer(pipeline, base, prompts, seed, dict(call_kwargs or {}), 0, progress=True) as renderer:
+            found, dense = _recorded(renderer, base, prompts)
+            line, _ = _learnt(renderer, base, prompts, found, dense)
+    finally:
+        disable(pipeline)
+    line.costs, line.dense = torch.stack(found.pairs).mean(0), 1.0
+    share = _share_of_pairs(other, found.steps, found.layers, found.heads)
+    best = min(line.points(), key=lambda one: abs(one.work - share))
+    return line.config(best.density, best.single)
+
+
+def _share_of_pairs(config: DraftAttentionConfig, steps: int, layers: int, heads: int) -> float:
+    """Of the pairs of video tokens of all layers and steps."""
+    sparse = len(config.sparse_steps(steps))
+    kept = torch.stack([config.budget.density(layers, heads, at / sparse).mean(1) for at in range(sparse)]).sum(0)
+    of_layers = [sparse if config.is_dense_layer(layer) else float(kept[layer]) for layer in range(layers)]
+    return (steps - sparse + fmean(of_layers)) / steps
+
+
+def _base(pipeline: Any, config: DraftAttentionConfig | None) -> DraftAttentionConfig:
+    base = check(pipeline, config or BASE)
+    model = unwrapped(transformers_of(pipeline)[0])
+    layers = attentions_of(model, layout_for(model).attention)
+    return replace(base, made_for=MadeFor(layout_name(model), len(layers), heads_of(layers[0][1])))
+
+
+@contextmanager
+def _renderer(
+    pipeline: Any,
+    base: DraftAttentionConfig,
+    prompts: list[str],
+    seed: int,
+    call: dict[str, Any],
+    more: int,
+    progress: bool,
+) -> Iterator[_Renderer]:
+    """more: runs beyond those that record and learn, at most."""
+    assert base.made_for is not None
+    runs = 2 * len(prompts) + len(prompts[:_LEARNT]) * (_STRETCHES + len(_bands(base.made_for.layers)))
+    with tqdm(total=runs + more, desc="tune", unit="run", disable=not progress) as bar, inputs_refused(pipeline):
+        yield _Renderer(pipeline, seed, call, bar)
+
+
+def _recorded(renderer: _Renderer, base: DraftAttentionConfig, prompts: list[str]) -> tuple[Sensitivity, list[Run]]:
+    """What the prompts' runs show, and a dense run of each."""
+    renderer.bar.set_postfix_str("recording")
+    single = sorted({share * (1 - base.budget.sparsity) for share in _SINGLE if _may_be_single(base, share)})
+    with recording(renderer.pipeline, base, LADDER, single) as found:
+        for prompt in prompts:
+            renderer(None, prompt, keep=True)
+    renderer.bar.set_postfix_str("dense")  # after a first use of everything, since its time counts
+    return found, [renderer(None, prompt) for prompt in prompts]
+
+
+def _learnt(
+    renderer: _Renderer, base: DraftAttentionConfig, prompts: list[str], found: Sensitivity, dense: list[Run]
+) -> tuple[_Line, list[tuple[float, list[Run]]]]:
+    """The line, and the renders that its weights were learnt from, as `_Line.learn` tells."""
+    line = _Line(found, base, min(_STRETCHES, found.steps))
+    renderer.bar.set_postfix_str("weights")
+    learnt = prompts[:_LEARNT]
+    return line, line.learn(lambda config: [renderer(config, prompt) for prompt in learnt], dense, _bands(found.layers))
+
+
 def _may_be_single(config: DraftAttentionConfig, share: float) -> bool:
     return share == 0 or config.selection in ("draft", "error")
 
 
 def _bands(layers: int) -> list[range]:
-    """Layers in at most so many neighbouring groups."""
-    count = min(_BANDS, layers)
-    return [range(layers * i // count, layers * (i + 1) // count) for i in range(count)]
+    """Layers in at most so many neighbouring groups. The first is by itself: all others read what it gets wrong, and a
+    small error there counts many times one of the second."""
+    count = min(_BANDS, layers) - 1
+    return [
+        range(1),
+        *(range(1 + (layers - 1) * i // count, 1 + (layers - 1) * (i + 1) // count) for i in range(count)),
+    ]
 
 
 def _needs_lpips(run: Run) -> None:
@@ -151,7 +212,6 @@ class _Renderer:
     """Runs the pipeline, dense for None, and tells the bar. keep: with the hooks that are there."""
 
     pipeline: Any
-    prompts: list[str]
     seed: int
     call: dict[str, Any]
     bar: tqdm
@@ -216,17 +276,16 @@ class _Line:
         self, render: Callable[[DraftAttentionConfig], list[Run]], density: Tensor, dense: list[Run]
     ) -> tuple[float, list[Run]]:
         runs = render(replace(self.config(density, self.found.tokens[-1]), dense_above=1.0))
-        return geometric_mean([max(_squared_distance(*pair), 1e-300) for pair in zip(runs, dense)]), runs
+        return geometric_mean([_squared_distance(*pair) for pair in zip(runs, dense)]), runs
 
     def points(self) -> list[Allocation]:
         """From the least work up; the last is dense where nothing else is exact."""
         loss = self.loss * self.of_steps[:, None, None] * self.of_layers[:, None]
-        return allocations(self.ladder, loss, self.costs, self.dense, self.found.tokens)
+        return allocations(*finer(self.ladder, loss, self.costs), self.dense, self.found.tokens)
 
 
 def _squared_distance(run: Run, dense: Run) -> float:
-    if run.latents is not None and dense.latents is not None:
-        return relative_l2(run.latents, dense.latents) ** 2
+    """Of what is seen: much that late steps change in the latents is not."""
     return 10 ** (-psnr(run.frames, dense.frames) / 10)
 
 
@@ -309,6 +368,7 @@ def _checked(
             check.lpips.append(None)
         check.seconds.append(run.timing.seconds)
         check.speedup.append(again.timing.seconds / run.timing.seconds)
+        check.pairs.append(torch.cat([one.density.flatten() for one in run.reports]).nanmean().item())
     return check
 
 

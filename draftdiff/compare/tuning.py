@@ -63,7 +63,8 @@ class Target:
 
 @dataclass
 class Check:
-    """One point of the line and what its renders showed, one value a prompt. speedup: over dense."""
+    """One point of the line and what its renders showed, one value a prompt. speedup: over dense.  pairs: share of all
+    token pairs that was computed."""
 
     allocation: Allocation
     config: DraftAttentionConfig
@@ -71,6 +72,7 @@ class Check:
     lpips: list[float | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     speedup: list[float] = field(default_factory=list)
+    pairs: list[float] = field(default_factory=list)
 
     def value(self, kind: str) -> float:
         if kind == "speedup":
@@ -82,7 +84,7 @@ _COLUMNS: tuple[Column, ...] = (
     ("check", "check", str, "points of the search in the order of their rendering"),
     ("target", "met", str, "whether the mean of the prompts meets the target"),
     ("work", "work", "{:.3f}".format, "predicted time of the attention over that of dense attention"),
-    ("density", "density", "{:.3f}".format, "mean share of the video's keys that heads may read, dense ones included"),
+    ("pairs", "pairs", "{:.3f}".format, "share of all token pairs that is computed, dense layers included"),
     ("PSNR", "psnr", "{:.1f} dB".format, "against the dense video, mean of the prompts"),
     ("spread", "spread", "{:.1f} dB".format, "standard deviation of PSNR between prompts"),
     ("ST-LPIPS", "lpips", "{:.3f}".format, "learned perceptual distance (shift-tolerant, AlexNet); 0 is identical"),
@@ -120,7 +122,7 @@ class Tuning(Comparison[Check]):
             "check": f"{at + 1} (the profile)" if at == self.chosen else f"{at + 1}",
             "met": "met" if self.target.met(result.value(self.target.kind)) else "missed",
             "work": result.allocation.work,
-            "density": float(result.allocation.density.mean()),
+            "pairs": fmean(result.pairs),
             "psnr": fmean(result.psnr),
             "spread": stdev(result.psnr) if len(result.psnr) > 1 else None,
             "lpips": fmean(known) if known else None,

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from draftdiff.attention.attend import STATS
 from draftdiff.attention.rule import Rule
 from draftdiff.core.budget import stretch_at
 from draftdiff.errors import UserError
@@ -27,13 +28,16 @@ from draftdiff.video.layouts import layout_for
 from draftdiff.video.patch import disable, transformers_of, unwrapped
 from draftdiff.video.tasks import Call, Layer, PerThread, Task
 
+T = TypeVar("T")
+
 
 @dataclass
 class Sensitivity:
     """Recorded losses and times. ladder: densities.  tokens: shares of all keys that are read singly, each a choice.
 
     errors: of each sampled call, (step, layer, squared error float64 [tokens, rungs, heads]).
-    seconds: of each, [tokens, rungs], the dense attention's beside it.  steps: of the runs.
+    seconds: of each, [tokens, rungs], the dense attention's beside it.  pairs: of each, share of all token pairs that
+    are computed, [tokens, rungs].  steps: of the runs.
     """
 
     ladder: tuple[float, ...]
@@ -42,6 +46,7 @@ class Sensitivity:
     heads: int
     errors: list[tuple[int, int, Tensor]] = field(default_factory=list)
     seconds: list[tuple[Tensor, float]] = field(default_factory=list)
+    pairs: list[Tensor] = field(default_factory=list)
     grid: tuple[int, int, int] | None = None
     steps: int = 0
 
@@ -166,16 +171,16 @@ class _Recorder:
         assert task.density is not None and task.call.grid is not None
         found, project = self.found, host.projection_of(layer.module)
         gram = None if project is None else _gram(project.detach(), found.heads)
-        errors, times = [], torch.zeros(len(self.rules), len(found.ladder), dtype=torch.float64)
+        errors, (times, pairs) = [], torch.zeros(2, len(self.rules), len(found.ladder), dtype=torch.float64)
         for row, rule in enumerate(self.rules):
             for column, density in enumerate(found.ladder):
                 asked = replace(task, density=torch.full_like(task.density, density))
 
-                def answer(rule: Rule = rule, asked: Task = asked) -> Tensor:
-                    return sparse(layer, asked, rule, *tensors, scale, over, True)[0]
+                def answer(rule: Rule = rule, asked: Task = asked) -> tuple[Tensor, Tensor]:
+                    return sparse(layer, asked, rule, *tensors, scale, over, True)
 
-                out, seconds = _timed(answer, dense.device)
-                times[row, column] = seconds
+                (out, stats), times[row, column] = _timed(answer, dense.device)
+                pairs[row, column] = stats[STATS.index("density")]
                 if task.keys is not None and task.keys.shape[1] == out.shape[1]:  # what padding asks nobody reads
                     out = out.where(task.keys[..., None, None], dense)
                 errors.append(_error(out, dense, gram))
@@ -184,9 +189,10 @@ class _Recorder:
         shape = (len(self.rules), len(found.ladder), found.heads)
         found.errors.append((task.call.forward.step, layer.index, torch.stack(errors).view(shape)))
         found.seconds.append((times, dense_seconds))
+        found.pairs.append(pairs)
 
 
-def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+def _timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     wait = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
     wait()
     start = time.perf_counter()

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from draftdiff import DraftAttentionConfig, draft_attention
 from draftdiff.attention.rule import Rule
 from draftdiff.bench.parallel import Share
-from draftdiff.core.allocation import allocations
+from draftdiff.core.allocation import allocations, finer
 from draftdiff.core.draft import Tail, draft_map, pool
 from draftdiff.core.grid import LatentGrid
 from draftdiff.core.probe import errors, singles, worst
@@ -224,24 +224,29 @@ def tune() -> Any:
     ladder = torch.tensor(_LADDER, dtype=torch.float64)
     # Work as counted: a sparse call at a density, and what the draft takes beside it.
     cost = (ladder + 0.06)[None]
-    line = allocations(ladder, loss, cost, 1.0, (0.0,))
+    line = allocations(*finer(ladder, loss, cost), 1.0, (0.0,))
     alike = [(float(c), float(loss[0, rung].sum())) for rung, c in enumerate(cost[0])]
-    figure, (curve, *maps) = panels(1.5, 1, 1, 1, height=3.0)
+    figure, (curve, *maps, bars) = panels(1.3, 0.8, 0.8, 1.3, height=3.0)
     whole = float(loss[0, 0].sum())
     curve.plot([one.work for one in line], [one.loss / whole for one in line], color=BLUE, label="spread by need")
     curve.plot(*zip(*[(work, lost / whole) for work, lost in alike]), "o--", color=ORANGE, label="the same everywhere")
-    chosen = min(line, key=lambda one: abs(one.work - 0.26))
-    curve.plot(chosen.work, chosen.loss / whole, "o", color=BLUE, markersize=9, label="shown right")
-    curve.set(
-        yscale="log", xlim=(0, 0.85), xlabel="work: time of attention over dense", title="what no allocation beats"
-    )
+    curve.set(yscale="log", xlim=(0, 0.85), xlabel="work: time of attention over dense", title="local errors")
     curve.set_ylabel("squared error, of the most")
     curve.legend()
-    for axis, density, name in zip(maps, chosen.density, ("early steps", "middle", "late steps")):
-        image = picture(axis, density.numpy(), name, vmin=0, vmax=1)
+    told = json.loads((_RESULTS / "cpu-tuned.json").read_text(encoding="utf-8"))
+    tuned = np.array(told["settings"]["tuned, sparsity 0.75"]["sparsity"]["heads"])
+    for axis, density, name in zip(maps, (tuned[0], tuned[-1]), ("first steps", "last steps")):
+        image = picture(axis, density, name, vmin=0, vmax=1)
         axis.set(xlabel="head", yticks=range(len(density)), xticks=range(density.shape[1]))
     maps[0].set_ylabel("layer")
     figure.colorbar(image, ax=maps, label="density", shrink=0.85)
+    names = {"default": GRAY, "first steps denser": SKY, "tuned": BLUE}
+    for place, (row, colour) in enumerate(zip(told["summary"], names.values())):
+        bars.bar(place, row["psnr_mean"], 0.7, color=colour)
+        bars.text(place, row["psnr_mean"] + 0.1, f"{row['psnr_mean']:.1f}", ha="center", fontsize=8.5, color=SOFT)
+    bars.set_xticks(range(3), ("default", "first steps\ndenser", "tuned"))
+    bars.set(ylim=(36, 47), ylabel="PSNR (dB)", title="likeness, 8 prompts")
+    bars.grid(axis="x", visible=False)
     return figure
 
 

@@ -40,12 +40,21 @@ def test_every_rule_of_the_table_is_a_config(fields):
 
 
 def test_a_summary_is_over_the_prompts_of_a_setting():
-    common = {"vmaf": None, "lpips": 0.1, "ssim": 0.9, "density": 0.3, "seconds": [1.0], "dense_seconds": [2.0]}
+    common = {
+        "vmaf": None,
+        "lpips": 0.1,
+        "ssim": 0.9,
+        "density": 0.3,
+        "pairs": 0.4,
+        "seconds": [1.0],
+        "dense_seconds": [2.0],
+    }
     rows = [{"setting": "a", "psnr": p, "right": r, **common} for p, r in ((30.0, True), (36.0, False), (33.0, True))]
     (one,) = summary(rows)
     assert one["psnr"] == {"median": 33.0, "min": 30.0, "max": 36.0}
     assert one["psnr_mean"] == pytest.approx(33)
     assert one["right"] == pytest.approx(2 / 3)
+    assert one["pairs"] == pytest.approx(0.4)
     assert one["vmaf"] is None and one["speedup"]["median"] == 2
 
 

@@ -1,5 +1,6 @@
 """A profile meets its target on the prompts it was tuned with, with the least work that does, and says what it is."""
 
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 
@@ -67,7 +68,7 @@ def test_the_table_and_the_page_tell_every_check_and_where_it_computes(tuned):
     found = tuned[1]
     table, page = found.table(), tune_page.page(found)
     assert table.count("(the profile)") == 1 and "target 60 dB, on 1 prompts" in table
-    assert len(found.rows()) == len(found.results)
+    assert len(found.rows()) == len(found.results) and all(0 < row["pairs"] < 1 for row in found.rows())
     assert page.count("density by ") == 5 and "What an error counts" in page and "60 dB" in page
 
 
@@ -157,7 +158,28 @@ def test_bands_hold_every_layer_once(layers):
     assert [layer for band in bands for layer in band] == list(range(layers)) and len(bands) == min(
         tuning._BANDS, layers
     )
-    assert all(one.stop == after.start for one, after in pairwise(bands))
+    assert all(one.stop == after.start for one, after in pairwise(bands)) and len(bands[0]) == 1
+
+
+@pytest.mark.parametrize("sparsity", [0.5, (0.3, 0.6, 0.6)])
+def test_a_point_of_as_many_pairs_as_another_config_computes_as_many(sparsity):
+    pipeline = tiny_wan_pipeline()
+    other = replace(BASE, sparsity=sparsity, tokens=0, dense_steps=1)
+    tuned = tuning.of_as_many_pairs(pipeline, PROMPTS, other, call_kwargs=TINY_CALL, config=BASE)
+    with pytest.raises(UserError, match="draftdiff is not enabled"):
+        report(pipeline)
+    shares = []
+    for config in (other, tuned):
+        (of_run,) = run_setting(pipeline, config, PROMPTS[0], 0, TINY_CALL).reports
+        shares.append(float(of_run.density.mean()))
+    # One head in one step is a twelfth of all work, and the line's points are at most so far apart.
+    assert shares[1] == pytest.approx(shares[0], abs=1 / 12)
+
+
+def test_the_share_of_pairs_is_that_of_all_layers_and_steps():
+    plain = DraftAttentionConfig(0.75)
+    assert tuning._share_of_pairs(plain, 10, 6, 4) == pytest.approx((1 + 5 * 0.4) / 6)
+    assert tuning._share_of_pairs(replace(plain, dense_steps=0, dense_layers=0), 10, 6, 4) == pytest.approx(0.25)
 
 
 def test_no_prompts_are_refused():

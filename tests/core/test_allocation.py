@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from draftdiff.core.allocation import allocations
+from draftdiff.core.allocation import allocations, finer
 
 LADDER = torch.tensor([0.1, 0.3, 1.0], dtype=torch.float64)
 COST = torch.tensor([[0.2, 0.4, 1.1]], dtype=torch.float64)
@@ -48,3 +48,15 @@ def test_a_layer_is_left_to_dense_attention_where_that_takes_less_time():
     assert last.work == 1.0 and last.density.eq(1).all()
     cheaper = allocations(LADDER, loss, COST, 2.0, (0.0,))[-1]
     assert cheaper.work == pytest.approx(0.55) and cheaper.density.eq(1).all()
+
+
+def test_between_two_densities_time_and_the_length_of_an_error_run_straight_and_what_was_recorded_stays():
+    torch.manual_seed(2)
+    slope = torch.rand(1, 1, 2, 3, 4, dtype=torch.float64)
+    loss = (slope * (1 - LADDER)[:, None, None, None]).square()
+    ladder, lost, cost = finer(LADDER, loss, 2 * LADDER[None] + 0.1)
+    assert len(ladder) == lost.shape[1] == cost.shape[1] > len(LADDER) and (ladder.diff() > 0).all()
+    kept = (ladder[:, None] == LADDER).any(1)
+    assert kept.sum() == len(LADDER) and torch.equal(lost[:, kept], loss)
+    torch.testing.assert_close(lost, (slope * (1 - ladder)[:, None, None, None]).square())
+    torch.testing.assert_close(cost, 2 * ladder[None] + 0.1)

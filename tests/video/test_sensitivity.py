@@ -67,6 +67,15 @@ def test_every_second_forward_is_sampled_in_all_layers(recorded):
     assert sparse.shape == (2, 3) and (sparse > 0).all() and dense > 0
 
 
+def test_the_pairs_of_a_density_are_those_that_its_calls_computed(recorded):
+    pairs = torch.stack(recorded[2].pairs)
+    assert pairs.shape == (6, 2, 3)
+    # Of 12 tiles each, dealt out over 12 query tiles: a share is met but for one tile of all.
+    torch.testing.assert_close(pairs[:, 0], torch.tensor(LADDER).double().expand(6, 3), rtol=0, atol=1 / 144)
+    # Beside single tokens each query tile still reads its own, so that the least density is more than was asked for.
+    assert (pairs[:, 1, 0] > pairs[:, 0, 0]).all()
+
+
 def test_the_loss_is_the_error_after_the_output_projection():
     case = MODEL_CASES[0]
     model = case.build()
