@@ -7,21 +7,20 @@ work to dense attention, whose points are rendered until the cheapest that meets
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import fmean, geometric_mean
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from draftdiff.compare.metrics import Unavailable, lpips, psnr
+from draftdiff.compare.tune_line import Line, bands_of
 from draftdiff.compare.tuning import Check, Target, Tuning, log10
 from draftdiff.compare.video_run import Run, run_setting
-from draftdiff.core.allocation import Allocation, allocations, finer
-from draftdiff.core.budget import Budget
+from draftdiff.core.allocation import Allocation
 from draftdiff.errors import UserError
 from draftdiff.hosts.diffusers import heads_of
 from draftdiff.models.devices import versions
@@ -37,9 +36,7 @@ BASE = DraftAttentionConfig(selection="error", tokens=0.25)
 LADDER = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 _SINGLE = (0.0, 0.25, 0.5)  # shares of the base's budget that are spent on single tokens, each a choice
 _STRETCHES = 5  # of steps
-_BANDS = 6  # of layers whose weight is learnt together
 _LEARNT = 2  # prompts that weights are learnt from: what one run makes of an error is much by chance
-_PROBED = 2  # rung of the ladder at which weights are learnt
 _CHECKS = 6  # points that are rendered at most
 
 
@@ -160,7 +157,7 @@ def _renderer(
 ) -> Iterator[_Renderer]:
     """more: runs beyond those that record and learn, at most."""
     assert base.made_for is not None
-    runs = 2 * len(prompts) + len(prompts[:_LEARNT]) * (_STRETCHES + len(_bands(base.made_for.layers)))
+    runs = 2 * len(prompts) + len(prompts[:_LEARNT]) * (_STRETCHES + len(bands_of(base.made_for.layers)))
     with tqdm(total=runs + more, desc="tune", unit="run", disable=not progress) as bar, inputs_refused(pipeline):
         yield _Renderer(pipeline, seed, call, bar)
 
@@ -178,26 +175,19 @@ def _recorded(renderer: _Renderer, base: DraftAttentionConfig, prompts: list[str
 
 def _learnt(
     renderer: _Renderer, base: DraftAttentionConfig, prompts: list[str], found: Sensitivity, dense: list[Run]
-) -> tuple[_Line, list[tuple[float, list[Run]]]]:
-    """The line, and the renders that its weights were learnt from, as `_Line.learn` tells."""
-    line = _Line(found, base, min(_STRETCHES, found.steps))
+) -> tuple[Line, list[tuple[float, list[Run]]]]:
+    """The line, and the renders that its weights were learnt from, as `Line.learn` tells."""
+    line = Line(found, base, min(_STRETCHES, found.steps))
     renderer.bar.set_postfix_str("weights")
-    learnt = prompts[:_LEARNT]
-    return line, line.learn(lambda config: [renderer(config, prompt) for prompt in learnt], dense, _bands(found.layers))
+
+    def rendered(config: DraftAttentionConfig) -> list[Run]:
+        return [renderer(config, prompt) for prompt in prompts[:_LEARNT]]
+
+    return line, line.learn(rendered, dense, bands_of(found.layers))
 
 
 def _may_be_single(config: DraftAttentionConfig, share: float) -> bool:
     return share == 0 or config.selection in ("draft", "error")
-
-
-def _bands(layers: int) -> list[range]:
-    """Layers in at most so many neighbouring groups. The first is by itself: all others read what it gets wrong, and a
-    small error there counts many times one of the second."""
-    count = min(_BANDS, layers) - 1
-    return [
-        range(1),
-        *(range(1 + (layers - 1) * i // count, 1 + (layers - 1) * (i + 1) // count) for i in range(count)),
-    ]
 
 
 def _needs_lpips(run: Run) -> None:
@@ -222,75 +212,8 @@ class _Renderer:
         return run
 
 
-class _Line:
-    """Allocations from the least work to dense attention, each the best of its work by what was recorded and learnt.
-
-    of_steps, of_layers: what a squared error there counts, float64 [stretches] and [layers].
-    """
-
-    def __init__(self, found: Sensitivity, base: DraftAttentionConfig, stretches: int) -> None:
-        self.found, self.base = found, base
-        self.loss = found.loss(stretches)
-        self.costs, self.dense = found.costs()
-        self.ladder = torch.tensor(found.ladder, dtype=torch.float64)
-        self.of_steps = torch.ones(stretches, dtype=torch.float64)
-        self.of_layers = torch.ones(found.layers, dtype=torch.float64)
-
-    def config(self, density: Tensor, single: float) -> DraftAttentionConfig:
-        """The base at these densities, float64 [stretches, layers, heads]; layers of 1 throughout are exact."""
-        faster = self.dense <= self.costs[:, -1].min()
-        return replace(
-            self.base,
-            sparsity=Budget(0.0, heads=tuple(tuple(map(tuple, rows)) for rows in density.tolist())),
-            tokens=single,
-            dense_steps=0,
-            dense_end=0,
-            dense_layers=0,
-            dense_above=1.0 if faster else None,
-        )
-
-    def learn(
-        self, render: Callable[[DraftAttentionConfig], list[Run]], dense: list[Run], bands: list[range]
-    ) -> list[tuple[float, list[Run]]]:
-        """Weights of steps and layers, from renders in which a stretch of steps or a band of layers is sparse alone.
-
-        render: of the first prompts.  dense: runs of all.  Returns those renders, each with its squared distance from
-        the dense ones, the geometric mean of the prompts, which is what a loss now counts in.
-        """
-        seen = []
-        local = self.loss[-1, _PROBED]  # [stretches, layers, heads]
-        for place in range(len(self.of_steps)):
-            density = torch.ones_like(local)
-            density[place] = self.ladder[_PROBED]
-            seen.append(self._probe(render, density, dense))
-            self.of_steps[place] = seen[-1][0] / local[place].sum().clamp(min=1e-30)
-        weighed = (local * self.of_steps[:, None, None]).sum((0, 2))
-        for band in bands:
-            density = torch.ones_like(local)
-            density[:, list(band)] = self.ladder[_PROBED]
-            seen.append(self._probe(render, density, dense))
-            self.of_layers[list(band)] = seen[-1][0] / weighed[list(band)].sum().clamp(min=1e-30)
-        return seen
-
-    def _probe(
-        self, render: Callable[[DraftAttentionConfig], list[Run]], density: Tensor, dense: list[Run]
-    ) -> tuple[float, list[Run]]:
-        runs = render(replace(self.config(density, self.found.tokens[-1]), dense_above=1.0))
-        return geometric_mean([_squared_distance(*pair) for pair in zip(runs, dense)]), runs
-
-    def points(self) -> list[Allocation]:
-        """From the least work up; the last is dense where nothing else is exact."""
-        loss = self.loss * self.of_steps[:, None, None] * self.of_layers[:, None]
-        return allocations(*finer(self.ladder, loss, self.costs), self.dense, self.found.tokens)
-
-
-def _squared_distance(run: Run, dense: Run) -> float:
-    """Of what is seen: much that late steps change in the latents is not."""
-    return 10 ** (-psnr(run.frames, dense.frames) / 10)
-
-
 def _walk(
-    line: _Line,
+    line: Line,
     goal: Target,
     first: list[tuple[float, float]],
     render: _Renderer,

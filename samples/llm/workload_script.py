@@ -36,6 +36,6 @@ def save(figure: Any, file: Path) -> None:
     (axes,) = figure.axes
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
     with replacing(file) as partial:
         FigureCanvasAgg(figure).print_figure(partial, dpi=130)

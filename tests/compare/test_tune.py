@@ -9,7 +9,7 @@ import torch
 
 from draftdiff import DraftAttentionConfig, report
 from draftdiff.compare import tune as tuning
-from draftdiff.compare import tune_page
+from draftdiff.compare import tune_line, tune_page
 from draftdiff.compare.metrics import psnr
 from draftdiff.compare.tune import Check, Target, search
 from draftdiff.compare.video_run import run_setting
@@ -154,10 +154,9 @@ def test_a_target_that_cannot_be_read_is_named(text):
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 7, 40])
 def test_bands_hold_every_layer_once(layers):
-    bands = tuning._bands(layers)
-    assert [layer for band in bands for layer in band] == list(range(layers)) and len(bands) == min(
-        tuning._BANDS, layers
-    )
+    bands = tune_line.bands_of(layers)
+    assert [layer for band in bands for layer in band] == list(range(layers))
+    assert len(bands) == min(tune_line._BANDS, layers)
     assert all(one.stop == after.start for one, after in pairwise(bands)) and len(bands[0]) == 1
 
 
