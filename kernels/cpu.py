@@ -82,13 +82,17 @@ def _whole(path: Path) -> bytes | None:
     return content if hashlib.sha256(content[:-32]).digest() == content[-32:] else None
 
 
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+
+
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
-    """Changes with the source, the flags, the compiler and the processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    """Changes with the source and how it is built, the flags, the compiler and the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith("flags")), platform.machine() + platform.processor())
-    parts = [*(file.read_bytes() for file in (*SOURCES, HEADER)), " ".join(flags).encode(), version, processor.encode()]
+    files = (file.read_bytes() for file in (*SOURCES, HEADER, Path(__file__)))
+    parts = [*files, " ".join(flags).encode(), _version(compiler), processor.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -100,8 +104,9 @@ def _compile(compiler: str, flags: tuple[str, ...]) -> bytes:
         built = Path(folder, "cpu.so")
         commands = [[compiler, *flags, "-c", str(source), "-o", str(product)] for source, product in products.items()]
         # Linked without an OpenMP of its own: the symbols are found in the one that torch has loaded, so that two
-        # thread pools do not fight for the cores.
-        for command in (*commands, [compiler, "-shared", *map(str, products.values()), "-o", str(built)]):
+        # thread pools do not fight for the cores. What clang compiles calls LLVM's, and torch has GNU's.
+        openmp = ["-fopenmp"] if b"clang" in _version(compiler) else []
+        for command in (*commands, [compiler, "-shared", *openmp, *map(str, products.values()), "-o", str(built)]):
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())

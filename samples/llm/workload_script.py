@@ -36,6 +36,7 @@ def save(figure: Any, file: Path) -> None:
     (axes,) = figure.axes
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    count = len(axes.get_legend_handles_labels()[0])
+    figure.legend(loc="outside upper center", ncols=count if count <= 4 else 3, frameon=False)
     with replacing(file) as partial:
         FigureCanvasAgg(figure).print_figure(partial, dpi=130)

@@ -43,6 +43,14 @@ def test_without_a_compiler_the_torch_backend_serves_and_one_warning_says_why(fr
         resolve("cpu", *HERE)
 
 
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not there")
+def test_clang_builds_it_too(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "clang++")
+    assert block_sparse.unavailable("cpu", *HERE) is None
+    problem = make(KERNEL_CASES[3], 64, torch.float32, True)
+    assert_attends(*block_sparse_attention_lse(problem, backend="cpu"), problem)
+
+
 def test_a_compiler_that_fails_is_named_and_leaves_nothing_behind(fresh, monkeypatch):
     monkeypatch.setenv("CXX", shutil.which("false"))
     reason = block_sparse.unavailable("cpu", *HERE)
