@@ -1,6 +1,6 @@
 """What glancing adds to a Falcon layer (arXiv 2412.12639): the same layer trained with it and without, for equal steps.
 
-Both begin with the same weights and see the same rows in the same order; the plain one leaves out the first guess and
+All begin with the same weights and see the same rows in the same order; the one without leaves out the first guess and
 what is replaced after it, so its steps are cheaper. Judged by tokens per forward of the target, text by text, after
 heads of functions that none has seen. A killed run carries on where it stopped; on one core it takes about an hour:
 
@@ -31,7 +31,7 @@ from draftdiff.pipelines.mini.llm import load_mini_llm
 
 def arguments() -> Parser:
     parser = Parser(prog="glancing", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--arms", choices=GLANCING, nargs="+", default=["none", "code"], help="(default: none code)")
+    parser.add_argument("--arms", choices=GLANCING, nargs="+", default=["none", "code", "paper"], help="(default: all, none first)")
     parser.add_argument("--k", type=whole(1), default=2, help="tokens of a pass (default 2)")
     parser.add_argument("--steps", type=whole(1), default=350, help="of each arm (default 350)")
     parser.add_argument("--batch", type=whole(1), default=16, help="rows of a step (default 16)")
