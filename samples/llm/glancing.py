@@ -31,7 +31,9 @@ from draftdiff.pipelines.mini.llm import load_mini_llm
 
 def arguments() -> Parser:
     parser = Parser(prog="glancing", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--arms", choices=GLANCING, nargs="+", default=["none", "code", "paper"], help="(default: all, none first)")
+    parser.add_argument(
+        "--arms", choices=GLANCING, nargs="+", default=["none", "code", "paper"], help="(default: all, none first)"
+    )
     parser.add_argument("--k", type=whole(1), default=2, help="tokens of a pass (default 2)")
     parser.add_argument("--steps", type=whole(1), default=350, help="of each arm (default 350)")
     parser.add_argument("--batch", type=whole(1), default=16, help="rows of a step (default 16)")

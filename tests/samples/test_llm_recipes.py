@@ -146,6 +146,16 @@ def test_heads_are_trained_carried_on_and_loaded_with_a_tree(heads_script, tmp_p
     assert len(drafter.tree.paths) == 5
 
 
+def test_glancing_is_judged_text_by_text_beside_the_same_layer_without(heads_script, script, tmp_path, capsys):
+    few = ["--steps", "2", "--batch", "2", "--prompts", "3", "--new-tokens", "8", "--judged", "2"]
+    script("glancing").main([*few, "--work", str(tmp_path / "work"), "--json", str(tmp_path / "glancing.json")])
+    made = json.loads((tmp_path / "glancing.json").read_text())
+    assert [row["glancing"] for row in made["rows"]] == ["none", "code", "paper"]
+    assert all(len(row["texts"]) == 2 and min(row["texts"]) >= 1 for row in made["rows"])
+    assert made["rows"][0]["over_none"]["mean"] == 0 and made["settings"]["steps"] == 2
+    assert capsys.readouterr().out.count("tokens per forward") == 3
+
+
 def test_mistakes_in_training_heads_are_one_line(heads_script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, message in (
