@@ -20,7 +20,6 @@ from draftdiff.bench.runner import Routine, check_names
 from draftdiff.compare.table import Column, mean_of_known, spread, text_table, with_spread
 from draftdiff.compare.video import DENSE, Clip
 from draftdiff.compare.video_run import first_look, run_setting
-from draftdiff.core.budget import Budget
 from draftdiff.errors import UserError, user_errors
 from draftdiff.models.video import Judge, Model, call_arguments, load, world_judge
 from draftdiff.video.config import DraftAttentionConfig
@@ -58,7 +57,8 @@ class Schedule:
         density /= fmean(over)
         if not 0 < density <= 1 or density * max(over) > 1 + 1e-9:
             return None
-        return DraftAttentionConfig(**{**fields, **ends, "sparsity": Budget(1 - density, steps=self.weights)})
+        sparsity: Any = tuple(max(0.0, 1 - density * weight) for weight in self.weights) or 1 - density
+        return DraftAttentionConfig(**{**fields, **ends, "sparsity": sparsity})
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -187,13 +187,15 @@ class Schedules(Quality):
     file = "{device}-schedules"
 
     def named_settings(self) -> dict[str, DraftAttentionConfig]:
+        names = self.options.schedules or list(SCHEDULES)
+        check_names("--schedules", names, SCHEDULES)
         found: dict[str, DraftAttentionConfig | None] = {}
         for sparsity in self.options.sparsity:
             at = f"sparsity {sparsity:g}"
             found[f"default, {at}"] = plain = DraftAttentionConfig(sparsity, **self.common)
             work = self.steps - sparsity * len(plain.sparse_steps(self.steps))
-            for name, schedule in SCHEDULES.items():
-                found[f"{name}, {at}"] = schedule.config(work, self.steps, self.common)
+            for name in names:
+                found[f"{name}, {at}"] = SCHEDULES[name].config(work, self.steps, self.common)
         return {name: config for name, config in found.items() if config is not None}
 
 

@@ -97,6 +97,7 @@ def _rules(parser: Parser) -> None:
 
 
 def _schedules(parser: Parser) -> None:
+    parser.add_argument("--schedules", nargs="+", metavar="NAME", help="default: all; another name lists them")
     _quality(parser, "quality.Schedules")
 
 

@@ -39,6 +39,19 @@ def test_every_rule_of_the_table_is_a_config(fields):
     assert DraftAttentionConfig(0.75, **fields)
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "sparsity"),
+    [("first steps denser", 9, (0.4, 0.7, 0.7)), ("falling", 10, (0.2, 0.6, 0.7, 0.75, 0.75))],
+)
+def test_a_schedule_is_what_a_user_writes_for_it(name, steps, sparsity):
+    wanted = DraftAttentionConfig(sparsity, dense_steps=0)
+    made = SCHEDULES[name].config(work(wanted, steps), steps, {})
+    assert made is not None
+    assert made.rule.single == pytest.approx(wanted.rule.single)  # which hangs on the mean, not on the weights
+    assert made.budget.sparsity == pytest.approx(wanted.budget.sparsity)
+    assert made.budget.steps == pytest.approx(wanted.budget.steps)
+
+
 def test_a_summary_is_over_the_prompts_of_a_setting():
     common = {
         "vmaf": None,
