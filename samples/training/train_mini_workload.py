@@ -6,8 +6,8 @@ copy, the target as the draft with more layers, which do nothing at first. Every
 saves a checkpoint once a minute and when interrupted, and resumes from it:
 
     python samples/training/train_mini_workload.py tokenizer --workload travel
-    python samples/training/train_mini_workload.py draft --workload travel --minutes 40
-    python samples/training/train_mini_workload.py target --workload travel --minutes 20
+    python samples/training/train_mini_workload.py draft --workload travel --minutes 50
+    python samples/training/train_mini_workload.py target --workload travel --minutes 15
     python samples/training/train_mini_workload.py export --workload travel
 """
 
