@@ -199,15 +199,20 @@ STAGES = (
 )
 
 
+WHERE_LOADED = ("_name_or_path", "is_local", "local_files_only")  # what the hosts' files tell of this machine
+
+
 def export(pipe: WanPipeline, folder: Path, training: dict[str, object]) -> None:
     """Save the pipeline in half precision with its settings, whole or not at all."""
     half = copy.deepcopy(pipe).to(torch.float16)
     with replacing_folder(folder) as partial:
         half.save_pretrained(partial, safe_serialization=True)
-        # The class's older name, which every supported transformers version knows.
-        for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
-            text = (partial / name).read_text(encoding="utf-8")
-            (partial / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+        for file in (partial / "model_index.json", *partial.glob("*/*config.json")):
+            told = json.loads(file.read_text(encoding="utf-8"))
+            kept = {name: value for name, value in told.items() if name not in WHERE_LOADED}
+            # The class's older name, which every supported transformers version knows.
+            text = json.dumps(kept, indent=2).replace("TokenizersBackend", "PreTrainedTokenizerFast")
+            file.write_text(f"{text}\n", encoding="utf-8")
         settings = {
             "about": "A mini video model for draftdiff. `generate` holds the arguments to call the pipeline with.",
             "generate": {

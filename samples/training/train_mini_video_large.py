@@ -1,13 +1,14 @@
-"""Fine-tune the mini video pipeline to pictures of 256 x 256: 8,192 tokens, four times as many as it was trained on.
+"""Train the mini video pipeline on, on a GPU: clearer shapes, and pictures of 256 x 256, which are 8,192 tokens.
 
-Both phases start from the weights that ship with draftdiff and take minutes on a GPU, and hours on a CPU:
+Both phases start from the weights that ship with draftdiff, which `train_mini_video.py` made on two CPU cores, and may
+run beside each other; each takes minutes on a GPU, and hours on a CPU:
 
-    python samples/training/train_mini_video_large.py decoder --minutes 1 --device cuda
-    python samples/training/train_mini_video_large.py dit --minutes 3 --device cuda
+    python samples/training/train_mini_video_large.py decoder --minutes 4 --device cuda --workers 4
+    python samples/training/train_mini_video_large.py dit --minutes 5 --device cuda --workers 8
     python samples/training/train_mini_video_large.py export
 
-`decoder` sharpens what the VAE decodes and leaves its latents as they are; `dit` trains the transformer on them. The
-text encoder stays as it is. `export` writes .train/video_large, which `load_mini_video(folder=...)` reads.
+`decoder` sharpens what the VAE decodes and leaves its latents as they are; `dit` trains the transformer and the text
+encoder on them. `export` puts what they have made in the place of the weights that ship.
 """
 
 from __future__ import annotations
@@ -20,22 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import Optimizer, Phase, parser, spent, write_settings
-from mini_video_parts import STEPS
+from loop import Optimizer, Phase, existing, parser, spent
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm import tqdm
 from train_mini_video import LATENT_NOISE, draw_sigmas, encode_captions, to_model_range
+from train_mini_video import export as save
 
 from draftdiff.cli import run
-from draftdiff.files import replacing_folder
 from draftdiff.pipelines.mini import world as mini_world
-from draftdiff.pipelines.mini.video import load_mini_video, mini_video_defaults
+from draftdiff.pipelines.mini.video import WEIGHTS, load_mini_video, mini_video_defaults
 
 SHIFT = 8.0  # of the timesteps: the same clip in more tokens is readable through more noise
-# Latent grids: how often, and in what batch. The smaller ones keep what the model knows, at a fraction of the time.
-GRIDS = {(8, 32, 32): (0.62, 4), (8, 16, 16): (0.14, 12), (3, 32, 32): (0.24, 10)}
-CROPS = ((13, 96, 3), (9, 128, 3), (5, 160, 4))  # frames, side, batch
+# Latent grids: how often, and in what batch. The smaller ones keep what the model knows of other sizes.
+GRIDS = {(8, 32, 32): (0.45, 4), (8, 16, 16): (0.4, 16), (3, 16, 16): (0.07, 32), (5, 8, 8): (0.08, 64)}
+CLIPS, AT_ONCE = 2400, 8  # of each grid that are rendered, and how many in a call of the encoder
+CROPS = ((13, 96, 12), (9, 128, 8), (5, 160, 8))  # frames, side, batch
 
 
 class Clips(IterableDataset):
@@ -114,8 +114,8 @@ class DecoderPhase(Phase):
 
 
 class LatentPool:
-    """Rendered and encoded clips of one size on the device. It grows while it is used: encoding costs about as much as
-    a step. Captions are not kept: each use of a clip gets a new wording."""
+    """Rendered and encoded clips of one size on the device. It grows until it holds `CLIPS`, a few each step: encoding
+    them costs about as much. Captions are not kept: each use of a clip gets a new wording."""
 
     def __init__(self, pipe: Any, grid: tuple[int, int, int], seed: int, workers: int) -> None:
         self.vae, self.rng = pipe.vae, random.Random(seed)
@@ -128,13 +128,20 @@ class LatentPool:
         self.scenes: list[mini_world.Scene] = []
 
     @torch.no_grad()
-    def grow(self, count: int) -> None:
-        drawn = [next(self.clips) for _ in range(count)]
+    def grow(self) -> None:
+        """By `AT_ONCE` clips."""
+        drawn = [next(self.clips) for _ in range(AT_ONCE)]
         with torch.autocast(self.vae.device.type, torch.bfloat16):
             video = torch.stack([clip for clip, _ in drawn]).to(self.vae.device)
             mean = self.vae.encode(video).latent_dist.mean.float()
         self.latents += list((mean - self.mean) / self.std)
         self.scenes += [scene for _, scene in drawn]
+        if self.full:
+            del self.clips  # and the processes that render
+
+    @property
+    def full(self) -> bool:
+        return len(self.scenes) >= CLIPS
 
     def draw(self, count: int) -> tuple[Tensor, list[str]]:
         chosen = self.rng.sample(range(len(self.scenes)), count)
@@ -145,7 +152,7 @@ class LatentPool:
 
 
 class DitPhase(Phase):
-    """The transformer, from the weights that ship, on latents of the VAE's own."""
+    """The transformer and the text encoder, from the weights that ship, on latents of the VAE's own."""
 
     warm_up = 30
 
@@ -153,55 +160,57 @@ class DitPhase(Phase):
         self.pipe = load_mini_video().to(device)
         self.device, self.workers = device, workers
         self.pipe.vae.requires_grad_(False)
-        self.pipe.text_encoder.requires_grad_(False)
-        model = self.pipe.transformer
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        self.transformer, self.text_encoder = self.pipe.transformer, self.pipe.text_encoder
+        matrices = [p for p in self.transformer.blocks.parameters() if p.ndim == 2]
+        model = torch.nn.ModuleList([self.transformer, self.text_encoder])
         super().__init__(work / "large-dit.pt", model, Optimizer(model.parameters(), 8e-4, matrices), average=True)
         self.rng = random.Random(self.step)
         self.pools: dict[tuple[int, int, int], LatentPool] = {}
-        self.losses: dict[tuple[int, int, int], float] = {}
+        self.losses: dict[tuple[int, int, int], Tensor] = {}
+        self.shown = ""
 
     def rate(self, part: float) -> float:
         return min(1.0, 0.01 + 0.99 * (1 - part) / 0.85)
 
-    def decay(self) -> float:
-        return min(0.99, (2 + self.step) / (11 + self.step))
+    def pool(self, grid: tuple[int, int, int]) -> LatentPool:
+        """The clips of a grid, at least as many as two batches."""
+        if grid not in self.pools:
+            self.pools[grid] = LatentPool(self.pipe, grid, math.prod(grid) + self.step, self.workers)
+        pool = self.pools[grid]
+        while not pool.full and len(pool.scenes) < 2 * GRIDS[grid][1]:
+            pool.grow()
+        return pool
 
     def train_step(self, part: float) -> str:
         grid = self.rng.choices(list(GRIDS), [weight for weight, _ in GRIDS.values()])[0]
         batch = GRIDS[grid][1]
-        if grid not in self.pools:
-            self.pools[grid] = LatentPool(self.pipe, grid, math.prod(grid) + self.step, self.workers)
-            for _ in tqdm(range(24), desc=f"rendering {grid}", mininterval=10):
-                self.pools[grid].grow(4)
-        pool = self.pools[grid]
-        if len(pool.scenes) < 3000:
-            pool.grow(1)
+        pool = self.pool(grid)
+        if not pool.full:
+            pool.grow()
         clean, captions = pool.draw(batch)
         sigma = draw_sigmas(batch, math.prod(grid), SHIFT).to(self.device)
         noise = torch.randn_like(clean)
         mix = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast(self.device.type, torch.bfloat16):
-            text = encode_captions(self.pipe.text_encoder, self.pipe.tokenizer, captions)
-            velocity = self.model((1 - mix) * clean + mix * noise, 1000 * sigma, text, return_dict=False)[0]
+            text = encode_captions(self.text_encoder, self.pipe.tokenizer, captions)
+            velocity = self.transformer((1 - mix) * clean + mix * noise, 1000 * sigma, text, return_dict=False)[0]
         loss = (velocity.float() - (noise - clean)).square().mean()
         self.descend(loss)
-        self.losses[grid] = 0.97 * self.losses.get(grid, loss.item()) + 0.03 * loss.item()
-        return "loss " + " ".join(f"{'x'.join(map(str, g))}={value:.3f}" for g, value in self.losses.items())
+        self.losses[grid] = self.losses.get(grid, loss.detach()).lerp(loss.detach(), 0.03)
+        if self.step % 20 == 0:  # reading a number waits for the GPU
+            self.shown = " ".join(f"{'x'.join(map(str, g))}={value:.3f}" for g, value in self.losses.items())
+        return f"loss {self.shown}"
 
 
-def export(work: Path, folder: Path) -> None:
-    """Save what the phases have made as a pipeline, in half precision with its settings, whole or not at all."""
+def export(work: Path) -> None:
+    """Put what the phases have made in the place of the weights that ship, in half precision, whole or not at all."""
     pipe = load_mini_video()
-    pipe.transformer.load_state_dict(torch.load(work / "large-dit.pt", map_location="cpu")["average"])
+    trained = torch.load(existing(work / "large-dit.pt", "dit"), map_location="cpu")["average"]
+    torch.nn.ModuleList([pipe.transformer, pipe.text_encoder]).load_state_dict(trained)
     if (work / "large-vae.pt").exists():
         pipe.vae.load_state_dict(torch.load(work / "large-vae.pt", map_location="cpu"))
-    pipe.scheduler.register_to_config(shift=SHIFT)
-    settings = mini_video_defaults()
-    settings["generate"] |= {"height": 256, "width": 256, "num_inference_steps": STEPS // 2}
-    with replacing_folder(folder) as partial:
-        pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
-        write_settings(partial, settings | {"training": spent(work / "large-dit.pt")})
+    training = {**mini_video_defaults()["training"], "on a GPU": spent(work / "large-dit.pt")}
+    save(pipe, WEIGHTS, training)
 
 
 def main() -> None:
@@ -212,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     work, device = arguments.work, torch.device(arguments.device)
     if arguments.phase == "export":
-        export(work, work / "video_large")
+        export(work)
         return
     phase: DecoderPhase | DitPhase
     if arguments.phase == "decoder":
