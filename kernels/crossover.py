@@ -10,9 +10,8 @@ import math
 _DENSE_WINS_ABOVE = {
     # Measured: 0.45 to 0.59 at head_dim 128. A little more, to err towards what was asked for.
     ("torch", "cpu"): 0.6,
-    # Measured on an H100 at 75,600 tokens, everything counted, against cuDNN: 0.64 with tiles padded at the far ends, a
-    # quarter more pairs than now (docs/gpu.md); 0.8 would follow from the count. Between the two.
-    ("triton", "cuda"): 0.7,
+    # Measured on an H100 at 75,600 tokens, everything counted, against cuDNN (docs/gpu.md): 0.08 + 1.2 * density.
+    ("triton", "cuda"): 0.75,
     # Estimate: as above with copies into tile order (fixed 0.1), and half of cuDNN's rate: FlexAttention publishes nine
     # tenths of FlashAttention-2's, which is a little more than half of cuDNN's.
     ("flex", "cuda"): 0.45,

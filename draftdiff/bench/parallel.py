@@ -17,7 +17,7 @@ from draftdiff.compare.table import Column, megabytes, text_table
 from draftdiff.errors import UserError
 
 # Of one H100: kept pairs and draft as measured (docs/gpu.md), links as NVIDIA states them, one way.
-FLOPS, DENSE_FLOPS, DRAFT_SHARE = 424e12, 575e12, 0.055
+FLOPS, DENSE_FLOPS, DRAFT_SHARE = 433e12, 589e12, 0.047
 MEMORY = 3.35e12  # bytes per second, as NVIDIA states it
 NODE, INSIDE, ACROSS = 8, 450e9, 50e9  # GPUs of a node, bytes per second between two of one, and of two nodes
 _TILE = 128
