@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftdiff.bench.kernel_bars import bars
-from draftdiff.bench.peers import DENSE, SPARSE, Absent, Inputs, Prepare, dense_rows
+from draftdiff.bench.peers import CHOOSING, DENSE, SPARSE, Absent, Inputs, Prepare, dense_rows
 from draftdiff.bench.runner import Routine, check_names, in_turns, ratios, timed, warmed
 from draftdiff.compare.table import Column, spread, text_table, with_spread
 from draftdiff.core.devices import dtype_named
@@ -51,7 +51,7 @@ CASES = {
     },
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-EIGHT_BITS = {"sageattention": 1e-1}  # what it may be off
+EIGHT_BITS = {"sageattention": 1e-1, "comfy-kitchen sol_attn": 1e-1}  # what they may be off
 NOT_TIMED = {"reference": "materialises every score", "flex": "timed as FlexAttention, compiled"}
 BLOCK_SIZE = 128
 TOKENS = 0.25  # of the budget, where single tokens are read
@@ -165,7 +165,8 @@ def error_on_rows(out: Tensor, inputs: Inputs, tail: Tail | None, dense: bool) -
 @dataclass(frozen=True)
 class Candidate:
     """What is timed. tail: the one it adds.  dense: whether it reads everything.  ours: its failure is a bug.
-    tokens: whether it reads single ones."""
+    tokens: whether it reads single ones.  whole: itself with everything kept, which is checked instead of it, since
+    nobody tells what it chooses."""
 
     name: str
     prepare: Prepare
@@ -173,6 +174,7 @@ class Candidate:
     dense: bool = False
     ours: bool = False
     tokens: bool = False
+    whole: Prepare | None = None
 
 
 def candidates(tail: Tail) -> list[Candidate]:
@@ -182,6 +184,7 @@ def candidates(tail: Tail) -> list[Candidate]:
         *(Candidate(f"{name} + tail", ours(name, tail), tail, ours=True) for name in BACKENDS),
         *(Candidate(f"{name} + tail + tokens", ours(name, tail), tail, ours=True, tokens=True) for name in BACKENDS),
         *(Candidate(name, prepare) for name, prepare in SPARSE.items()),
+        *(Candidate(name, prepare, whole=whole) for name, (prepare, whole) in CHOOSING.items()),
     ]
 
 
@@ -279,8 +282,11 @@ class Kernels(Routine):
 
         def make() -> Callable[[], float]:
             try:
-                run, restore = candidate.prepare(inputs)
-                row.max_error = error_on_rows(restore(run()), inputs, candidate.tail, candidate.dense)
+                run, restore = (candidate.whole or candidate.prepare)(inputs)
+                dense = candidate.dense or candidate.whole is not None
+                row.max_error = error_on_rows(restore(run()), inputs, candidate.tail, dense)
+                if candidate.whole is not None:
+                    run, _ = candidate.prepare(inputs)
             except (RuntimeError, ValueError, TypeError) as failure:  # theirs may fail on a GPU or size of its own
                 if candidate.ours:
                     raise

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from draftdiff.bench.runner import Absent
 from draftdiff.core.draft import Tail
-from draftdiff.core.grid import Tiling
+from draftdiff.core.grid import Tiling, choose_tile, tiling_for
 from draftdiff.core.select import tile_lists
 from draftdiff.kernels.problem import Problem
 from draftdiff.kernels.torch_backend import from_tiles, to_tiles
@@ -74,15 +74,15 @@ def _needs_gpu(inputs: Inputs) -> None:
         raise Absent("runs on a GPU only")
 
 
-def _in_tile_order(inputs: Inputs) -> list[Tensor]:
-    """q, k, v as [1, heads, tiles * block, head_dim], zeros where a tile has no token."""
-    slots = inputs.tiling.slots
+def _in_tile_order(inputs: Inputs, tiling: Tiling | None = None) -> list[Tensor]:
+    """q, k, v as [1, heads, tiles * block, head_dim], zeros where a tile has no token. tiling: not theirs."""
+    slots = (tiling or inputs.tiling).slots
     return [to_tiles(x, slots, (slots < 0)[None]).flatten(2, 3) for x in (inputs.q, inputs.k, inputs.v)]
 
 
-def _from_tile_order(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    shape = (inputs.tiling.tiles, inputs.tiling.block_size)
-    return lambda out: from_tiles(out.unflatten(2, shape), inputs.tiling)
+def _from_tile_order(tiling: Tiling) -> Callable[[Tensor], Tensor]:
+    shape = (tiling.tiles, tiling.block_size)
+    return lambda out: from_tiles(out.unflatten(2, shape), tiling)
 
 
 def sdpa(backend: str) -> Prepare:
@@ -105,6 +105,19 @@ def sdpa(backend: str) -> Prepare:
     return prepare
 
 
+def flash3_dense(inputs: Inputs) -> Prepared:
+    """flash-attn-3, dense."""
+    _needs_gpu(inputs)
+    flash = _package("flash_attn_interface", "flash-attn-3")
+    q, k, v = inputs.q, inputs.k, inputs.v
+
+    def run() -> Tensor:
+        out = flash.flash_attn_func(q, k, v, softmax_scale=inputs.scale)
+        return out[0] if isinstance(out, tuple) else out  # older ones return the log-sum-exp too
+
+    return run, lambda out: out
+
+
 def flash4_dense(inputs: Inputs) -> Prepared:
     """flash-attn-4, dense."""
     _needs_gpu(inputs)
@@ -117,7 +130,7 @@ def sage(inputs: Inputs) -> Prepared:
     """sageattention: dense, in 8 bits."""
     _needs_gpu(inputs)
     package = _package("sageattention", "sageattention")
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v = inputs.q, inputs.k.clone(), inputs.v  # version 1 takes the mean off the caller's keys
     return lambda: package.sageattn(q, k, v, tensor_layout="NHD", sm_scale=inputs.scale), lambda out: out
 
 
@@ -146,7 +159,7 @@ def flex(inputs: Inputs) -> Prepared:
         seq_lengths=(q.shape[2], k.shape[2]),
     )
     attention = _compiled_flex()
-    return lambda: attention(q, k, v, block_mask=block_mask, scale=inputs.scale), _from_tile_order(inputs)
+    return lambda: attention(q, k, v, block_mask=block_mask, scale=inputs.scale), _from_tile_order(inputs.tiling)
 
 
 def flashinfer(inputs: Inputs) -> Prepared:
@@ -184,7 +197,7 @@ def vsa(inputs: Inputs) -> Prepared:
     keep = inputs.keep.repeat_interleave(parts, 2).repeat_interleave(parts, 3) & (sizes > 0)
     counts, indices = tile_lists(keep)
     forward = kernel.triton_block_sparse_attn_forward
-    return lambda: forward(q, k, v, indices, counts, sizes)[0], _from_tile_order(inputs)
+    return lambda: forward(q, k, v, indices, counts, sizes)[0], _from_tile_order(inputs.tiling)
 
 
 def flash4_sparse(inputs: Inputs) -> Prepared:
@@ -203,7 +216,7 @@ def flash4_sparse(inputs: Inputs) -> Prepared:
         full_block_idx=indices,
         block_size=(inputs.tiling.block_size, inputs.tiling.block_size),
     )
-    restore = _from_tile_order(inputs)
+    restore = _from_tile_order(inputs.tiling)
 
     def run() -> Tensor:
         return interface.flash_attn_func(q, k, v, softmax_scale=inputs.scale, block_sparse_tensors=tensors)[0]
@@ -225,7 +238,7 @@ def sparsevideo(inputs: Inputs) -> Prepared:
     tokens, heads = q.shape[:2]
     ends = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
     ones = torch.ones(heads, dtype=torch.int32, device=q.device)
-    restore = _from_tile_order(inputs)
+    restore = _from_tile_order(inputs.tiling)
 
     def run() -> Tensor:
         return attention(q, k, v, ends, ends, ones, None, inputs.keep, tokens, tokens, 0.0, softmax_scale=inputs.scale)
@@ -233,9 +246,29 @@ def sparsevideo(inputs: Inputs) -> Prepared:
     return run, lambda out: restore(out[None].transpose(1, 2))
 
 
+def sol_attn(everything: bool) -> Prepare:
+    """comfy-kitchen's Sol-Attn in 8 bits, under its own choice of as many blocks of 64, with its tail; or of all."""
+
+    def prepare(inputs: Inputs) -> Prepared:
+        kitchen = _package("comfy_kitchen", "comfy-kitchen")
+        if inputs.q.shape[-1] != 128:
+            raise Absent("takes head_dim 128 only")
+        grid = inputs.tiling.grid
+        tiling = tiling_for(grid, choose_tile(grid, 64), 64, device=inputs.q.device)
+        q, k, v = (x.transpose(1, 2).contiguous() for x in _in_tile_order(inputs, tiling))
+        # A block is kept if its score is so many deviations above the mean: below that all are.
+        choice = {"tau": -1e9} if everything else {"topk_ratio": float(inputs.keep.float().mean())}
+        wanted = {**choice, "block_len": tiling.counts.int(), "scale": inputs.scale}
+        restore = _from_tile_order(tiling)
+        return lambda: kitchen.sol_attn(q, k, v, **wanted), lambda out: restore(out.transpose(1, 2))
+
+    return prepare
+
+
 DENSE: dict[str, Prepare] = {
     "SDPA flash": sdpa("FLASH_ATTENTION"),
     "SDPA cuDNN": sdpa("CUDNN_ATTENTION"),
+    "flash-attn-3": flash3_dense,
     "flash-attn-4": flash4_dense,
     "sageattention": sage,
 }
@@ -245,6 +278,10 @@ SPARSE: dict[str, Prepare] = {
     "VSA (fastvideo-kernel)": vsa,
     "flash-attn-4 sparse": flash4_sparse,
     "sparsevideo draft": sparsevideo,
+}
+# Those that choose for themselves what they read: what is timed, and what is held against dense attention.
+CHOOSING: dict[str, tuple[Prepare, Prepare]] = {
+    "comfy-kitchen sol_attn": (sol_attn(everything=False), sol_attn(everything=True)),
 }
 
 

@@ -1,6 +1,9 @@
 """The kernel benchmark on a case of a few tokens: what it writes, its checks, and its arithmetic."""
 
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -59,11 +62,43 @@ def test_a_wrong_kernel_ends_the_script_with_status_1(bench, monkeypatch, capsys
     assert not any(row["correct"] for row in result["rows"] if row["backend"] == "torch")
 
 
-@pytest.mark.parametrize("name", [*kernels.SPARSE, "flash-attn-4", "sageattention"])
+@pytest.mark.parametrize("name", [*kernels.SPARSE, "flash-attn-3", "flash-attn-4", "sageattention"])
 def test_a_peer_that_cannot_run_here_says_why(name):
     inputs, _, _ = kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
     with pytest.raises(Absent, match="runs on a GPU only"):
         (kernels.SPARSE | kernels.DENSE)[name](inputs)
+
+
+@pytest.fixture
+def kitchen(monkeypatch):
+    """A package that does what comfy-kitchen documents of `sol_attn` with all kept, and notes how it was called."""
+    calls = []
+
+    def sol_attn(q, k, v, *, scale, block_len, **choice):
+        calls.append(choice)
+        assert q.shape[1] == 64 * len(block_len) and block_len.dtype == torch.int32
+        live = torch.arange(64) < block_len[:, None]
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, live.flatten()[None], scale=scale)
+        return out.transpose(1, 2).masked_fill(~live.flatten()[:, None, None], float("nan"))
+
+    package = types.ModuleType("comfy_kitchen")
+    package.__spec__ = importlib.machinery.ModuleSpec("comfy_kitchen", None)
+    package.sol_attn = sol_attn
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", package)
+    return calls
+
+
+def test_a_peer_that_chooses_for_itself_is_checked_whole_and_timed_at_the_density(kitchen):
+    case = kernels.Case((3, 10, 20), 2, 128, "600 tokens, no axis divides")
+    inputs, _, _ = kernels.make_inputs(case, torch.device("cpu"), torch.float32, 0.3)
+    run, whole = kernels.CHOOSING["comfy-kitchen sol_attn"]
+    call, restore = whole(inputs)
+    assert kernels.error_on_rows(restore(call()), inputs, None, dense=True) < 1e-5
+    run(inputs)[0]()
+    assert kitchen == [{"tau": -1e9}, {"topk_ratio": pytest.approx(float(inputs.keep.float().mean()))}]
+    with pytest.raises(Absent, match="head_dim 128 only"):
+        whole(kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)[0])
 
 
 @pytest.mark.parametrize(
