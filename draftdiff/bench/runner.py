@@ -15,8 +15,8 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -201,18 +201,31 @@ def ratios(base: Sequence[float], own: Sequence[float]) -> list[float]:
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What a call returns, and the seconds until its work on the device was done."""
-    if device.type != "cuda":
-        started = time.perf_counter()
+    """What a call returns, and the seconds until its work on the device was done. Python collects no garbage meanwhile:
+    with the hosts' many objects that takes as long as a step."""
+    with _no_collection():
+        if device.type != "cuda":
+            started = time.perf_counter()
+            result = call()
+            return result, time.perf_counter() - started
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
         result = call()
-        return result, time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    result = call()
-    end.record()
-    end.synchronize()
-    return result, start.elapsed_time(end) / 1000
+        end.record()
+        end.synchronize()
+        return result, start.elapsed_time(end) / 1000
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def warmed(call: Callable[[], Any], device: torch.device) -> Callable[[], Callable[[], float]]:

@@ -1,5 +1,6 @@
 """The runner of the benchmarks: turns, reasons, results, and its command line."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftdiff.bench.runner import Absent, Routine, in_turns, run
+from draftdiff.bench.runner import Absent, Routine, in_turns, run, timed
 from draftdiff.cli import main
 
 RESULTS = Path(__file__).resolve().parents[2] / "samples" / "results"
@@ -30,6 +31,18 @@ def test_all_calls_take_turns_within_a_round_after_an_untimed_one():
     samples, absent = in_turns({name: maker(name) for name in "ab"}, 2)
     assert seen == ["make a", "make b", "a", "b", "a", "b"]
     assert samples == {"a": [3, 5], "b": [4, 6]} and absent == {}
+
+
+def test_nothing_is_collected_while_a_call_is_timed_and_collection_is_as_it_was_before():
+    for before in (True, False):
+        (gc.enable if before else gc.disable)()
+        try:
+            assert timed(gc.isenabled, torch.device("cpu"))[0] is False
+            with pytest.raises(KeyError):
+                timed(lambda: {}["none"], torch.device("cpu"))
+            assert gc.isenabled() is before
+        finally:
+            gc.enable()
 
 
 def test_what_is_absent_or_too_large_is_left_out_with_its_reason_and_a_bug_is_raised():
