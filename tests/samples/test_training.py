@@ -11,6 +11,7 @@ from torch import nn
 
 from draftdiff.errors import UserError
 from draftdiff.llm.workloads.named import WORKLOADS
+from draftdiff.pipelines.mini.video import load_mini_video
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "training"
 
@@ -112,6 +113,36 @@ def test_a_phase_of_the_video_autoencoder_takes_a_step(script, tmp_path):
     assert "fit=" in phase.train_step(0.5)
     phase.save()
     assert phase.file.is_file() and phase.average is not None
+
+
+def test_the_video_pipeline_is_trained_on_from_what_ships_and_exported_without_a_trace_of_where(
+    script, tmp_path, monkeypatch
+):
+    train = script("train_mini_video_large")
+    monkeypatch.setattr(train, "GRIDS", {(2, 4, 4): (1.0, 2)})
+    monkeypatch.setattr(train, "CLIPS", 4)
+    monkeypatch.setattr(train, "AT_ONCE", 2)
+    monkeypatch.setattr(train, "CROPS", ((5, 32, 2),))
+    monkeypatch.setattr(train, "WEIGHTS", tmp_path / "video")
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="run the phase 'dit' first"):
+        train.export(tmp_path)
+    decoder, dit = train.DecoderPhase(tmp_path, cpu, 0), train.DitPhase(tmp_path, cpu, 0)
+    assert "error=" in decoder.train_step(0.5)
+    torch.save(decoder.result(), tmp_path / "large-vae.pt")
+    for _ in range(3):
+        assert dit.train_step(0.5).startswith("loss 2x4x4=")
+        dit.step += 1
+    assert dit.pools[2, 4, 4].full and not hasattr(dit.pools[2, 4, 4], "clips")
+    dit.save()
+    train.export(tmp_path)
+    pipe = load_mini_video(folder=tmp_path / "video")
+    for name, own in pipe.transformer.named_parameters():
+        torch.testing.assert_close(own, dict(dit.average[0].named_parameters())[name], rtol=1e-2, atol=1e-4)
+    text = "".join(file.read_text() for file in (tmp_path / "video").rglob("*.json"))
+    assert str(SAMPLES.parents[1]) not in text and "name_or_path" not in text
+    told = json.loads((tmp_path / "video" / "draftdiff.json").read_text())
+    assert told["training"]["on a GPU"]["steps"] == 3 and told["generate"]["height"] == 128
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
