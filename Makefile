@@ -17,7 +17,8 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/draftdiff compare --prompt "a red circle moves right" --sparsity 0.5 0.75 0.9 --repeat 2 -o compare/
+	$(BIN)/draftdiff compare --prompt "a large blue square moves up on a black background" --size 256x256 --steps 8 \
+		--sparsity 0.75 --repeat 1 -o compare/
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

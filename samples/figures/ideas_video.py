@@ -172,7 +172,8 @@ def budgets() -> Any:
     schedules = {
         "a fifth dense, then 0.75": (DraftAttentionConfig(min_tokens=0), GRAY),
         "0.56 throughout": (DraftAttentionConfig(0.5625, dense_steps=0, min_tokens=0), SKY),
-        "0.4, 0.7, 0.7": (DraftAttentionConfig((0.4, 0.7, 0.7), dense_steps=0, min_tokens=0), BLUE),
+        "0.4, 0.7, 0.7": (DraftAttentionConfig((0.4, 0.7, 0.7), dense_steps=0, min_tokens=0), ORANGE),
+        "falling": (DraftAttentionConfig((0.2, 0.6, 0.7, 0.75, 0.75), dense_steps=0, min_tokens=0), BLUE),
     }
     figure, (steps, bars) = panels(1.1, 1)
     for shift, (name, (config, colour)) in enumerate(schedules.items()):
@@ -185,16 +186,17 @@ def budgets() -> Any:
     steps.set(xlabel="denoising step", ylabel="density", ylim=(0, 1.04), title="schedules over 20 steps")
     steps.set_xticks(range(0, 21, 5))
     steps.legend()
-    names = ("default, sparsity 0.75", "0 dense, sparsity 0.75", "first steps denser, sparsity 0.75")
-    for group, count in enumerate((4, 8)):
+    names = ("default", "0 dense", "first steps denser", "falling")
+    counts = (4, 8, 10, 20)
+    for group, count in enumerate(counts):
         told = json.loads((_RESULTS / f"cpu-schedules-{count}-steps.json").read_text(encoding="utf-8"))
         means = {row["setting"]: row["psnr_mean"] for row in told["summary"]}
         for place, (name, (_, colour)) in enumerate(zip(names, schedules.values())):
-            at = group + 0.26 * (place - 1)
-            bars.bar(at, means[name], 0.24, color=colour)
-            bars.text(at, means[name] + 0.15, f"{means[name]:.1f}", ha="center", fontsize=8.5, color=SOFT)
-    bars.set_xticks((0, 1), ("4 steps", "8 steps"))
-    bars.set(ylim=(34, 46), ylabel="PSNR (dB)", title="likeness to dense, 8 prompts")
+            at, mean = group + 0.21 * (place - 1.5), means[f"{name}, sparsity 0.75"]
+            bars.bar(at, mean, 0.19, color=colour)
+            bars.text(at, mean + 0.12, f"{mean:.1f}", ha="center", fontsize=6.5, color=SOFT)
+    bars.set_xticks(range(len(counts)), [f"{count} steps" for count in counts])
+    bars.set(ylim=(38, 46), ylabel="PSNR (dB)", title="likeness to dense, 8 prompts")
     bars.grid(axis="x", visible=False)
     return figure
 

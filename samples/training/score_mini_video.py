@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, help="width in pixels (default: the pipeline's own)")
     parser.add_argument("--batch", type=int, default=4, help="prompts per pipeline call (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip (default 0)")
+    parser.add_argument("--device", default="cpu", help="where to generate: in fp32 on a CPU (default), else in bf16")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=new_file(), help="also write the scores to this file")
     parser.add_argument("--save", type=made_folder, help="write a contact sheet of each setting here")
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    pipe = load_mini_video()
+    device = torch.device(arguments.device)
+    pipe = load_mini_video(dtype=torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
     call = dict(mini_video_defaults()["generate"])
     asked = {
