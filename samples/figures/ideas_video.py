@@ -247,7 +247,7 @@ def tune() -> Any:
         bars.bar(place, row["psnr_mean"], 0.7, color=colour)
         bars.text(place, row["psnr_mean"] + 0.1, f"{row['psnr_mean']:.1f}", ha="center", fontsize=8.5, color=SOFT)
     bars.set_xticks(range(3), ("default", "first steps\ndenser", "tuned"))
-    bars.set(ylim=(36, 47), ylabel="PSNR (dB)", title="likeness, 8 prompts")
+    bars.set(ylim=(40, 45), ylabel="PSNR (dB)", title="likeness, 8 prompts")
     bars.grid(axis="x", visible=False)
     return figure
 
