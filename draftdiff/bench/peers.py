@@ -250,14 +250,16 @@ def sol_attn(everything: bool) -> Prepare:
     """comfy-kitchen's Sol-Attn in 8 bits, under its own choice of as many blocks of 64, with its tail; or of all."""
 
     def prepare(inputs: Inputs) -> Prepared:
+        _needs_gpu(inputs)  # on a CPU it has a reference alone
         kitchen = _package("comfy_kitchen", "comfy-kitchen")
         if inputs.q.shape[-1] != 128:
             raise Absent("takes head_dim 128 only")
         grid = inputs.tiling.grid
         tiling = tiling_for(grid, choose_tile(grid, 64), 64, device=inputs.q.device)
         q, k, v = (x.transpose(1, 2).contiguous() for x in _in_tile_order(inputs, tiling))
-        # A block is kept if its score is so many deviations above the mean: below that all are.
-        choice = {"tau": -1e9} if everything else {"topk_ratio": float(inputs.keep.float().mean())}
+        kept = 1.0 if everything else float(inputs.keep.float().mean())
+        # The ratio must be below 1. Otherwise a block is kept if its score is tau deviations above the mean: all are.
+        choice = {"topk_ratio": kept} if kept < 1 else {"tau": -1e9}
         wanted = {**choice, "block_len": tiling.counts.int(), "scale": inputs.scale}
         restore = _from_tile_order(tiling)
         return lambda: kitchen.sol_attn(q, k, v, **wanted), lambda out: restore(out.transpose(1, 2))

@@ -4,11 +4,12 @@ import importlib.machinery
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
-from draftdiff.bench import kernels
+from draftdiff.bench import kernels, peers
 from draftdiff.bench.kernel_bars import bars
 from draftdiff.bench.runner import Absent
 from draftdiff.cli import main
@@ -62,16 +63,18 @@ def test_a_wrong_kernel_ends_the_script_with_status_1(bench, monkeypatch, capsys
     assert not any(row["correct"] for row in result["rows"] if row["backend"] == "torch")
 
 
-@pytest.mark.parametrize("name", [*kernels.SPARSE, "flash-attn-3", "flash-attn-4", "sageattention"])
+@pytest.mark.parametrize("name", [*kernels.SPARSE, *kernels.CHOOSING, "flash-attn-3", "flash-attn-4", "sageattention"])
 def test_a_peer_that_cannot_run_here_says_why(name):
     inputs, _, _ = kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)
+    chosen = {name: prepare for name, (prepare, _) in kernels.CHOOSING.items()}
     with pytest.raises(Absent, match="runs on a GPU only"):
-        (kernels.SPARSE | kernels.DENSE)[name](inputs)
+        (kernels.SPARSE | kernels.DENSE | chosen)[name](inputs)
 
 
 @pytest.fixture
 def kitchen(monkeypatch):
     """A package that does what comfy-kitchen documents of `sol_attn` with all kept, and notes how it was called."""
+    monkeypatch.setattr(peers, "_needs_gpu", lambda inputs: None)
     calls = []
 
     def sol_attn(q, k, v, *, scale, block_len, **choice):
@@ -96,7 +99,9 @@ def test_a_peer_that_chooses_for_itself_is_checked_whole_and_timed_at_the_densit
     call, restore = whole(inputs)
     assert kernels.error_on_rows(restore(call()), inputs, None, dense=True) < 1e-5
     run(inputs)[0]()
-    assert kitchen == [{"tau": -1e9}, {"topk_ratio": pytest.approx(float(inputs.keep.float().mean()))}]
+    run(replace(inputs, keep=torch.ones_like(inputs.keep)))[0]()
+    everything = {"tau": -1e9}  # a ratio of 1 is refused
+    assert kitchen == [everything, {"topk_ratio": pytest.approx(float(inputs.keep.float().mean()))}, everything]
     with pytest.raises(Absent, match="head_dim 128 only"):
         whole(kernels.make_inputs(TINY, torch.device("cpu"), torch.float32, 0.3)[0])
 
