@@ -202,7 +202,7 @@ def ratios(base: Sequence[float], own: Sequence[float]) -> list[float]:
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What a call returns, and the seconds until its work on the device was done. Python collects no garbage meanwhile:
-    with the hosts' many objects that takes as long as a step."""
+    with the hosts' many objects that may take a tenth of a second."""
     with _no_collection():
         if device.type != "cuda":
             started = time.perf_counter()

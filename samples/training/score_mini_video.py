@@ -24,6 +24,7 @@ from tqdm import tqdm
 from draftdiff.bench.runner import write_json
 from draftdiff.cli import run
 from draftdiff.cli.options import Parser, made_folder, new_file
+from draftdiff.models.devices import find_device
 from draftdiff.models.frames import to_uint8, write_picture
 from draftdiff.pipelines.mini import judge as mini_judge
 from draftdiff.pipelines.mini import world as mini_world
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    device = torch.device(arguments.device)
+    device = find_device(arguments.device)
     pipe = load_mini_video(dtype=torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
     call = dict(mini_video_defaults()["generate"])

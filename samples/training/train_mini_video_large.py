@@ -28,6 +28,7 @@ from train_mini_video import LATENT_NOISE, draw_sigmas, encode_captions, to_mode
 from train_mini_video import export as save
 
 from draftdiff.cli import run
+from draftdiff.models.devices import find_device
 from draftdiff.pipelines.mini import world as mini_world
 from draftdiff.pipelines.mini.video import WEIGHTS, load_mini_video, mini_video_defaults
 
@@ -219,7 +220,7 @@ def main() -> None:
     made.add_argument("--workers", type=int, default=0, help="processes that render clips (default: none)")
     arguments = made.parse_args()
     torch.set_num_threads(arguments.threads)
-    work, device = arguments.work, torch.device(arguments.device)
+    work, device = arguments.work, find_device(arguments.device)
     if arguments.phase == "export":
         export(work)
         return
